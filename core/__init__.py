@@ -1,0 +1,1 @@
+"""What an adapter is and does: torch, peft and safetensors, and no ComfyUI."""

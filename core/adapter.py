@@ -1,0 +1,64 @@
+"""The adapter: LoRA for the reference pass, the learned word, and the text that the reference pass reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from .image_prompt import ReferenceText
+from .kv import BlockKey
+from .layers import SelfAttentionLayer
+from .lora import SelfAttentionLoRA
+
+ReferenceMode = Literal["clean", "matched"]
+REFERENCE_MODES: tuple[str, ...] = get_args(ReferenceMode)
+
+
+class AdapterMismatch(ValueError):
+    """An adapter and a model that do not belong together."""
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter is, apart from its tensors."""
+
+    architecture: str  # the family of the base model in words, "SD1.x"
+    layers: tuple[SelfAttentionLayer, ...]
+    rank: int
+    alpha: float
+    reference_mode: ReferenceMode
+    placeholder: str
+    class_word: str
+    training: dict[str, Any] = field(default_factory=dict)  # settings of the run, for people to read
+
+
+@dataclass
+class Adapter:
+    """A learned subject.
+
+    `tokens` holds the learned word's vectors for every text encoder: "clip_l" -> (vectors, width).
+    `text` is the encoded subject phrase, what the reference pass reads unless the image prompt brings its own.
+    """
+
+    name: str
+    info: AdapterInfo
+    lora: SelfAttentionLoRA
+    tokens: dict[str, Tensor]
+    text: ReferenceText
+
+    def blocks(self) -> tuple[BlockKey, ...]:
+        return tuple(layer.key for layer in self.info.layers)
+
+    def check_fits(self, architecture: str, layers: Sequence[SelfAttentionLayer]) -> None:
+        """Refuse a model of another shape. Raises AdapterMismatch, naming both."""
+        if tuple(layers) == self.info.layers:
+            return
+        raise AdapterMismatch(
+            f"Adapter '{self.name}' was trained for {self.info.architecture} "
+            f"({len(self.info.layers)} self-attention layers), but the connected model is {architecture} "
+            f"({len(layers)}). Connect a {self.info.architecture} checkpoint like the one it was trained on, or "
+            "choose another adapter."
+        )

@@ -1,0 +1,28 @@
+"""What "to attend" means: the seam through which a host, or training, supplies its own kernel."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Attention(Protocol):
+    """Multi-head attention without a mask, scaled by one over the root of the head width.
+
+    q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d)
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor: ...
+
+
+def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attend with torch's own kernel, which has a backward pass on every device.
+
+    q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d)
+    """
+    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v)
+    return rearrange(out, "b h n d -> b n (h d)")

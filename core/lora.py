@@ -1,0 +1,130 @@
+"""The trainable part of the copy: LoRA on the projections of its self-attention, carried by PEFT.
+
+PEFT never sees the live UNet. It adapts a skeleton: a tree of empty Linear layers on the `meta` device that has the
+names and sizes of the UNet's self-attention projections. The reference pass then adds the low-rank products to what
+the frozen projections return, so that no weight of the model is ever touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .kv import BlockKey
+from .layers import SelfAttentionLayer
+
+PROJECTIONS: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+LAST_PROJECTIONS: tuple[str, ...] = ("to_k", "to_v")  # nothing after the last injected keys and values can learn
+KEY_PREFIX = "base_model.model."  # PEFT's prefix in the files it writes
+ADAPTER_NAME = "default"
+
+
+class LowRank(NamedTuple):
+    """One low-rank product, ready to use. a (r, in), b (out, r), with the scaling alpha/r folded into b."""
+
+    a: Tensor
+    b: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)"""
+        return F.linear(F.linear(x, self.a), self.b)
+
+
+Deltas = dict[tuple[BlockKey, str], LowRank]
+
+
+class SelfAttentionLoRA:
+    """LoRA for every self-attention layer of one UNet; a fresh one changes nothing, for its `lora_B` is zero."""
+
+    def __init__(
+        self, layers: Sequence[SelfAttentionLayer], rank: int, alpha: float, generator: torch.Generator | None = None
+    ) -> None:
+        """Build float32 trainables on the CPU, `lora_A` drawn from `generator` as PEFT draws it (Kaiming uniform)."""
+        import peft  # slow to import, and only needed here
+
+        self.layers = tuple(layers)
+        self.rank = rank
+        self.alpha = alpha
+        self._addresses = {
+            f"{layer.path}.{projection}": (layer.key, projection)
+            for place, layer in enumerate(layers)
+            for projection in (LAST_PROJECTIONS if place == len(layers) - 1 else PROJECTIONS)
+        }
+        self.skeleton = _skeleton(layers, self._addresses)
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(self._addresses))
+        peft.inject_adapter_in_model(config, self.skeleton, adapter_name=ADAPTER_NAME)
+        for path in self._addresses:
+            a, b = self._linears(path)
+            a.to_empty(device="cpu")
+            b.to_empty(device="cpu")
+            bound = 1 / math.sqrt(a.in_features)  # Kaiming uniform with a = sqrt(5)
+            with torch.no_grad():
+                a.weight.uniform_(-bound, bound, generator=generator)
+                b.weight.zero_()
+
+    def deltas(self, device: torch.device, dtype: torch.dtype) -> Deltas:
+        """Cast the products for use on `device` in `dtype`; gradients flow back to the float32 parameters."""
+        return {
+            address: LowRank(a.weight.to(device, dtype), b.weight.to(device, dtype) * self._scaling(path))
+            for path, address in self._addresses.items()
+            for a, b in (self._linears(path),)
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the trainables under the keys that PEFT writes to a file."""
+        for path in self._addresses:
+            a, b = self._linears(path)
+            yield f"{KEY_PREFIX}{path}.lora_A.weight", a.weight
+            yield f"{KEY_PREFIX}{path}.lora_B.weight", b.weight
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Copy values in by key. Keys and shapes must be exactly those of `state_dict`."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(tensors[name])
+
+    def to(self, device: torch.device) -> SelfAttentionLoRA:
+        """Move the trainables only: the rest of the skeleton has no storage to move."""
+        for path in self._addresses:
+            for linear in self._linears(path):
+                linear.to(device)
+        return self
+
+    def _linears(self, path: str) -> tuple[nn.Linear, nn.Linear]:
+        layer = self.skeleton.get_submodule(path)
+        return layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
+
+    def _scaling(self, path: str) -> float:
+        return self.skeleton.get_submodule(path).scaling[ADAPTER_NAME]
+
+
+def _skeleton(layers: Sequence[SelfAttentionLayer], addresses: dict[str, tuple[BlockKey, str]]) -> nn.Module:
+    sizes = {layer.key: layer for layer in layers}
+    root = nn.Module()
+    for path, (key, projection) in addresses.items():
+        layer = sizes[key]
+        # to_q, to_k and to_v read the hidden states and to_out writes them back.
+        wide, inner = layer.query_dim, layer.inner_dim
+        ends = (inner, wide) if projection == "to_out.0" else (wide, inner)
+        _graft(root, path, nn.Linear(*ends, bias=False, device="meta"))
+    return root
+
+
+def _graft(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in dict(root.named_children()):
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, module)

@@ -1,0 +1,113 @@
+"""The reference pass: the UNet reads an image prompt with the LoRA switched on, and its keys and values are kept.
+
+It is an ordinary call of the same diffusion model with patches of its own, so the "trainable copy" costs no second
+set of weights, and whatever was done to the weights (a user's LoRA, offloading, fp8) holds for it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import Attention
+from .kv import KV, BlockKey
+from .lora import Deltas
+
+# The host gives every transformer block a dictionary of its own that all three hooks of that block see, so what one
+# hook hands to the next lives there: neither threads nor a recomputed block can mix it up.
+HIDDEN = "sa_inject_hidden"
+ATTENDED = "sa_inject_attended"
+
+
+class ReferencePassComplete(Exception):
+    """Raised when the last wanted keys and values are in the bank: the rest of the pass would be thrown away."""
+
+
+class Recorded(NamedTuple):
+    """Keys and values of a batch of references at one layer, with the layer's height and width in tokens."""
+
+    kv: KV  # (b, height*width, heads*d)
+    height: int
+    width: int
+
+
+class ReferenceRecorder:
+    """Patches that turn one UNet call into a reference pass.
+
+    After the call `bank` holds what every layer in `wanted` handed over. With `stop_early` the call ends with
+    ReferencePassComplete as soon as the last of them is there.
+    """
+
+    def __init__(
+        self, wanted: Collection[BlockKey], last: BlockKey, deltas: Deltas, attend: Attention, stop_early: bool = True
+    ) -> None:
+        self.bank: dict[BlockKey, Recorded] = {}
+        self._wanted = frozenset(wanted)
+        self._last = last
+        self._deltas = deltas
+        self._attend = attend
+        self._stop_early = stop_early
+
+    def transformer_options(self, blocks: Collection[BlockKey]) -> dict[str, Any]:
+        """The private options of the reference pass; `blocks` are all self-attention layers of the UNet."""
+        return {
+            "patches": {"attn1_patch": [self._keep_hidden], "attn1_output_patch": [self._adapt_output]},
+            "patches_replace": {"attn1": dict.fromkeys(blocks, self._attention)},
+        }
+
+    def _keep_hidden(
+        self, hidden: Tensor, context: Tensor, value: Tensor, extra_options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        extra_options[HIDDEN] = hidden
+        return hidden, context, value
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        key = block_key(extra_options)
+        hidden = extra_options[HIDDEN]
+        k = self._adapted(k, hidden, key, "to_k")
+        v = self._adapted(v, hidden, key, "to_v")
+        if key in self._wanted:
+            height, width = extra_options["activations_shape"][-2:]
+            # A recomputed block comes here again; the first tensors are those that the graph was built with.
+            self.bank.setdefault(key, Recorded(KV(k, v), height, width))
+        if self._stop_early and key == self._last:
+            raise ReferencePassComplete
+        q = self._adapted(q, hidden, key, "to_q")
+        attended = self._attend(q, k, v, extra_options["n_heads"])
+        extra_options[ATTENDED] = attended
+        return attended
+
+    def _adapt_output(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        return self._adapted(out, extra_options[ATTENDED], block_key(extra_options), "to_out.0")
+
+    def _adapted(self, projected: Tensor, x: Tensor, key: BlockKey, projection: str) -> Tensor:
+        """Add (W + dW) x - W x, the LoRA's share, to what the frozen projection returned."""
+        delta = self._deltas.get((key, projection))
+        return projected if delta is None else projected + delta(x)
+
+
+def block_key(extra_options: dict[str, Any]) -> BlockKey:
+    """Read the address of the current block from what the host passes to a patch."""
+    stage, index = extra_options["block"]
+    return BlockKey(stage, index, extra_options["block_index"])
+
+
+def run_to_last_layer(unet_call: Any, recorder: ReferenceRecorder) -> dict[BlockKey, Recorded]:
+    """Call the UNet until the recorder has all it wants, and return the bank."""
+    try:
+        unet_call()
+    except ReferencePassComplete:
+        pass
+    return recorder.bank
+
+
+def select_tokens(kv: KV, row: int, kept: Tensor | None) -> KV:
+    """Take one reference out of a batch, without its masked-out tokens. kept (n,) bool -> (1, m, heads*d) each"""
+    k, v = kv.k[row : row + 1], kv.v[row : row + 1]
+    if kept is None:
+        return KV(k, v)
+    places = torch.nonzero(kept.to(k.device)).flatten()
+    return KV(k.index_select(1, places), v.index_select(1, places))
