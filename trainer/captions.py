@@ -1,0 +1,47 @@
+"""What is said about the training pictures, with the learned word in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# After DreamBooth and Textual Inversion: neutral wordings, so that the word takes up the subject and not the scene.
+TEMPLATES: tuple[str, ...] = (
+    "a photo of {}",
+    "a picture of {}",
+    "a close-up photo of {}",
+    "a photo of the {}",
+    "an image of {}",
+    "{}",
+)
+
+
+def subject_phrase(placeholder: str, class_word: str) -> str:
+    """What the reference pass reads: the learned word and what kind of thing it is."""
+    return f"{placeholder} {class_word}".strip()
+
+
+def captions_for(
+    captions: Sequence[str] | None, count: int, placeholder: str, class_word: str, word: re.Pattern[str]
+) -> list[tuple[str, ...]]:
+    """Captions of every picture; templates stand in where there is none.
+
+    One caption alone serves all pictures. Raises ValueError for another number of captions than pictures, and when
+    `word` matches none of them, for then nothing would teach the placeholder.
+    """
+    templates = tuple(template.format(subject_phrase(placeholder, class_word)) for template in TEMPLATES)
+    given = [caption.strip() for caption in captions or []]
+    if not any(given):
+        return [templates] * count
+    if len(given) == 1:
+        given = given * count
+    if len(given) != count:
+        raise ValueError(
+            f"{len(given)} captions came with {count} images. Connect one caption for each image, or one for all."
+        )
+    if not any(word.search(caption) for caption in given):
+        raise ValueError(
+            f"The placeholder token '{placeholder}' is in none of the captions, so it could not be learned. Write it "
+            f"where the subject is named, such as 'a photo of {subject_phrase(placeholder, class_word)} in the snow'."
+        )
+    return [(caption,) if caption else templates for caption in given]

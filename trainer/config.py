@@ -1,0 +1,38 @@
+"""The settings of one training run, as one frozen value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.adapter import REFERENCE_MODES, ReferenceMode
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every number that a run depends on. Raises ValueError for one that cannot work."""
+
+    steps: int = 400
+    batch_size: int = 1
+    accumulation: int = 1  # batches per optimizer step
+    lora_learning_rate: float = 1e-4
+    token_learning_rate: float = 5e-4
+    rank: int = 16
+    alpha: float = 16.0
+    reference_mode: ReferenceMode = "clean"
+    seed: int = 0
+    reference_dropout: float = 0.1  # share of examples that see no reference, so that the word learns to stand alone
+    weight_decay: float = 1e-2  # of the LoRA; the token has none, decay would pull it out of the vocabulary
+    max_gradient_norm: float = 1.0
+    loss_scaling: bool = False  # for float16 compute, whose small gradients underflow
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("lora_learning_rate", "token_learning_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        if self.lora_learning_rate == self.token_learning_rate == 0:
+            raise ValueError("Both learning rates are 0, so nothing would be learned. Raise one of them.")
+        if self.reference_mode not in REFERENCE_MODES:
+            raise ValueError(f"reference_mode is '{self.reference_mode}'; it is one of {', '.join(REFERENCE_MODES)}.")

@@ -1,0 +1,70 @@
+"""What is learned from: latents with captions, and which picture may serve as whose image prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training picture: latent (1, c, h, w) scaled as the model wants it, mask (h, w) in 0..1 in latent cells.
+
+    Every time it comes, one of its captions is drawn.
+    """
+
+    latent: Tensor
+    captions: tuple[str, ...]
+    mask: Tensor | None = None
+
+
+class Pair(NamedTuple):
+    """A picture to denoise, and another one of the same subject that is its image prompt (None: dropped out)."""
+
+    target: Example
+    caption: str
+    reference: Example | None
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Pictures of one subject. `views` are augmented versions, needed when there is only one picture.
+
+    The image prompt is never the picture that is denoised: identical pairs teach the model to copy.
+    """
+
+    examples: Sequence[Example]
+    views: Sequence[Example] = ()
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise ValueError("There are no pictures to learn from.")
+        if len(self.examples) == 1 and not self.views:
+            raise ValueError("One picture alone needs augmented views to serve as image prompts.")
+
+    def pairs(self, reference_dropout: float, generator: torch.Generator) -> Iterator[Pair]:
+        """Draw pairs forever, every picture once before any comes again."""
+        while True:
+            for place in torch.randperm(len(self.examples), generator=generator).tolist():
+                target = self.examples[place]
+                others = [*self.examples[:place], *self.examples[place + 1 :]] or list(self.views)
+                dropped = torch.rand((), generator=generator).item() < reference_dropout
+                reference, caption = _choice(others, generator), _choice(target.captions, generator)
+                yield Pair(target, caption, None if dropped else reference)
+
+
+def _choice(options: Sequence, generator: torch.Generator):
+    return options[int(torch.randint(len(options), (), generator=generator))]
+
+
+def group_by_shape(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Split a batch into groups that can be stacked: equal sizes of target and of reference."""
+    groups: dict[tuple, list[Pair]] = {}
+    for pair in pairs:
+        reference = None if pair.reference is None else pair.reference.latent.shape
+        groups.setdefault((pair.target.latent.shape, reference), []).append(pair)
+    return list(groups.values())
