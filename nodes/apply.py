@@ -1,0 +1,89 @@
+"""ApplySelfAttnInjection: a model that attends to an image prompt while it samples."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .host.injection import BLOCK_CHOICES, injection_for
+from .host.patch import patch_self_attention
+from .sockets import CATEGORY, IMAGE_PROMPT, SA_INJECT_ADAPTER
+
+
+class ApplySelfAttnInjection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ApplySelfAttnInjection",
+            display_name="Apply Self-Attention Injection",
+            category=CATEGORY,
+            description="Lets the model look at an image prompt through a trained adapter. Chain it for two subjects.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model that the adapter was trained on, or a relative of it."),
+                SA_INJECT_ADAPTER.Input("adapter", tooltip="From Load or Train SA-Inject Adapter."),
+                IMAGE_PROMPT.Input("image_prompt", tooltip="Pictures of the subject, from Encode Image Prompt."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="How much the reference counts beside the picture itself. 0 switches it off, exactly; 1 "
+                    "is what the adapter was trained with; 0.5 to 1.5 is useful; above 2 it copies the reference.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="When injection begins, as a share of the sampling schedule. 0 is the first step; later "
+                    "leaves the layout to the text. At or beyond end_percent nothing is injected.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="When injection ends. 1 is the last step; earlier leaves fine detail to the base model.",
+                ),
+                io.Combo.Input(
+                    "rows",
+                    options=["conditional", "both"],
+                    default="conditional",
+                    tooltip="Which half of the guidance sees the reference. conditional: only the positive prompt, so "
+                    "that CFG strengthens the subject. both: the negative too; softer, and slower.",
+                ),
+                io.Combo.Input(
+                    "blocks",
+                    options=list(BLOCK_CHOICES),
+                    default="all",
+                    tooltip="Which part of the UNet looks at the reference. all: as trained. encoder: mostly layout "
+                    "and shape. decoder: mostly colour and detail. middle: the coarsest layer alone, a faint hint.",
+                ),
+                io.Mask.Input(
+                    "area",
+                    optional=True,
+                    tooltip="Where in the new picture the reference may act: white yes, black not at all, grey in "
+                    "part. Any size; it is scaled to the picture. With chained nodes, one area for each subject.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, adapter, image_prompt, strength, start_percent, end_percent, rows, blocks, area=None
+    ) -> io.NodeOutput:
+        injection = injection_for(
+            model,
+            adapter,
+            image_prompt,
+            strength=strength,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            rows=rows,
+            blocks=blocks,
+            area=area,
+        )
+        return io.NodeOutput(model if injection is None else patch_self_attention(model, injection))

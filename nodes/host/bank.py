@@ -1,0 +1,121 @@
+"""The reference pass while sampling: image prompts in, keys and values of every injected layer out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ...core.adapter import Adapter
+from ...core.image_prompt import ImagePrompt, Picture, ReferenceText
+from ...core.kv import KV, BlockKey, KVBank
+from ...core.lora import Deltas
+from ...core.masks import kept_tokens
+from ...core.reference import Recorded, ReferenceRecorder, run_to_last_layer, select_tokens
+from .unet import network_inputs
+
+UnetCall = Callable[..., Tensor]  # (x, timestep, context, y, control, transformer_options)
+
+
+def host_attention(extra_options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    """The host's attention kernel, with whatever override another pack put into this call's options."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        return optimized_attention(
+            q, k, v, heads, attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options
+        )
+
+    return attend
+
+
+@torch.compiler.disable
+def read_image_prompt(
+    unet: UnetCall,
+    base: Any,
+    adapter: Adapter,
+    prompt: ImagePrompt,
+    sigma: float | None,
+    noise_seed: int,
+    blocks: Collection[BlockKey],
+    deltas: Deltas,
+    like: Tensor,
+    attention_options: dict[str, Any],
+) -> KVBank:
+    """Run the reference pass over an image prompt and line up what its pictures hand over.
+
+    `sigma` None reads the pictures free of noise, at the schedule's lowest step; a number noises them to it first.
+    `like` is the UNet's own input: device and dtype come from it. -> (1, m, heads*d) for every layer of `blocks`,
+    where m counts the kept tokens of all pictures.
+    """
+    order = [layer.key for layer in adapter.info.layers if layer.key in blocks]
+    parts: dict[BlockKey, list[tuple[int, KV]]] = {key: [] for key in order}
+    for group in _same_size(prompt.pictures):
+        recorder = ReferenceRecorder(order, order[-1], deltas, host_attention(attention_options))
+        pictures = [prompt.pictures[place] for place in group]
+        inputs = _inputs(base, adapter, pictures, group, sigma, noise_seed, like)
+        options = {**recorder.transformer_options(adapter.blocks()), **attention_options}
+        bank = run_to_last_layer(lambda inputs=inputs, options=options: unet(*inputs, None, options), recorder)
+        for key in order:
+            for row, place in enumerate(group):
+                parts[key].append((place, _tokens_of(bank[key], row, prompt.pictures[place])))
+    return {key: _in_order(parts[key]) for key in order}
+
+
+def _inputs(
+    base: Any,
+    adapter: Adapter,
+    pictures: Sequence[Picture],
+    places: Sequence[int],
+    sigma: float | None,
+    noise_seed: int,
+    like: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    latent = base.process_latent_in(torch.cat([p.latent for p in pictures])).to(like.device, torch.float32)
+    sampling = base.model_sampling
+    level = float(sampling.sigma_min) if sigma is None else sigma
+    sigmas = torch.full((len(pictures),), level, device=like.device)
+    if sigma is not None:
+        noise = torch.cat(
+            [_noise(picture.latent, noise_seed, place) for picture, place in zip(pictures, places, strict=True)]
+        )
+        latent = sampling.noise_scaling(sigmas.view(-1, 1, 1, 1), noise.to(latent), latent)
+    text = _stack_texts([picture.text or adapter.text for picture in pictures], like.device)
+    return network_inputs(base, latent, sigmas, text, like.dtype)
+
+
+def _noise(latent: Tensor, seed: int, place: int) -> Tensor:
+    """One noise per picture and run, so that every step sees the same picture, noised further."""
+    generator = torch.Generator().manual_seed((seed + place + 1) % 2**63)
+    return torch.randn(latent.shape, generator=generator)
+
+
+def _same_size(pictures: Sequence[Picture]) -> list[list[int]]:
+    """Places of pictures that fit into one batch: one size of latent, one length of text."""
+    groups: dict[tuple, list[int]] = {}
+    for place, picture in enumerate(pictures):
+        text = None if picture.text is None else picture.text.cross_attn.shape
+        groups.setdefault((picture.latent.shape, text), []).append(place)
+    return list(groups.values())
+
+
+def _stack_texts(texts: Sequence[ReferenceText], device: torch.device) -> ReferenceText:
+    pooled = [text.pooled for text in texts]
+    return ReferenceText(
+        torch.cat([text.cross_attn[:1] for text in texts]).to(device),
+        None if any(p is None for p in pooled) else torch.cat([p[:1] for p in pooled]).to(device),
+    )
+
+
+def _tokens_of(recorded: Recorded, row: int, picture: Picture) -> KV:
+    if picture.mask is None:
+        return select_tokens(recorded.kv, row, None)
+    return select_tokens(recorded.kv, row, kept_tokens(picture.mask, recorded.height, recorded.width))
+
+
+def _in_order(parts: list[tuple[int, KV]]) -> KV:
+    """Join pictures in the order in which they were given. -> (1, m, heads*d)"""
+    ordered = [kv for _, kv in sorted(parts, key=lambda part: part[0])]
+    return KV(torch.cat([kv.k for kv in ordered], dim=1), torch.cat([kv.v for kv in ordered], dim=1))

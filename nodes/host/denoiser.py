@@ -1,0 +1,100 @@
+"""ComfyUI's model and text encoder as the training loop's Denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...core.attention import differentiable_attention
+from ...core.image_prompt import ReferenceText
+from ...core.injection import Reference, inject
+from ...core.kv import KV
+from ...core.layers import SelfAttentionLayer
+from ...core.lora import Deltas
+from ...core.reference import ReferenceRecorder, block_key, run_to_last_layer
+from ...trainer.denoiser import References
+from .text import encode_text
+from .trainable import differentiable_options
+from .unet import model_conditions, network_inputs
+
+
+class ComfyDenoiser:
+    """Implements trainer.Denoiser. The model is loaded, made differentiable, and stays so while this is used."""
+
+    def __init__(
+        self,
+        base: Any,
+        sampling: Any,
+        clip: Any,
+        layers: Sequence[SelfAttentionLayer],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.sigmas = sampling.sigmas
+        self._device = device
+        self._base = base
+        self._sampling = sampling
+        self._clip = clip
+        self._blocks = tuple(layer.key for layer in layers)
+        self._dtype = dtype
+
+    def encode(self, captions: Sequence[str]) -> ReferenceText:
+        cross_attn, pooled = encode_text(self._clip, captions)
+        return ReferenceText(cross_attn.to(self._device), None if pooled is None else pooled.to(self._device))
+
+    def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        # A clone, because some versions add to the noise in place.
+        return self._sampling.noise_scaling(_per_row(sigma), noise.clone(), latent)
+
+    def output_scale(self, sigma: Tensor) -> Tensor:
+        one, zero = torch.ones_like(_per_row(sigma)), torch.zeros_like(_per_row(sigma))
+        denoised = self._sampling.calculate_denoised
+        return denoised(sigma, one, zero) - denoised(sigma, zero, zero)
+
+    def read_reference(
+        self, latent: Tensor, sigma: Tensor | None, text: ReferenceText, mask: Tensor | None, deltas: Deltas
+    ) -> References:
+        last = self._blocks[-1]
+        recorder = ReferenceRecorder(self._blocks, last, deltas, differentiable_attention)
+        if sigma is None:
+            sigma = torch.full((latent.shape[0],), float(self._sampling.sigma_min), device=latent.device)
+        inputs = network_inputs(self._base, latent, sigma, text, self._dtype)
+        options = {**differentiable_options(not_recomputed=last), **recorder.transformer_options(self._blocks)}
+        bank = run_to_last_layer(lambda: self._base.diffusion_model(*inputs, None, options), recorder)
+        return {
+            key: Reference(kv, key_mask=None if mask is None else _key_mask(mask, height, width))
+            for key, (kv, height, width) in bank.items()
+        }
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, text: ReferenceText, references: References | None) -> Tensor:
+        conditions = model_conditions(self._base, noisy, text)
+        options = differentiable_options()
+        if references is not None:
+            options["patches_replace"] = {"attn1": {key: _Injected(references) for key in references}}
+        return self._base.apply_model(noisy, sigma, transformer_options=options, **conditions)
+
+
+class _Injected:
+    """The frozen UNet's self-attention in training: every row attends to its own reference."""
+
+    def __init__(self, references: References) -> None:
+        self._references = references
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        reference = self._references[block_key(extra_options)]
+        return inject(q, KV(k, v), [reference], extra_options["n_heads"], differentiable_attention)
+
+
+def _key_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """mask (b, h, w) -> (b, height*width), hard as the token selection is when sampling"""
+    weights = F.adaptive_avg_pool2d(mask[:, None], (height, width)).flatten(1)
+    best = weights == weights.amax(dim=1, keepdim=True)  # at least one token stays
+    return ((weights >= 0.5) | best).float()
+
+
+def _per_row(sigma: Tensor) -> Tensor:
+    return sigma.view(-1, 1, 1, 1)

@@ -1,0 +1,160 @@
+"""ComfyUI's images and masks, turned into what the rest of the pack works with, and checked on the way.
+
+ComfyUI hands over (b, h, w, c) in 0..1; below this file a picture is (1, 3, h, w), and a mask (h, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+Fit = Literal["crop", "pad", "stretch"]
+SNAP = 64  # pixels: sides are multiples of this, so that every level of a UNet has whole tokens
+GREY = 0.5
+
+
+def pictures_of(images: Sequence[Tensor], what: str) -> list[Tensor]:
+    """Split batches and lists of IMAGE into single RGB pictures, float32. -> (1, 3, h, w) each
+
+    Alpha is composed onto grey, a single channel becomes RGB. Raises ValueError, naming the picture, for one without
+    pixels, with values that are not numbers, or with a number of channels that no picture has.
+    """
+    pictures = []
+    for batch in images:
+        if batch.ndim != 4:
+            raise ValueError(
+                f"{what}: expected images of shape (batch, height, width, channels), got {tuple(batch.shape)}."
+            )
+        for picture in batch:
+            pictures.append(_rgb(picture, f"{what}: image {len(pictures) + 1}"))
+    if not pictures:
+        raise ValueError(f"{what}: there are no images. Connect at least one picture of the subject.")
+    return pictures
+
+
+def masks_of(masks: Sequence[Tensor] | None, pictures: Sequence[Tensor], what: str) -> list[Tensor | None]:
+    """One mask a picture, white where the subject is, in 0..1. -> (h, w) each
+
+    One mask serves all pictures of its size. Raises ValueError for another count or size, naming both.
+    """
+    if not masks:
+        return [None] * len(pictures)
+    flat = [single for mask in masks for single in mask.reshape(-1, *mask.shape[-2:])]
+    if len(flat) == 1:
+        flat = flat * len(pictures)
+    if len(flat) != len(pictures):
+        raise ValueError(
+            f"{what}: {len(flat)} masks came with {len(pictures)} images. Connect one for each image, or one for all."
+        )
+    checked: list[Tensor | None] = []
+    for number, (mask, picture) in enumerate(zip(flat, pictures, strict=True), start=1):
+        if mask.shape != picture.shape[-2:]:
+            raise ValueError(
+                f"{what}: mask {number} is {mask.shape[1]}x{mask.shape[0]} pixels, but image {number} is "
+                f"{picture.shape[-1]}x{picture.shape[-2]}. Resize the mask to the image."
+            )
+        if not bool(torch.isfinite(mask).all()):
+            raise ValueError(f"{what}: mask {number} holds values that are not numbers.")
+        checked.append(mask.float().clamp(0, 1))
+    return checked
+
+
+def fit_picture(picture: Tensor, mask: Tensor | None, resolution: int, fit: Fit) -> tuple[Tensor, Tensor | None]:
+    """Bring a picture and its mask to resolution x resolution pixels.
+
+    crop: cover the square and cut the rest away. pad: fit inside and add grey, masked out. stretch: change the aspect.
+    (1, 3, h, w), (h, w) -> (1, 3, resolution, resolution), (resolution, resolution)
+    """
+    h, w = picture.shape[-2:]
+    if fit == "stretch":
+        return resized(picture, resolution, resolution), _resized_mask(mask, resolution, resolution)
+    ratio = (max if fit == "crop" else min)(resolution / h, resolution / w)
+    tall, wide = max(1, round(h * ratio)), max(1, round(w * ratio))
+    picture, mask = resized(picture, tall, wide), _resized_mask(mask, tall, wide)
+    if fit == "crop":
+        return center_crop(picture, resolution, resolution), _cropped_mask(mask, resolution, resolution)
+    if (tall, wide) == (resolution, resolution):
+        return picture, mask
+    top, left = (resolution - tall) // 2, (resolution - wide) // 2
+    border = (left, resolution - wide - left, top, resolution - tall - top)
+    inside = torch.ones(tall, wide, device=picture.device) if mask is None else mask
+    return F.pad(picture, border, value=GREY), F.pad(inside, border, value=0.0)
+
+
+def bucket_size(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """The size to train a picture at: about resolution^2 pixels, its own aspect, sides in steps of 64 pixels."""
+    snap = min(SNAP, resolution)
+    ratio = resolution / (height * width) ** 0.5
+    return tuple(max(snap, round(side * ratio / snap) * snap) for side in (height, width))
+
+
+def cover(picture: Tensor, mask: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Resize a picture and its mask until they cover `size` (height, width), and cut the rest away evenly."""
+    height, width = size
+    h, w = picture.shape[-2:]
+    ratio = max(height / h, width / w)
+    tall, wide = max(height, round(h * ratio)), max(width, round(w * ratio))
+    return (
+        center_crop(resized(picture, tall, wide), height, width),
+        _cropped_mask(_resized_mask(mask, tall, wide), height, width),
+    )
+
+
+def resized(picture: Tensor, height: int, width: int) -> Tensor:
+    if picture.shape[-2:] == (height, width):
+        return picture
+    return F.interpolate(picture, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def center_crop(picture: Tensor, height: int, width: int) -> Tensor:
+    top, left = (picture.shape[-2] - height) // 2, (picture.shape[-1] - width) // 2
+    return picture[..., top : top + height, left : left + width]
+
+
+def to_comfy(picture: Tensor) -> Tensor:
+    """(b, c, h, w) -> ComfyUI's IMAGE (b, h, w, c)"""
+    return rearrange(picture, "b c h w -> b h w c").contiguous()
+
+
+def encode_picture(vae: Any, picture: Tensor, latent_channels: int | None = None) -> Tensor:
+    """VAE latent of one picture, not yet scaled for a model. (1, 3, h, w) -> (1, c, h/8, w/8)
+
+    Raises ValueError when the VAE's latents are not what the model denoises.
+    """
+    latent = vae.encode(to_comfy(picture))
+    if latent.ndim != 4 or (latent_channels is not None and latent.shape[1] != latent_channels):
+        raise ValueError(
+            f"The connected VAE makes latents of {latent.shape[1]} channels and {latent.ndim - 2} dimensions, but the "
+            f"model wants {latent_channels or 4} channels and 2. Connect the VAE of the same base model."
+        )
+    return latent
+
+
+def _rgb(picture: Tensor, what: str) -> Tensor:
+    h, w, c = picture.shape
+    if h == 0 or w == 0:
+        raise ValueError(f"{what} has no pixels ({w}x{h}). Remove it.")
+    if not bool(torch.isfinite(picture).all()):
+        raise ValueError(f"{what} holds values that are not numbers (NaN or infinite). Remove it or save it again.")
+    picture = rearrange(picture.float().clamp(0, 1), "h w c -> 1 c h w")
+    if c == 3:
+        return picture
+    if c == 1:
+        return picture.expand(-1, 3, -1, -1)
+    if c == 4:
+        alpha = picture[:, 3:]
+        return picture[:, :3] * alpha + GREY * (1 - alpha)
+    raise ValueError(f"{what} has {c} channels; a picture has 1 (grey), 3 (RGB) or 4 (RGBA).")
+
+
+def _resized_mask(mask: Tensor | None, height: int, width: int) -> Tensor | None:
+    return None if mask is None else F.adaptive_avg_pool2d(mask[None], (height, width))[0]
+
+
+def _cropped_mask(mask: Tensor | None, height: int, width: int) -> Tensor | None:
+    return None if mask is None else center_crop(mask[None, None], height, width)[0, 0]

@@ -1,0 +1,69 @@
+"""From the inputs of an Apply node to an Injection, checked against the model that will draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.adapter import Adapter
+from ...core.image_prompt import ImagePrompt
+from .patch import Injection, Rows
+from .unet import describe
+
+BLOCK_CHOICES: dict[str, tuple[str, ...]] = {
+    "all": ("input", "middle", "output"),
+    "encoder": ("input",),
+    "middle": ("middle",),
+    "decoder": ("output",),
+    "middle and decoder": ("middle", "output"),
+}
+
+
+def injection_for(
+    model: Any,
+    adapter: Adapter,
+    image_prompt: ImagePrompt,
+    strength: float,
+    start_percent: float,
+    end_percent: float,
+    rows: Rows,
+    blocks: str,
+    area: Tensor | None,
+) -> Injection | None:
+    """Check that everything fits, and describe the injection; None when it would do nothing at all.
+
+    Raises ValueError when the model is no UNet we know, or another one than the adapter's, or when the image prompt
+    comes from another kind of VAE.
+    """
+    description = describe(model)
+    adapter.check_fits(*description)
+    _check_latents(model, image_prompt)
+    if area is not None and not bool(torch.isfinite(area).all()):
+        raise ValueError("The area mask holds values that are not numbers.")
+    stages = BLOCK_CHOICES[blocks]
+    chosen = frozenset(key for key in adapter.blocks() if key.stage in stages)
+    if strength == 0 or start_percent >= end_percent or not chosen:
+        return None
+    sampling = model.get_model_object("model_sampling")
+    return Injection(
+        adapter=adapter,
+        image_prompt=image_prompt,
+        strength=strength,
+        sigma_start=sampling.percent_to_sigma(start_percent),
+        sigma_end=sampling.percent_to_sigma(end_percent),
+        rows=rows,
+        blocks=chosen,
+        area=None if area is None else area.reshape(-1, *area.shape[-2:])[0].float().clamp(0, 1),
+    )
+
+
+def _check_latents(model: Any, image_prompt: ImagePrompt) -> None:
+    wanted = model.model.latent_format.latent_channels
+    for number, picture in enumerate(image_prompt.pictures, start=1):
+        if picture.latent.shape[1] != wanted:
+            raise ValueError(
+                f"Picture {number} of the image prompt has {picture.latent.shape[1]} latent channels, but the model "
+                f"wants {wanted}. Encode it with the VAE of this base model."
+            )

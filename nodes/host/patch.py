@@ -1,0 +1,265 @@
+"""Patches a ModelPatcher so that its UNet attends to image prompts while it samples.
+
+Nothing static is installed. One wrapper around every UNet call puts its function over whatever other packs have in
+that call's options, so it sees all of them, and forgets it afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...core.adapter import Adapter
+from ...core.image_prompt import ImagePrompt
+from ...core.injection import Reference, inject
+from ...core.kv import KV, BlockKey, KVBank
+from ...core.lora import Deltas
+from ...core.masks import token_weights
+from ...core.reference import block_key
+from .bank import host_attention, read_image_prompt
+
+log = logging.getLogger(__name__)
+
+WRAPPER_KEY = "sa_inject"
+RUN_KEY = "sa_inject_run"
+CONDITIONAL = 0  # how ComfyUI marks a chunk of conditional rows in `cond_or_uncond`
+
+Rows = Literal["conditional", "both"]
+AttentionPatch = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Injection:
+    """One Apply node: what to inject, how strongly, where and when."""
+
+    adapter: Adapter
+    image_prompt: ImagePrompt
+    strength: float
+    sigma_start: float  # active for sigma_end <= sigma <= sigma_start
+    sigma_end: float
+    rows: Rows
+    blocks: frozenset[BlockKey]
+    area: Tensor | None  # (h, w) in 0..1: where in the picture the reference may act
+
+    def active_at(self, sigma: float | None) -> bool:
+        return sigma is None or self.sigma_end <= sigma <= self.sigma_start
+
+
+@dataclass(eq=False)
+class SamplingRun:
+    """What lives as long as one sampling run: the banks, and what there is to tell at its end."""
+
+    seed: int = 0
+    banks: dict[tuple, KVBank] = field(default_factory=dict)
+    deltas: dict[tuple, Deltas] = field(default_factory=dict)
+    stepped_aside: dict[str, set[BlockKey]] = field(default_factory=dict)
+
+    def report(self) -> None:
+        for reason, blocks in self.stepped_aside.items():
+            log.info("SA-Inject stepped aside in %s: %s.", ", ".join(map(str, sorted(blocks))), reason)
+
+
+def patch_self_attention(model: Any, injection: Injection) -> Any:
+    """Return a clone of the model that injects; injections that it already has stay and add up."""
+    patched = model.clone()
+    earlier = _installed(patched)
+    wrapper = SelfAttentionInjection(patched.model, (*(earlier.injections if earlier else ()), injection))
+    for kind, function in (
+        (WrappersMP.OUTER_SAMPLE, wrapper.around_sampling),
+        (WrappersMP.PREPARE_SAMPLING, wrapper.around_preparation),
+        (WrappersMP.DIFFUSION_MODEL, wrapper),
+    ):
+        patched.wrappers.setdefault(kind, {})[WRAPPER_KEY] = [function]
+    return patched
+
+
+def _installed(patcher: Any) -> SelfAttentionInjection | None:
+    found = patcher.wrappers.get(WrappersMP.DIFFUSION_MODEL, {}).get(WRAPPER_KEY, [])
+    return found[0] if found else None
+
+
+class SelfAttentionInjection:
+    """The wrapper around every UNet call, and its two companions around the run. It holds no state of its own."""
+
+    def __init__(self, base: Any, injections: Sequence[Injection]) -> None:
+        self.base = base
+        self.injections = tuple(injections)
+
+    def around_sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Open a SamplingRun for the calls inside, and drop it with all its banks whatever happens."""
+        options = executor.class_obj.model_options.setdefault("transformer_options", {})
+        seed = kwargs.get("seed", args[7] if len(args) > 7 else None)
+        run = options[RUN_KEY] = SamplingRun(seed or 0)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            options.pop(RUN_KEY, None)
+            run.report()
+
+    def around_preparation(self, executor: Any, model: Any, noise_shape: Sequence[int], *args: Any, **kwargs: Any):
+        """Ask for room for the reference pass: its pictures count as further rows of the batch."""
+        cells = sum(p.latent.shape[-2] * p.latent.shape[-1] for i in self.injections for p in i.image_prompt.pictures)
+        rows = -(-cells // (noise_shape[-2] * noise_shape[-1]))
+        return executor(model, [noise_shape[0] + rows, *noise_shape[1:]], *args, **kwargs)
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        args, kwargs, options = _take_options(list(args), kwargs)
+        sigma = _sigma(options)
+        chunks = options.get("cond_or_uncond") or [CONDITIONAL]
+        run = options.get(RUN_KEY) or SamplingRun()
+        active = [
+            (injection, rows)
+            for injection in self.injections
+            if injection.active_at(sigma) and (rows := _injected_chunks(injection, chunks))
+        ]
+        if active:
+            sources = [
+                _Source(injection, rows, self._bank(run, injection, sigma, executor.original, args[0], options))
+                for injection, rows in active
+            ]
+            options = _with_injection(options, sources, len(chunks), run)
+        return executor(*args, options, **kwargs)
+
+    def _bank(
+        self, run: SamplingRun, injection: Injection, sigma: float | None, unet: Any, x: Tensor, options: dict
+    ) -> KVBank:
+        matched = injection.adapter.info.reference_mode == "matched"
+        level = sigma if matched else None
+        place = (id(injection), x.device, x.dtype)
+        key = (*place, level)
+        if key not in run.banks:
+            for stale in [k for k in run.banks if k[:3] == place]:
+                del run.banks[stale]  # one noise level at a time
+            adapter = injection.adapter
+            weights = (id(adapter), x.device, x.dtype)
+            if weights not in run.deltas:
+                run.deltas[weights] = adapter.lora.deltas(x.device, x.dtype)
+            run.banks[key] = read_image_prompt(
+                unet,
+                self.base,
+                adapter,
+                injection.image_prompt,
+                sigma=level,
+                noise_seed=run.seed,
+                blocks=injection.blocks,
+                deltas=run.deltas[weights],
+                like=x,
+                attention_options=_attention_override(options),
+            )
+        return run.banks[key]
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    injection: Injection
+    chunks: frozenset[int]  # which chunks of the batch see it
+    bank: KVBank
+
+
+def _with_injection(
+    options: dict[str, Any], sources: Sequence[_Source], chunk_count: int, run: SamplingRun
+) -> dict[str, Any]:
+    """Copy the call's options and put the injection over every block that a bank covers."""
+    replaced = options.get("patches_replace", {})
+    attn1 = dict(replaced.get("attn1", {}))
+    for key in {key for source in sources for key in source.bank}:
+        earlier = attn1.get(tuple(key)) or attn1.get((key.stage, key.index))
+        attn1[tuple(key)] = _InjectedAttention(sources, chunk_count, earlier, run)
+    return {**options, "patches_replace": {**replaced, "attn1": attn1}}
+
+
+class _InjectedAttention:
+    """The attention of one block while it is injected; lives for one UNet call."""
+
+    def __init__(
+        self, sources: Sequence[_Source], chunk_count: int, earlier: AttentionPatch | None, run: SamplingRun
+    ) -> None:
+        self._sources = sources
+        self._chunk_count = chunk_count
+        self._earlier = earlier
+        self._run = run
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        key = block_key(extra_options)
+        if self._earlier is not None:
+            # It may return v itself, or need a square attention map: longer keys and values would break it.
+            self._step_aside(key, "another node replaces the self-attention there")
+            return self._earlier(q, k, v, extra_options)
+        if q.shape[0] != k.shape[0]:
+            # Tiling nodes fold tiles of q into the batch and leave k and v whole; the kernels would reshape them so.
+            k, v = (x.reshape(q.shape[0], -1, x.shape[-1]) for x in (k, v))
+        attend = host_attention(extra_options)
+        heads = extra_options["n_heads"]
+        rows = q.shape[0] // self._chunk_count
+        outputs = []
+        for chunks in _runs_of_equal_sources(self._sources, self._chunk_count):
+            part = slice(chunks.start * rows, chunks.stop * rows)
+            own = KV(k[part], v[part])
+            references = self._references(chunks.start, key, q.shape[1], extra_options)
+            outputs.append(inject(q[part], own, references, heads, attend))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (b, n, heads*d)
+
+    def _references(self, chunk: int, key: BlockKey, queries: int, extra_options: dict[str, Any]) -> list[Reference]:
+        references = []
+        for source in self._sources:
+            if chunk not in source.chunks or key not in source.bank:
+                continue
+            injection = source.injection
+            query_mask = None
+            if injection.area is not None:
+                height, width = extra_options["activations_shape"][-2:]
+                if height * width != queries:
+                    self._step_aside(key, "tokens were merged or tiled there, so the area mask cannot be placed")
+                    continue
+                query_mask = token_weights(injection.area, height, width)
+            weight = injection.strength / len(injection.image_prompt.pictures)
+            references.append(Reference(source.bank[key], weight, query_mask=query_mask))
+        return references
+
+    def _step_aside(self, key: BlockKey, reason: str) -> None:
+        self._run.stepped_aside.setdefault(reason, set()).add(key)
+
+
+def _runs_of_equal_sources(sources: Sequence[_Source], chunk_count: int) -> list[range]:
+    """Neighbouring chunks that see the same sources, so that each run of them is one attention call."""
+    runs: list[range] = []
+    seen_before = None
+    for chunk in range(chunk_count):
+        seen = [chunk in source.chunks for source in sources]
+        if seen == seen_before:
+            runs[-1] = range(runs[-1].start, chunk + 1)
+        else:
+            runs.append(range(chunk, chunk + 1))
+        seen_before = seen
+    return runs
+
+
+def _injected_chunks(injection: Injection, chunks: Sequence[int]) -> frozenset[int]:
+    return frozenset(place for place, kind in enumerate(chunks) if injection.rows == "both" or kind == CONDITIONAL)
+
+
+def _take_options(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+    """Split transformer_options off a UNet call (x, timestep, context, y, control, transformer_options)."""
+    if "transformer_options" in kwargs:
+        kwargs = dict(kwargs)
+        options = kwargs.pop("transformer_options")
+        names = ("context", "y", "control")[len(args) - 2 :]
+        return [*args, *(kwargs.pop(name, None) for name in names)], kwargs, options
+    return args[:5], kwargs, args[5] if len(args) > 5 else {}
+
+
+def _sigma(options: dict[str, Any]) -> float | None:
+    sigmas = options.get("sigmas")
+    return None if sigmas is None else float(sigmas.flatten()[0])
+
+
+def _attention_override(options: dict[str, Any]) -> dict[str, Any]:
+    """The one thing of the main pass that the reference pass shares: another pack's attention kernel."""
+    name = "optimized_attention_override"
+    return {name: options[name]} if name in options else {}

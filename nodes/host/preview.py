@@ -1,0 +1,50 @@
+"""Pictures of what an adapter has learned, drawn by ComfyUI's own sampler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.sample
+import torch
+from torch import Tensor
+
+from ...core.adapter import Adapter
+from ...core.image_prompt import ImagePrompt
+from ...trainer.captions import TEMPLATES, subject_phrase
+from .patch import Injection, patch_self_attention
+from .text import clip_with_token
+
+STEPS = 20
+GUIDANCE = 4.0
+
+
+def draw_previews(
+    model: Any, clip: Any, vae: Any, adapter: Adapter, prompt: ImagePrompt, count: int, seed: int
+) -> Tensor:
+    """Draw the subject `count` times at the size of its first image prompt. -> IMAGE (count, h, w, 3)"""
+    taught = clip_with_token(clip, adapter.info.placeholder, adapter.tokens)
+    positive, negative = (
+        taught.encode_from_tokens_scheduled(taught.tokenize(text))
+        for text in (TEMPLATES[0].format(subject_phrase(adapter.info.placeholder, adapter.info.class_word)), "")
+    )
+    patched = patch_self_attention(model, full_injection(adapter, prompt))
+    latent = torch.zeros(count, *prompt.pictures[0].latent.shape[1:])
+    noise = comfy.sample.prepare_noise(latent, seed)
+    samples = comfy.sample.sample(
+        patched, noise, STEPS, GUIDANCE, "euler", "normal", positive, negative, latent, disable_pbar=True, seed=seed
+    )
+    return vae.decode(samples)
+
+
+def full_injection(adapter: Adapter, prompt: ImagePrompt) -> Injection:
+    """Everywhere, always, at full strength, in the conditional rows."""
+    return Injection(
+        adapter=adapter,
+        image_prompt=prompt,
+        strength=1.0,
+        sigma_start=float("inf"),
+        sigma_end=0.0,
+        rows="conditional",
+        blocks=frozenset(adapter.blocks()),
+        area=None,
+    )

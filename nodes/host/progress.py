@@ -1,0 +1,42 @@
+"""What the user sees of a training run while it lasts."""
+
+from __future__ import annotations
+
+import time
+
+import comfy.model_management as model_management
+from comfy.utils import ProgressBar
+from server import PromptServer
+
+from ...trainer.loop import Step
+
+SMOOTHING = 0.95  # of the shown loss: single steps of a diffusion loss say little
+
+
+class TrainingProgress:
+    """A progress bar with step, loss and time left, which also notices Cancel. Create it inside `execute`."""
+
+    def __init__(self, steps: int, node_id: str | None) -> None:
+        self._bar = ProgressBar(steps, node_id=node_id)
+        self._steps = steps
+        self._node_id = node_id
+        self._start = time.monotonic()
+        self._loss: float | None = None
+
+    def say(self, text: str) -> None:
+        if self._node_id is not None and getattr(PromptServer, "instance", None) is not None:
+            PromptServer.instance.send_progress_text(text, self._node_id)
+
+    def update(self, step: Step) -> None:
+        """Show a finished step. Raises the host's InterruptProcessingException when the user cancelled."""
+        self._loss = step.loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * step.loss
+        left = (time.monotonic() - self._start) / step.number * (self._steps - step.number)
+        self.say(f"step {step.number}/{self._steps}, loss {self._loss:.4f}, {_duration(left)} left")
+        self._bar.update_absolute(step.number, self._steps)
+        model_management.throw_exception_if_processing_interrupted()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

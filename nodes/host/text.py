@@ -1,0 +1,154 @@
+"""The learned word inside ComfyUI's text encoders: found in prompts, and given its vectors.
+
+The placeholder is turned into the tokenizer's own `embedding:` syntax, so that prompt weights, line breaks and clip
+skip work as they do for any embedding, and one tokenizer serves training and sampling alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.image_prompt import ReferenceText
+
+MARKER = "sa-inject-token-"  # followed by a number, so that several adapters can share one CLIP
+
+
+def encoder_tokenizers(clip: Any) -> dict[str, Any]:
+    """The CLIP tokenizers of a ComfyUI CLIP by the name of their encoder: {"clip_l": SDTokenizer, ...}."""
+    inner = vars(_unwrapped(clip.tokenizer)).values()
+    return {t.embedding_key: t for t in inner if hasattr(t, "_try_get_embedding")}
+
+
+def clip_with_token(clip: Any, placeholder: str, vectors: Mapping[str, Tensor]) -> Any:
+    """Return a clone of a CLIP that reads `placeholder` as the learned vectors, {encoder: (n, width)}.
+
+    The given CLIP, its tokenizer and its weights stay as they are. Raises ValueError when the text encoders and the
+    vectors do not belong together.
+    """
+    tokenizers = encoder_tokenizers(clip)
+    for name, tokenizer in tokenizers.items():
+        if name not in vectors:
+            raise ValueError(
+                f"The learned word '{placeholder}' was trained for {', '.join(vectors)}, but the connected CLIP has "
+                f"{', '.join(tokenizers)}. Connect the CLIP of the base model that the adapter was trained on."
+            )
+        if vectors[name].shape[-1] != tokenizer.embedding_size:
+            raise ValueError(
+                f"The learned word '{placeholder}' is {vectors[name].shape[-1]} wide for {name}, but the connected "
+                f"CLIP expects {tokenizer.embedding_size}. Connect the CLIP of the adapter's base model."
+            )
+    if not tokenizers:
+        raise ValueError("The connected CLIP has no CLIP text encoder that could hold a learned word.")
+    taught = clip.clone()
+    taught.tokenizer = TokenizerWithWord(clip.tokenizer, placeholder, vectors)
+    return taught
+
+
+class TokenizerWithWord:
+    """A ComfyUI tokenizer that knows one word more. Everything else is the wrapped tokenizer's."""
+
+    def __init__(self, tokenizer: Any, placeholder: str, vectors: Mapping[str, Tensor]) -> None:
+        self._tokenizer = copy.copy(_unwrapped(tokenizer))
+        self._words = {**getattr(tokenizer, "_words", {}), placeholder: dict(vectors)}
+        for attribute, inner in vars(self._tokenizer).items():
+            if hasattr(inner, "_try_get_embedding"):
+                setattr(self._tokenizer, attribute, self._taught(inner))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_tokenizer" not in self.__dict__:
+            raise AttributeError(name)  # while it is being copied there is nothing to ask yet
+        return getattr(self._tokenizer, name)
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
+        for number, placeholder in enumerate(self._words):
+            text = word_pattern(placeholder).sub(f" embedding:{MARKER}{number} ", text)
+        return self._tokenizer.tokenize_with_weights(text, return_word_ids, **kwargs)
+
+    def _taught(self, inner: Any) -> Any:
+        taught = copy.copy(inner)
+        if taught.embedding_directory is None:
+            taught.embedding_directory = []  # None would switch the `embedding:` syntax off
+        untaught = getattr(inner, "_sa_inject_original", inner._try_get_embedding)
+        vectors = [word[inner.embedding_key] for word in self._words.values()]
+
+        def try_get_embedding(name: str) -> tuple:
+            found = untaught(name)  # newer hosts return a third value: keep whatever comes
+            word = name.split()[0] if name.split() else ""
+            if not word.startswith(MARKER):
+                return found
+            return (vectors[int(word.removeprefix(MARKER))], *found[1:])
+
+        taught._try_get_embedding = try_get_embedding
+        taught._sa_inject_original = untaught
+        return taught
+
+
+def _unwrapped(tokenizer: Any) -> Any:
+    return tokenizer._tokenizer if isinstance(tokenizer, TokenizerWithWord) else tokenizer
+
+
+def word_pattern(placeholder: str) -> re.Pattern[str]:
+    """Match the placeholder as a whole word, in any case, as CLIP's lower-casing tokenizer would."""
+    return re.compile(rf"(?<!\w){re.escape(placeholder)}(?!\w)", re.IGNORECASE)
+
+
+def check_placeholder(clip: Any, placeholder: str) -> None:
+    """Refuse a word that cannot be learned safely. Raises ValueError with a word that can."""
+    if not placeholder or re.search(r"[\s():\\,]", placeholder) or placeholder.lower().startswith("embedding"):
+        raise ValueError(
+            f"The placeholder token is '{placeholder}'. Use one made-up word without spaces, commas, colons or "
+            "parentheses, such as 'sainj'."
+        )
+    for name, tokenizer in encoder_tokenizers(clip).items():
+        if len(_token_ids(tokenizer, placeholder)) == 1:
+            raise ValueError(
+                f"The placeholder token '{placeholder}' is an ordinary word of the text encoder's vocabulary "
+                f"({name}), whose meaning would be lost. Use a made-up word such as '{placeholder}xyz'."
+            )
+
+
+def class_word_vectors(clip: Any, class_word: str) -> dict[str, Tensor]:
+    """The embedding that the class word has now, the mean over its tokens: {encoder: (1, width)}, float32."""
+    vectors = {}
+    for name, tokenizer in encoder_tokenizers(clip).items():
+        ids = _token_ids(tokenizer, class_word)
+        if not ids:
+            raise ValueError("The class word is empty. Say what the subject is in a word, such as 'dog' or 'toy'.")
+        table = getattr(clip.cond_stage_model, name).transformer.get_input_embeddings()
+        rows = table(torch.tensor([ids], device=table.weight.device), out_dtype=torch.float32)
+        vectors[name] = rows[0].mean(dim=0, keepdim=True)
+    return vectors
+
+
+def encode_text(clip: Any, texts: Sequence[str]) -> ReferenceText:
+    """Encode texts, one row each, on an already loaded CLIP; gradients reach the learned word.
+
+    Shorter texts are repeated up to the longest's length, which does not change what cross-attention makes of them.
+    """
+    encoded = [_encode_one(clip, text) for text in texts]
+    length = math.lcm(*(cross_attn.shape[1] for cross_attn, _ in encoded))
+    cross_attn = torch.cat([c.repeat(1, length // c.shape[1], 1) for c, _ in encoded])  # (b, tokens, width)
+    pooled = [p for _, p in encoded]
+    return ReferenceText(cross_attn, None if any(p is None for p in pooled) else torch.cat(pooled))
+
+
+def _encode_one(clip: Any, text: str) -> tuple[Tensor, Tensor | None]:
+    stage = clip.cond_stage_model
+    stage.reset_clip_options()
+    if clip.layer_idx is not None:
+        stage.set_clip_options({"layer": clip.layer_idx})
+    cross_attn, pooled = stage.encode_token_weights(clip.tokenize(text))[:2]
+    return cross_attn, pooled
+
+
+def _token_ids(tokenizer: Any, word: str) -> list[int]:
+    """The vocabulary's numbers for a word, without the start and end tokens."""
+    ids = tokenizer.tokenizer(word)["input_ids"][tokenizer.tokens_start :]
+    return ids[:-1] if tokenizer.tokenizer_adds_end_token else ids

@@ -1,0 +1,236 @@
+"""One training run on a ComfyUI model: prepare it, train, and hand the model back as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as model_management
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...core.adapter import Adapter, AdapterInfo
+from ...core.image_prompt import ReferenceText
+from ...core.lora import SelfAttentionLoRA
+from ...trainer.captions import captions_for, subject_phrase
+from ...trainer.config import TrainConfig
+from ...trainer.examples import Example, TrainingSet
+from ...trainer.loop import Step, train
+from ...trainer.views import augmented_views
+from .denoiser import ComfyDenoiser
+from .images import bucket_size, cover, encode_picture
+from .text import check_placeholder, class_word_vectors, clip_with_token, word_pattern
+from .trainable import (
+    make_differentiable,
+    normal_tensor,
+    out_of_place_text_encoder,
+    recomputed_activations,
+    training_mode,
+)
+from .unet import UnetDescription, compute_dtype, describe
+
+log = logging.getLogger(__name__)
+
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+VIEWS = 8  # augmented image prompts for a picture that is alone
+FILE_DTYPE = torch.float16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be learned: pictures (1, 3, h, w), their masks and captions, and the word for it."""
+
+    pictures: Sequence[Tensor]
+    masks: Sequence[Tensor | None]
+    captions: Sequence[str] | None
+    placeholder: str
+    class_word: str
+    resolution: int
+
+
+def train_adapter(
+    model: Any,
+    clip: Any,
+    vae: Any,
+    subject: Subject,
+    config: TrainConfig,
+    precision: str,
+    checkpointing: bool,
+    name: str,
+    on_step: Callable[[Step], None],
+) -> tuple[Adapter, list[float]]:
+    """Train an adapter and return it with its loss history; `on_step` may raise to stop.
+
+    The values are rounded to what the file will hold, so that the adapter draws the same before and after a reload.
+    Weights of the model, the text encoder and the VAE keep every bit; patches are gone however this ends.
+    """
+    description = describe(model)
+    check_placeholder(clip, subject.placeholder)
+    captions = captions_for(
+        subject.captions,
+        len(subject.pictures),
+        subject.placeholder,
+        subject.class_word,
+        word_pattern(subject.placeholder),
+    )
+    initial = class_word_vectors(clip, subject.class_word)
+    data = _training_set(model, vae, subject, captions, config.seed)
+    patcher = _training_clone(model, PRECISIONS[precision])
+    losses: list[float] = []
+    try:
+        with training_mode(), contextlib.ExitStack() as undo:
+            model_management.load_models_gpu(
+                [patcher, clip.patcher], memory_required=1e20, force_full_load=True
+            )  # more than any device has: whatever else is loaded makes room
+            base = patcher.model
+            make_differentiable(base)
+            make_differentiable(clip.cond_stage_model)
+            undo.enter_context(out_of_place_text_encoder(clip))
+            if checkpointing:
+                undo.enter_context(recomputed_activations(base.diffusion_model))
+
+            dtype = compute_dtype(base)
+            config = dataclasses.replace(config, loss_scaling=dtype == torch.float16)
+            lora, tokens, taught = _trainables(clip, description, initial, subject.placeholder, config, patcher)
+            denoiser = ComfyDenoiser(
+                base,
+                patcher.get_model_object("model_sampling"),
+                taught,
+                description.layers,
+                patcher.load_device,
+                dtype,
+            )
+            phrase = subject_phrase(subject.placeholder, subject.class_word)
+            steps = train(
+                denoiser,
+                _normal(data),
+                lora,
+                list(tokens.values()),
+                phrase,
+                config,
+                device=patcher.load_device,
+                compute_dtype=dtype,
+            )
+            for step in steps:
+                losses.append(step.loss)
+                on_step(step)
+            with torch.no_grad():
+                adapter = _finished(name, description, subject, config, lora, tokens, denoiser.encode([phrase]), base)
+    finally:
+        if PRECISIONS[precision] is not None:
+            patcher.unpatch_model(patcher.offload_device)
+        model_management.soft_empty_cache()
+    log.info("Trained adapter '%s': %d steps, final loss %.4f.", name, len(losses), losses[-1])
+    return adapter, losses
+
+
+def _training_clone(model: Any, dtype: torch.dtype | None) -> Any:
+    """A patcher over the same weights whose compute precision may be set without touching the user's."""
+    dynamic = getattr(model, "is_dynamic", None)
+    patcher = model.clone(disable_dynamic=True) if dynamic is not None and dynamic() else model.clone()
+    if dtype is not None:
+        patcher.set_model_compute_dtype(dtype)
+    return patcher
+
+
+def _trainables(
+    clip: Any,
+    description: UnetDescription,
+    initial: dict[str, Tensor],
+    placeholder: str,
+    config: TrainConfig,
+    patcher: Any,
+) -> tuple[SelfAttentionLoRA, dict[str, nn.Parameter], Any]:
+    """The LoRA, the token embeddings, and a CLIP that reads the placeholder as them."""
+    generator = torch.Generator().manual_seed(config.seed)
+    lora = SelfAttentionLoRA(description.layers, config.rank, config.alpha, generator).to(patcher.load_device)
+    tokens = {
+        name: nn.Parameter(normal_tensor(vector).to(clip.patcher.load_device)) for name, vector in initial.items()
+    }
+    return lora, tokens, clip_with_token(clip, placeholder, tokens)
+
+
+def _training_set(
+    model: Any, vae: Any, subject: Subject, captions: Sequence[tuple[str, ...]], seed: int
+) -> TrainingSet:
+    """Encode every picture at its own aspect and about the wanted number of pixels."""
+    fitted = [
+        cover(picture, mask, bucket_size(*picture.shape[-2:], subject.resolution))
+        for picture, mask in zip(subject.pictures, subject.masks, strict=True)
+    ]
+    examples = [
+        _example(model, vae, picture, mask, caption) for (picture, mask), caption in zip(fitted, captions, strict=True)
+    ]
+    if len(examples) > 1:
+        return TrainingSet(examples)
+    log.info("There is one picture only: augmented views of it serve as image prompts.")
+    generator = torch.Generator().manual_seed(seed)
+    views = augmented_views(*fitted[0], VIEWS, generator)
+    return TrainingSet(examples, [_example(model, vae, picture, mask, captions[0]) for picture, mask in views])
+
+
+def _example(model: Any, vae: Any, picture: Tensor, mask: Tensor | None, captions: tuple[str, ...]) -> Example:
+    latent = encode_picture(vae, picture, model.model.latent_format.latent_channels)
+    small = None if mask is None else F.adaptive_avg_pool2d(mask[None, None], latent.shape[-2:])[0, 0]
+    return Example(model.model.process_latent_in(latent).cpu(), captions, small)
+
+
+def _normal(data: TrainingSet) -> TrainingSet:
+    """The same examples with tensors that autograd accepts."""
+
+    def normal(example: Example) -> Example:
+        mask = None if example.mask is None else normal_tensor(example.mask)
+        return Example(normal_tensor(example.latent), example.captions, mask)
+
+    return TrainingSet([normal(e) for e in data.examples], [normal(v) for v in data.views])
+
+
+def _finished(
+    name: str,
+    description: UnetDescription,
+    subject: Subject,
+    config: TrainConfig,
+    lora: SelfAttentionLoRA,
+    tokens: dict[str, nn.Parameter],
+    text: ReferenceText,
+    base: Any,
+) -> Adapter:
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", FILE_DTYPE).float()
+
+    lora.to(torch.device("cpu"))
+    lora.load_state_dict({key: rounded(tensor) for key, tensor in lora.state_dict().items()})
+    for parameter in lora.parameters():
+        parameter.requires_grad_(False)
+    settings = dataclasses.asdict(config)
+    return Adapter(
+        name=name,
+        info=AdapterInfo(
+            architecture=description.architecture,
+            layers=description.layers,
+            rank=config.rank,
+            alpha=config.alpha,
+            reference_mode=config.reference_mode,
+            placeholder=subject.placeholder,
+            class_word=subject.class_word,
+            training={
+                **settings,
+                "resolution": subject.resolution,
+                "pictures": len(subject.pictures),
+                "prediction_type": base.model_type.name.lower(),
+            },
+        ),
+        lora=lora,
+        tokens={encoder: rounded(vector) for encoder, vector in tokens.items()},
+        text=ReferenceText(rounded(text.cross_attn), None if text.pooled is None else rounded(text.pooled)),
+    )

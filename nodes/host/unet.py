@@ -1,0 +1,88 @@
+"""ComfyUI's diffusion model as the rest of the pack needs it: what kind it is, and what to feed it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from comfy.ldm.modules.attention import SpatialVideoTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor
+
+from ...core.image_prompt import ReferenceText
+from ...core.layers import SelfAttentionLayer, self_attention_layers
+
+FAMILIES: dict[int, str] = {768: "SD1.x", 1024: "SD2.x", 1280: "SDXL refiner", 2048: "SDXL"}  # by width of the text
+
+
+class UnetDescription(NamedTuple):
+    architecture: str
+    layers: tuple[SelfAttentionLayer, ...]
+
+
+class NetworkInputs(NamedTuple):
+    """What the diffusion model is called with, cast and scaled; all rows aligned."""
+
+    x: Tensor
+    timestep: Tensor
+    context: Tensor | None
+    y: Tensor | None
+
+
+def describe(model: Any) -> UnetDescription:
+    """Describe the UNet of a ModelPatcher. Raises ValueError, naming the model, when it is not a UNet we know."""
+    base = model.model
+    unet = getattr(base, "diffusion_model", None)
+    if not isinstance(unet, UNetModel) or any(isinstance(m, SpatialVideoTransformer) for m in unet.modules()):
+        raise ValueError(
+            f"SA-Inject works on the image UNets of SD1.x, SD2.x and SDXL, but the connected model is "
+            f"{type(base).__name__}. Connect a checkpoint of one of these families."
+        )
+    layers = self_attention_layers(unet)
+    if not layers:
+        raise ValueError(f"The connected {type(base).__name__} model has no self-attention layer to inject into.")
+    width = base.model_config.unet_config.get("context_dim")
+    return UnetDescription(FAMILIES.get(width, type(base).__name__), layers)
+
+
+def compute_dtype(base: Any) -> Any:
+    """The precision in which ComfyUI runs the model, whatever its weights are stored in."""
+    return base.manual_cast_dtype or base.get_dtype()
+
+
+def model_conditions(base: Any, latent: Tensor, text: ReferenceText) -> dict[str, Tensor]:
+    """Ask the model what it wants beside the latent: context, SDXL's size embedding, an inpainting model's mask.
+
+    latent (b, c, h, w) already scaled, text with b rows -> `c_crossattn`, and `y` and `c_concat` where wanted
+    """
+    b, _, h, w = latent.shape
+    conditions = base.extra_conds(
+        noise=latent,
+        latent_image=latent,  # only read for its shape: without a mask an inpainting model sees a blank picture
+        device=latent.device,
+        cross_attn=text.cross_attn,
+        pooled_output=text.pooled,
+        width=w * 8,
+        height=h * 8,
+        prompt_type="positive",
+    )
+    return {name: condition.process_cond(batch_size=b, area=None).cond for name, condition in conditions.items()}
+
+
+def network_inputs(base: Any, noisy: Tensor, sigma: Tensor, text: ReferenceText, dtype: Any) -> NetworkInputs:
+    """Scale and cast what a direct call of the diffusion model needs.
+
+    noisy (b, c, h, w), sigma (b,), text with b rows. Mirrors what BaseModel.apply_model does before the call, for the
+    two callers that must reach the UNet itself: another pack may be wrapped around apply_model.
+    """
+    conditions = model_conditions(base, noisy, text)
+    x = base.model_sampling.calculate_input(sigma, noisy)
+    if "c_concat" in conditions:
+        x = torch.cat([x, conditions["c_concat"].to(x)], dim=1)  # (b, c + extra, h, w)
+    y = conditions.get("y")
+    return NetworkInputs(
+        x=x.to(dtype),
+        timestep=base.model_sampling.timestep(sigma).float(),
+        context=conditions["c_crossattn"].to(x.device, dtype),
+        y=None if y is None else y.to(x.device, dtype),
+    )

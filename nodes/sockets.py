@@ -1,0 +1,7 @@
+"""The socket types of our own, and where our nodes stand in the menu."""
+
+from comfy_api.latest import io
+
+CATEGORY = "SA-Inject"
+SA_INJECT_ADAPTER = io.Custom("SA_INJECT_ADAPTER")
+IMAGE_PROMPT = io.Custom("IMAGE_PROMPT")
