@@ -1,0 +1,94 @@
+"""Fixtures of the tests on the real host: `comfy_host` in this process, `server` in one of its own."""
+
+import gc
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    return Path(os.environ["COMFYUI_PATH"]).resolve()
+
+
+@pytest.fixture(scope="session")
+def checkpoint_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny checkpoints survive the session."""
+    cache = getattr(request.config, "cache", None)
+    return cache.mkdir("sa-inject") if cache else tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def comfy_host(comfyui, checkpoint_cache, tmp_path_factory):
+    from tests.host.in_process import ComfyHost
+
+    return ComfyHost(comfyui, tmp_path_factory.mktemp("in-process"), checkpoint_cache)
+
+
+@pytest.fixture(scope="session")
+def load_checkpoint(comfy_host):
+    """`model, clip, vae = load_checkpoint("sd15")`, see `ComfyHost.load_checkpoint`."""
+    return comfy_host.load_checkpoint
+
+
+@pytest.fixture(scope="session")
+def pack_nodes(comfy_host) -> dict[str, type]:
+    """Our nodes by their id."""
+    return comfy_host.pack_nodes()
+
+
+@pytest.fixture(scope="session")
+def start_server(comfyui, checkpoint_cache, tmp_path_factory):
+    """`with start_server("--lowvram") as server:` for a server with other arguments than `server` has."""
+    from tests.host.server_process import ServerProcess
+    from tests.host.tiny_checkpoints import KINDS, tiny_checkpoint
+
+    def start(*arguments: str) -> ServerProcess:
+        base = tmp_path_factory.mktemp("server")
+        checkpoints = base / "models" / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        for kind in KINDS:
+            shutil.copy(tiny_checkpoint(kind, checkpoint_cache), checkpoints)
+        packs = {"sa-inject": ROOT, "probe-nodes": HERE / "probe_nodes"}
+        return ServerProcess(comfyui, base, packs, arguments)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def server(start_server):
+    """The server with our pack, `probe_nodes` and every tiny checkpoint (sd15.ckpt, ...), shared by the session."""
+    with start_server() as process:
+        yield process
+
+
+@pytest.fixture
+def client(server):
+    """The HTTP client of `server`."""
+    return server.client
+
+
+@pytest.fixture(autouse=True)
+def unload_models():
+    """Tests in this process leave no model, and no cancelled run, to the next."""
+    yield
+    management = sys.modules.get("comfy.model_management")
+    if management is not None:
+        management.interrupt_current_processing(False)
+        management.unload_all_models()
+        gc.collect()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    server = getattr(item, "funcargs", {}).get("server")
+    if report.failed and server is not None:
+        report.sections.append(("ComfyUI server log", server.log_tail()))
+    return report
