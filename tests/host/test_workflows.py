@@ -1,0 +1,129 @@
+"""Every shipped workflow runs on the real server, from the file that people open to pictures on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.host.workflow_to_prompt import workflow_to_prompt
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+OURS = {"TrainSAInjectAdapter", "LoadSAInjectAdapter", "EncodeImagePrompt", "ApplySelfAttnInjection"}
+SIDE = 64
+SMALL = {
+    "CheckpointLoaderSimple": {"ckpt_name": "sd15.ckpt"},
+    "TrainSAInjectAdapter": {"resolution": SIDE, "steps": 3, "rank": 4, "previews": 1},
+    "EncodeImagePrompt": {"resolution": SIDE},
+    "EmptyLatentImage": {"width": SIDE, "height": SIDE},
+    "KSampler": {"steps": 2},
+}
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def prompt_of(path: Path, client, **changes) -> dict:
+    graph = workflow_to_prompt(load(path), client.object_info())
+    for node in graph.values():
+        node["inputs"].update(SMALL.get(node["class_type"], {}))
+        node["inputs"].update(changes.get(node["class_type"], {}))
+    return graph
+
+
+@pytest.fixture(scope="module")
+def subject_folder(server) -> str:
+    """Pictures of different sizes with captions, in the host's input folder."""
+    folder = server.base / "input" / "sa-inject-demo"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, size in enumerate([(64, 64), (96, 64), (64, 64)]):
+        Image.new("RGB", size, (70 * number, 90, 200)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a photo of sainj toy")
+    Image.new("RGB", (80, 72), (200, 40, 40)).save(server.base / "input" / "example.png")
+    return folder.name
+
+
+@pytest.fixture(scope="module")
+def trained(server, subject_folder) -> tuple[str, dict]:
+    """(file name, outputs) of the training workflow."""
+    graph = prompt_of(
+        ROOT / "workflows" / "train.json", server.client, TrainSAInjectAdapter={"file_name": "from-train"}
+    )
+    extra = {"extra_pnginfo": {"workflow": load(ROOT / "workflows" / "train.json")}}
+    return "from-train.safetensors", server.client.run(graph, timeout=600, **extra)
+
+
+def test_every_workflow_has_a_thumbnail_that_the_frontend_shows():
+    assert {path.stem for path in WORKFLOWS} == {"train", "apply", "train_then_apply"}
+    for path in WORKFLOWS:
+        with Image.open(path.with_suffix(".jpg")) as picture:
+            assert picture.format == "JPEG"
+
+
+def test_the_host_lists_and_serves_the_workflows(client):
+    assert set(client.get("/workflow_templates")["sa-inject"]) == {path.stem for path in WORKFLOWS}
+    served = client.get("/api/workflow_templates/sa-inject/apply.json")
+    assert served == load(ROOT / "workflows" / "apply.json")
+
+
+def test_every_workflow_uses_our_nodes_and_only_nodes_that_exist(client):
+    known = set(client.object_info()) | {"MarkdownNote"}
+    for path in WORKFLOWS:
+        used = {node["type"] for node in load(path)["nodes"]}
+        assert used <= known
+        assert used & OURS
+
+
+def test_train_workflow_saves_an_adapter_and_shows_what_it_learned(server, trained):
+    name, outputs = trained
+    assert (server.base / "models" / "sa_inject" / name).exists()
+    shown = server.client.images(outputs)
+    assert len(shown) == 2  # the loss graph and the preview
+
+
+def test_dropping_the_adapter_file_on_the_canvas_opens_the_training_graph(server, trained):
+    from safetensors import safe_open
+
+    with safe_open(server.base / "models" / "sa_inject" / trained[0], framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["workflow"]) == load(ROOT / "workflows" / "train.json")
+    assert "TrainSAInjectAdapter" in {node["class_type"] for node in json.loads(metadata["prompt"]).values()}
+
+
+def test_apply_workflow_draws_with_a_saved_adapter(server, trained):
+    graph = prompt_of(
+        ROOT / "workflows" / "apply.json", server.client, LoadSAInjectAdapter={"adapter_name": trained[0]}
+    )
+    (picture,) = server.client.images(server.client.run(graph, timeout=300))
+    assert picture.size == (SIDE, SIDE)
+
+
+def test_train_then_apply_workflow_draws_base_and_adapter_differently(server, subject_folder):
+    graph = prompt_of(
+        ROOT / "workflows" / "train_then_apply.json",
+        server.client,
+        TrainSAInjectAdapter={"file_name": "from-both", "lora_learning_rate": 1e-2},
+    )
+    outputs = server.client.run(graph, timeout=600)
+    saved = {
+        node["inputs"]["filename_prefix"]: server.client.images({"": outputs[number]})[0]
+        for number, node in graph.items()
+        if node["class_type"] == "SaveImage"
+    }
+    assert set(saved) == {"sa_inject/base", "sa_inject/adapter"}
+    assert saved["sa_inject/base"].tobytes() != saved["sa_inject/adapter"].tobytes()
+
+
+def test_a_changed_prompt_does_not_train_again(server, subject_folder):
+    graph = prompt_of(
+        ROOT / "workflows" / "train_then_apply.json", server.client, TrainSAInjectAdapter={"file_name": "once"}
+    )
+    server.client.run(graph, timeout=600)
+    for node in graph.values():
+        if node["class_type"] == "CLIPTextEncode" and node["inputs"]["text"]:
+            node["inputs"]["text"] += ", at night"
+    server.client.run(graph, timeout=300)
+    folder = server.base / "models" / "sa_inject"
+    assert [path.name for path in folder.glob("once*")] == ["once.safetensors"]
