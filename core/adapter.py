@@ -54,7 +54,7 @@ class Adapter:
 
     def check_fits(self, architecture: str, layers: Sequence[SelfAttentionLayer]) -> None:
         """Refuse a model of another shape. Raises AdapterMismatch, naming both."""
-        if tuple(layers) == self.info.layers:
+        if architecture == self.info.architecture and tuple(layers) == self.info.layers:
             return
         raise AdapterMismatch(
             f"Adapter '{self.name}' was trained for {self.info.architecture} "

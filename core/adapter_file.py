@@ -80,7 +80,7 @@ def load_adapter(path: Path) -> Adapter:
             "Update SA-Inject, or train the adapter again."
         )
     info = _info(name, metadata)
-    lora = SelfAttentionLoRA(info.layers, info.rank, info.alpha)
+    lora = SelfAttentionLoRA(info.layers, info.rank, info.alpha, torch.Generator())
     _check_tensors(name, tensors, lora)
     lora.load_state_dict(tensors)
     return Adapter(
@@ -97,8 +97,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.stat().st_size == 0:
         raise AdapterFileError(f"'{name}' is empty. Copy or train it again.")
     with path.open("rb") as file:
-        start = file.read(8)
-    if start.startswith(PICKLE_STARTS):
+        start = file.read(9)
+    # Eight bytes of safetensors are a length, which may happen to look like a pickle; then its header opens.
+    if start.startswith(PICKLE_STARTS) and not start.endswith(b"{"):
         raise AdapterFileError(
             f"'{name}' is a pickled file, which could run code when opened; it was not opened. "
             "SA-Inject adapters are safetensors files."

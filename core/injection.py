@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .attention import Attention
 from .kv import KV
 
-EXCLUDED: float = -1.0e4  # a log weight whose exponential is zero in every floating type, finite in half precision
+EXCLUDED: float = -1.0e3  # a log weight whose exponential is zero, and which stays finite in half precision when scaled
 CHANNEL_MULTIPLE: int = 8  # fused attention kernels want head widths that are multiples of this
 
 

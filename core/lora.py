@@ -57,7 +57,8 @@ class SelfAttentionLoRA:
         }
         self.skeleton = _skeleton(layers, self._addresses)
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(self._addresses))
-        peft.inject_adapter_in_model(config, self.skeleton, adapter_name=ADAPTER_NAME)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws numbers of its own, which are not kept
+            peft.inject_adapter_in_model(config, self.skeleton, adapter_name=ADAPTER_NAME)
         for path in self._addresses:
             a, b = self._linears(path)
             a.to_empty(device="cpu")

@@ -1,0 +1,213 @@
+"""The reference pass against a second UNet whose weights carry the LoRA."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sa_inject.core.attention import differentiable_attention
+from sa_inject.core.kv import KV, BlockKey
+from sa_inject.core.layers import self_attention_layers
+from sa_inject.core.lora import SelfAttentionLoRA
+from sa_inject.core.reference import (
+    Recorded,
+    ReferencePassComplete,
+    ReferenceRecorder,
+    block_key,
+    run_to_last_layer,
+    select_tokens,
+)
+from tests.core.tiny_adapter import merged, random_lora
+from tests.tiny_unet import CONTEXT_DIM, TinyUNet
+
+LAYERS = self_attention_layers(TinyUNet())
+BLOCKS = tuple(layer.key for layer in LAYERS)
+
+
+def unet_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, 8, 6, generator=generator)
+    return x, torch.tensor([0.0, 400.0]), torch.randn(2, 5, CONTEXT_DIM, generator=generator)
+
+
+def recorder_for(lora: SelfAttentionLoRA, wanted=BLOCKS, **changes) -> ReferenceRecorder:
+    arguments = {"last": wanted[-1], "attend": differentiable_attention} | changes
+    return ReferenceRecorder(wanted, deltas=lora.deltas(torch.device("cpu"), torch.float32), **arguments)
+
+
+def reference_pass(unet: nn.Module, recorder: ReferenceRecorder) -> dict[BlockKey, Recorded]:
+    return run_to_last_layer(lambda: call(unet, recorder.transformer_options(BLOCKS)), recorder)
+
+
+def call(unet: nn.Module, options: dict[str, Any]) -> Tensor:
+    return unet(*unet_inputs(), transformer_options=options)
+
+
+@torch.no_grad()
+def plain_pass(unet: nn.Module) -> tuple[dict[BlockKey, KV], Tensor]:
+    """Keys and values of every self-attention, and the output, of a UNet that nothing is hooked into but this."""
+    seen: dict[tuple[BlockKey, str], Tensor] = {}
+    hooks = [
+        unet.get_submodule(f"{layer.path}.{name}").register_forward_hook(keep(seen, (layer.key, name)))
+        for layer in LAYERS
+        for name in ("to_k", "to_v")
+    ]
+    output = call(unet, {})
+    for hook in hooks:
+        hook.remove()
+    return {key: KV(seen[key, "to_k"], seen[key, "to_v"]) for key in BLOCKS}, output
+
+
+def keep(seen: dict, key: tuple[BlockKey, str]) -> Callable:
+    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        seen[key] = output
+
+    return hook
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return ((value - truth).norm() / truth.norm()).item()
+
+
+@torch.no_grad()
+def test_reference_pass_equals_a_unet_with_the_lora_merged():
+    unet = TinyUNet()
+    lora = random_lora(unet)
+    recorder = recorder_for(lora, stop_early=False)
+    output = call(unet, recorder.transformer_options(BLOCKS))
+    expected, expected_output = plain_pass(merged(unet, lora))
+    unadapted, unadapted_output = plain_pass(unet)
+    assert tuple(recorder.bank) == BLOCKS
+    for key, recorded in recorder.bank.items():
+        for ours, truth, without in zip(recorded.kv, expected[key], unadapted[key], strict=True):
+            assert relative_error(ours, truth) <= 1e-5, key
+            assert relative_error(without, truth) > 0.05, key  # the LoRA is large enough to be missed
+    assert relative_error(output, expected_output) <= 1e-5
+    assert relative_error(unadapted_output, expected_output) > 1e-3
+
+
+@torch.no_grad()
+def test_fresh_adapter_hands_over_the_unadapted_keys_and_values_exactly():
+    unet = TinyUNet()
+    bank = reference_pass(unet, recorder_for(SelfAttentionLoRA(LAYERS, 2, 2.0)))
+    expected, _ = plain_pass(unet)
+    assert all(torch.equal(x, y) for key in BLOCKS for x, y in zip(bank[key].kv, expected[key], strict=True))
+
+
+@torch.no_grad()
+def test_stopping_early_yields_the_same_bank_and_skips_the_rest():
+    unet = TinyUNet()
+    lora = random_lora(unet)
+    wanted = BLOCKS[1:5]
+    after = []
+    unet.get_submodule(LAYERS[4].path).to_out.register_forward_hook(lambda *_: after.append("to_out"))
+    unet.out.register_forward_hook(lambda *_: after.append("out"))
+    whole = reference_pass(unet, recorder_for(lora, wanted, stop_early=False))
+    assert after == ["to_out", "out"]
+    early = reference_pass(unet, recorder_for(lora, wanted))
+    assert after == ["to_out", "out"]
+    assert tuple(early) == tuple(whole) == wanted
+    for key in wanted:
+        assert all(torch.equal(x, y) for x, y in zip(early[key].kv, whole[key].kv, strict=True))
+
+
+def test_stopping_early_ends_the_call_with_an_exception_of_its_own():
+    unet = TinyUNet()
+    recorder = recorder_for(random_lora(unet))
+    with pytest.raises(ReferencePassComplete), torch.no_grad():
+        call(unet, recorder.transformer_options(BLOCKS))
+    assert tuple(recorder.bank) == BLOCKS
+
+
+@torch.no_grad()
+def test_size_of_a_layer_is_recorded_with_its_tokens():
+    bank = reference_pass(TinyUNet(), recorder_for(SelfAttentionLoRA(LAYERS, 2, 2.0)))
+    sizes = [(height, width) for _, height, width in bank.values()]
+    assert sizes == [(8, 6), (4, 3), (4, 3), (4, 3), (4, 3), (8, 6), (8, 6)]
+    widths = [layer.inner_dim for layer in LAYERS]
+    for (kv, height, width), inner_dim in zip(bank.values(), widths, strict=True):
+        assert kv.k.shape == kv.v.shape == (2, height * width, inner_dim)
+
+
+def test_gradient_reaches_every_matrix_and_no_frozen_weight():
+    unet = TinyUNet().requires_grad_(False)
+    lora = random_lora(unet)
+    bank = reference_pass(unet, recorder_for(lora))
+    generator = torch.Generator().manual_seed(2)
+    loss = torch.zeros(())
+    for recorded in bank.values():
+        for tensor in recorded.kv:
+            loss = loss + (tensor * torch.randn(tensor.shape, generator=generator)).sum()
+    loss.backward()
+    for name, parameter in lora.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+        assert parameter.grad.abs().max() > 1e-4, name
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+@torch.no_grad()
+def test_recomputed_block_keeps_the_tensors_that_the_graph_was_built_with():
+    unet = TinyUNet()
+    recorder = recorder_for(random_lora(unet))
+    first = dict(reference_pass(unet, recorder))
+    again = reference_pass(unet, recorder)
+    assert all(again[key] is first[key] for key in BLOCKS)
+
+
+def state_of(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, set[str]], int]:
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
+    attributes = {name: set(vars(module)) for name, module in unet.named_modules()}
+    return {name: tensor.clone() for name, tensor in unet.state_dict().items()}, attributes, hooks
+
+
+def same_state(one: tuple, other: tuple) -> bool:
+    tensors = all(torch.equal(one[0][name], tensor) for name, tensor in other[0].items())
+    return tensors and one[0].keys() == other[0].keys() and one[1:] == other[1:]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["success", "exception"])
+@torch.no_grad()
+def test_nothing_of_a_pass_remains(fails):
+    unet = TinyUNet()
+    before, output = state_of(unet), call(unet, {})
+    calls = []
+
+    def attend(q, k, v, heads):
+        calls.append(1)
+        if fails and len(calls) == 3:
+            raise MemoryError("no room")
+        return differentiable_attention(q, k, v, heads)
+
+    recorder = recorder_for(random_lora(unet), attend=attend)
+    options = recorder.transformer_options(BLOCKS)
+    patches = {name: list(functions) for name, functions in options["patches"].items()}
+    replacements = dict(options["patches_replace"]["attn1"])
+    if fails:
+        with pytest.raises(MemoryError, match="no room"):
+            run_to_last_layer(lambda: call(unet, options), recorder)
+    else:
+        run_to_last_layer(lambda: call(unet, options), recorder)
+    assert options["patches"] == patches and options["patches_replace"] == {"attn1": replacements}
+    assert not [key for key in options if str(key).startswith("sa_inject")]  # a tensor here would outlive the pass
+    assert same_state(state_of(unet), before)
+    assert torch.equal(call(unet, {}), output)
+
+
+def test_block_key_reads_the_address_that_the_host_passes():
+    options = {"block": ("input", 4), "block_index": 1, "transformer_index": 9, "n_heads": 8}
+    assert block_key(options) == BlockKey("input", 4, 1)
+
+
+def test_selected_tokens_are_those_of_one_row_that_are_kept():
+    kv = KV(torch.randn(3, 4, 6), torch.randn(3, 4, 6))
+    kept = torch.tensor([False, True, False, True])
+    selected = select_tokens(kv, 1, kept)
+    assert torch.equal(selected.k, kv.k[1:2, [1, 3]]) and torch.equal(selected.v, kv.v[1:2, [1, 3]])
+
+
+def test_without_a_mask_a_row_is_selected_whole():
+    kv = KV(torch.randn(3, 4, 6), torch.randn(3, 4, 6))
+    selected = select_tokens(kv, 2, None)
+    assert torch.equal(selected.k, kv.k[2:]) and torch.equal(selected.v, kv.v[2:])

@@ -1,0 +1,65 @@
+"""Adapters of the tiny UNet whose every number is a seed's, and the UNet that such an adapter stands for."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from sa_inject.core.adapter import Adapter, AdapterInfo
+from sa_inject.core.image_prompt import ReferenceText
+from sa_inject.core.layers import self_attention_layers
+from sa_inject.core.lora import KEY_PREFIX, SelfAttentionLoRA
+from tests.tiny_unet import CONTEXT_DIM, TinyUNet
+
+RANK, ALPHA = 3, 6.0
+
+
+def random_lora(unet: nn.Module, seed: int = 0, rank: int = RANK, alpha: float = ALPHA) -> SelfAttentionLoRA:
+    """A LoRA as training would leave it: `lora_B` is not zero, and its share of every projection is plain to see."""
+    generator = torch.Generator().manual_seed(seed)
+    lora = SelfAttentionLoRA(self_attention_layers(unet), rank, alpha, generator)
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.2, generator=generator)
+    return lora
+
+
+def merged(unet: nn.Module, lora: SelfAttentionLoRA) -> nn.Module:
+    """A deep copy with W + alpha/r B A for weights: the trainable copy that the reference pass saves us."""
+    unet = copy.deepcopy(unet)
+    tensors = lora.state_dict()
+    with torch.no_grad():
+        for path in lora_paths(tensors):
+            a, b = (tensors[f"{KEY_PREFIX}{path}.{matrix}.weight"] for matrix in ("lora_A", "lora_B"))
+            unet.get_submodule(path).weight += lora.alpha / lora.rank * b @ a
+    return unet
+
+
+def lora_paths(tensors: dict[str, Tensor]) -> list[str]:
+    """`base_model.model.middle_block.1....to_q.lora_A.weight` -> `middle_block.1....to_q`, each once"""
+    return [key.removeprefix(KEY_PREFIX).removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key]
+
+
+def random_adapter(name: str = "teapot", pooled: bool = False) -> Adapter:
+    unet = TinyUNet()
+    generator = torch.Generator().manual_seed(7)
+    return Adapter(
+        name=name,
+        info=AdapterInfo(
+            architecture="SD1.x",
+            layers=self_attention_layers(unet),
+            rank=RANK,
+            alpha=ALPHA,
+            reference_mode="matched",
+            placeholder="sks",
+            class_word="teapot",
+            training={"seed": 5, "steps": 400, "lora_learning_rate": 1e-4, "captions": ["a photo of sks teapot"]},
+        ),
+        lora=random_lora(unet),
+        tokens={"clip_l": torch.randn(2, 8, generator=generator), "clip_g": torch.randn(1, 12, generator=generator)},
+        text=ReferenceText(
+            torch.randn(1, 5, CONTEXT_DIM, generator=generator),
+            torch.randn(1, 6, generator=generator) if pooled else None,
+        ),
+    )

@@ -1,0 +1,45 @@
+"""Settings that cannot work are refused by their name."""
+
+import dataclasses
+
+import pytest
+
+from sa_inject.trainer.config import TrainConfig
+
+
+def test_defaults_are_those_of_the_method():
+    config = TrainConfig()
+    assert (config.rank, config.alpha, config.reference_mode) == (16, 16.0, "clean")
+    assert (config.lora_learning_rate, config.token_learning_rate) == (1e-4, 5e-4)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation", "rank"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_counts_below_one_are_refused_by_name_and_value(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value}; it must be at least 1"):
+        TrainConfig(**{name: value})
+    TrainConfig(**{name: 1})
+
+
+@pytest.mark.parametrize("name", ["lora_learning_rate", "token_learning_rate"])
+def test_negative_learning_rate_is_refused_by_name_and_value(name):
+    with pytest.raises(ValueError, match=f"^{name} is -0.1; it must not be negative"):
+        TrainConfig(**{name: -0.1})
+
+
+def test_one_learning_rate_may_be_zero_but_not_both():
+    TrainConfig(lora_learning_rate=0)
+    TrainConfig(token_learning_rate=0)
+    with pytest.raises(ValueError, match="Both learning rates are 0"):
+        TrainConfig(lora_learning_rate=0, token_learning_rate=0)
+
+
+def test_unknown_reference_mode_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="reference_mode is 'noisy'; it is one of clean, matched"):
+        TrainConfig(reference_mode="noisy")
+    assert TrainConfig(reference_mode="matched").reference_mode == "matched"
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().steps = 3

@@ -1,0 +1,109 @@
+"""The tiny UNet as the training loop's Denoiser: an epsilon model with a text encoder of one vector a word."""
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sa_inject.core.attention import differentiable_attention
+from sa_inject.core.image_prompt import ReferenceText
+from sa_inject.core.injection import Reference, inject
+from sa_inject.core.kv import KV
+from sa_inject.core.layers import self_attention_layers
+from sa_inject.core.lora import Deltas, SelfAttentionLoRA
+from sa_inject.core.reference import ReferenceRecorder, block_key, run_to_last_layer
+from sa_inject.trainer.denoiser import References
+from sa_inject.trainer.examples import Example
+from tests.tiny_unet import CONTEXT_DIM, IN_CHANNELS, TinyUNet
+
+PLACEHOLDER = "sks"
+PHRASE = "sks teapot"
+TEXT_LENGTH = 6
+CPU = torch.device("cpu")
+
+
+class TinyDenoiser:
+    """`token` (1, width) is the vector of the placeholder; the vector of any other word follows from its letters."""
+
+    def __init__(self, token: nn.Parameter) -> None:
+        self.unet = TinyUNet().requires_grad_(False)
+        self.layers = self_attention_layers(self.unet)
+        self.blocks = tuple(layer.key for layer in self.layers)
+        self.sigmas = torch.logspace(-1, 1, 20)
+        self.token = token
+
+    def encode(self, captions: Sequence[str]) -> ReferenceText:
+        return ReferenceText(torch.stack([self._caption(caption) for caption in captions]))
+
+    def _caption(self, caption: str) -> Tensor:
+        words = caption.split()[:TEXT_LENGTH]
+        vectors = [self.token[0] if word == PLACEHOLDER else word_vector(word) for word in words]
+        return F.pad(torch.stack(vectors), (0, 0, 0, TEXT_LENGTH - len(vectors)))  # (tokens, width)
+
+    def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return latent + noise * per_row(sigma)
+
+    def output_scale(self, sigma: Tensor) -> Tensor:
+        return -per_row(sigma)
+
+    def read_reference(
+        self, latent: Tensor, sigma: Tensor | None, text: ReferenceText, mask: Tensor | None, deltas: Deltas
+    ) -> References:
+        recorder = ReferenceRecorder(self.blocks, self.blocks[-1], deltas, differentiable_attention)
+        sigma = torch.zeros(latent.shape[0]) if sigma is None else sigma
+        options = recorder.transformer_options(self.blocks)
+        bank = run_to_last_layer(lambda: self._network(latent, sigma, text, options), recorder)
+        return {
+            key: Reference(kv, key_mask=None if mask is None else key_mask(mask, height, width))
+            for key, (kv, height, width) in bank.items()
+        }
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, text: ReferenceText, references: References | None) -> Tensor:
+        def attention(q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
+            reference = references[block_key(extra_options)]
+            return inject(q, KV(k, v), [reference], extra_options["n_heads"], differentiable_attention)
+
+        replacements = dict.fromkeys(references or (), attention)
+        epsilon = self._network(noisy, sigma, text, {"patches_replace": {"attn1": replacements}})
+        return noisy - per_row(sigma) * epsilon
+
+    def _network(self, noisy: Tensor, sigma: Tensor, text: ReferenceText, options: dict) -> Tensor:
+        scaled = noisy / (per_row(sigma).square() + 1).sqrt()
+        return self.unet(scaled, 1000 * sigma / (sigma + 1), text.cross_attn, transformer_options=options)
+
+
+def word_vector(word: str) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+    return torch.randn(CONTEXT_DIM, generator=generator)
+
+
+def key_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """mask (b, h, w) -> (b, height*width)"""
+    return F.adaptive_avg_pool2d(mask[:, None], (height, width)).flatten(1)
+
+
+def per_row(sigma: Tensor) -> Tensor:
+    return sigma.view(-1, 1, 1, 1)
+
+
+class Subject(NamedTuple):
+    """All that a run needs beside its data: a denoiser, and fresh trainables."""
+
+    denoiser: TinyDenoiser
+    lora: SelfAttentionLoRA
+    tokens: list[nn.Parameter]
+
+
+def fresh_subject(denoiser: type[TinyDenoiser] = TinyDenoiser, rank: int = 2) -> Subject:
+    token = nn.Parameter(word_vector("thing")[None])
+    model = denoiser(token)
+    lora = SelfAttentionLoRA(model.layers, rank, float(rank), torch.Generator().manual_seed(11))
+    return Subject(model, lora, [token])
+
+
+def example(seed: int, height: int = 4, width: int = 4, caption: str = "a photo of sks teapot", mask=None) -> Example:
+    generator = torch.Generator().manual_seed(seed)
+    return Example(torch.randn(1, IN_CHANNELS, height, width, generator=generator), (caption,), mask)
