@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ FORMAT_VERSION = "1"
 TOKEN_PREFIX = "token_embedding."
 TEXT_KEY = "reference_text.cross_attn"
 POOLED_KEY = "reference_text.pooled"
+MAX_RANK = 1024  # far above anything useful; a damaged number must not ask for all the memory there is
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -119,11 +121,15 @@ def _info(name: str, metadata: Mapping[str, str]) -> AdapterInfo:
         mode = metadata["reference_mode"]
         if mode not in REFERENCE_MODES:
             raise ValueError(f"reference_mode is '{mode}'")
+        layers = tuple(_layer(entry) for entry in json.loads(metadata["blocks"]))
+        rank, alpha = int(metadata["rank"]), float(metadata["alpha"])
+        if not layers or not 1 <= rank <= MAX_RANK or not 0 < alpha < math.inf:
+            raise ValueError(f"{len(layers)} blocks, rank {rank}, alpha {alpha}")
         return AdapterInfo(
             architecture=metadata["architecture"],
-            layers=tuple(_layer(entry) for entry in json.loads(metadata["blocks"])),
-            rank=int(metadata["rank"]),
-            alpha=float(metadata["alpha"]),
+            layers=layers,
+            rank=rank,
+            alpha=alpha,
             reference_mode=mode,
             placeholder=metadata["placeholder"],
             class_word=metadata["class_word"],
@@ -175,6 +181,12 @@ def _check_tensors(name: str, tensors: Mapping[str, Tensor], lora: SelfAttention
         raise AdapterFileError(
             f"'{name}': {key} has shape {tuple(tensors[key].shape)}, expected {tuple(expected[key])}. Train it again."
         )
+    dimensions = {**dict.fromkeys(tokens, 2), TEXT_KEY: 3, POOLED_KEY: 2}
+    for key, wanted in dimensions.items():
+        if key in tensors and tensors[key].ndim != wanted:
+            raise AdapterFileError(
+                f"'{name}': {key} has {tensors[key].ndim} dimensions, expected {wanted}. Train it again."
+            )
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise AdapterFileError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..core.adapter import REFERENCE_MODES, ReferenceMode
@@ -29,9 +30,14 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulation", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("lora_learning_rate", "token_learning_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("lora_learning_rate", "token_learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number that is not negative.")
+        for name in ("alpha", "max_gradient_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number above 0.")
+        if not 0 <= self.reference_dropout < 1:
+            raise ValueError(f"reference_dropout is {self.reference_dropout}; it is a share from 0 to below 1.")
         if self.lora_learning_rate == self.token_learning_rate == 0:
             raise ValueError("Both learning rates are 0, so nothing would be learned. Raise one of them.")
         if self.reference_mode not in REFERENCE_MODES:

@@ -228,6 +228,8 @@ BAD_TENSORS: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "two missing": ({FIRST_B: None, FIRST_B.replace("to_q", "to_v"): None}, f"lacks {FIRST_B} and 1 more. "),
     "surplus": ({"lora_te.weight": torch.ones(2)}, "holds lora_te.weight, which an adapter of format 1 does not have"),
     "misshapen": ({FIRST_B: torch.ones(8, 4)}, f"{FIRST_B} has shape (8, 4), expected (8, 3)"),
+    "token without vectors": ({"token_embedding.clip_l": torch.tensor(1.0)}, "clip_l has 0 dimensions, expected 2"),
+    "flat text": ({"reference_text.cross_attn": torch.ones(8)}, "cross_attn has 1 dimensions, expected 3"),
     "NaN in a matrix": ({FIRST_B: torch.full((8, 3), torch.nan)}, f"holds NaN or infinite values in {FIRST_B}"),
     "infinity in a token": (
         {"token_embedding.clip_g": torch.full((1, 12), torch.inf)},
@@ -264,6 +266,11 @@ def test_missing_metadata_is_refused_by_its_name(tmp_path, whole, entry):
         ("training", "{"),
         ("blocks", "[[1, 2]]"),
         ("blocks", "7"),
+        ("blocks", "[]"),
+        ("rank", "0"),
+        ("rank", "999999999"),
+        ("alpha", "nan"),
+        ("alpha", "-1"),
     ],
 )
 def test_unreadable_metadata_is_refused(tmp_path, whole, entry, value):

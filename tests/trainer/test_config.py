@@ -21,10 +21,24 @@ def test_counts_below_one_are_refused_by_name_and_value(name, value):
     TrainConfig(**{name: 1})
 
 
-@pytest.mark.parametrize("name", ["lora_learning_rate", "token_learning_rate"])
-def test_negative_learning_rate_is_refused_by_name_and_value(name):
-    with pytest.raises(ValueError, match=f"^{name} is -0.1; it must not be negative"):
-        TrainConfig(**{name: -0.1})
+@pytest.mark.parametrize("name", ["lora_learning_rate", "token_learning_rate", "weight_decay"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_rate_that_is_negative_or_no_number_is_refused_by_name_and_value(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value}; it must be a number that is not negative"):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["alpha", "max_gradient_norm"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
+def test_scale_that_is_not_above_zero_is_refused_by_name_and_value(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value}; it must be a number above 0"):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, float("nan")])
+def test_reference_dropout_is_a_share(value):
+    with pytest.raises(ValueError, match=f"reference_dropout is {value}; it is a share"):
+        TrainConfig(reference_dropout=value)
 
 
 def test_one_learning_rate_may_be_zero_but_not_both():
