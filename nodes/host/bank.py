@@ -31,7 +31,6 @@ def host_attention(extra_options: dict[str, Any]) -> Callable[[Tensor, Tensor, T
     return attend
 
 
-@torch.compiler.disable
 def read_image_prompt(
     unet: UnetCall,
     base: Any,
@@ -102,10 +101,10 @@ def _same_size(pictures: Sequence[Picture]) -> list[list[int]]:
 
 
 def _stack_texts(texts: Sequence[ReferenceText], device: torch.device) -> ReferenceText:
-    pooled = [text.pooled for text in texts]
+    pooled = [text.pooled[:1] for text in texts if text.pooled is not None]
     return ReferenceText(
         torch.cat([text.cross_attn[:1] for text in texts]).to(device),
-        None if any(p is None for p in pooled) else torch.cat([p[:1] for p in pooled]).to(device),
+        torch.cat(pooled).to(device) if len(pooled) == len(texts) else None,
     )
 
 

@@ -40,19 +40,19 @@ def injection_for(
     description = describe(model)
     adapter.check_fits(*description)
     _check_latents(model, image_prompt)
+    _check_texts(model, image_prompt)
     if area is not None and not bool(torch.isfinite(area).all()):
         raise ValueError("The area mask holds values that are not numbers.")
     stages = BLOCK_CHOICES[blocks]
     chosen = frozenset(key for key in adapter.blocks() if key.stage in stages)
     if strength == 0 or start_percent >= end_percent or not chosen:
         return None
-    sampling = model.get_model_object("model_sampling")
     return Injection(
         adapter=adapter,
         image_prompt=image_prompt,
         strength=strength,
-        sigma_start=sampling.percent_to_sigma(start_percent),
-        sigma_end=sampling.percent_to_sigma(end_percent),
+        start_percent=start_percent,
+        end_percent=end_percent,
         rows=rows,
         blocks=chosen,
         area=None if area is None else area.reshape(-1, *area.shape[-2:])[0].float().clamp(0, 1),
@@ -66,4 +66,15 @@ def _check_latents(model: Any, image_prompt: ImagePrompt) -> None:
             raise ValueError(
                 f"Picture {number} of the image prompt has {picture.latent.shape[1]} latent channels, but the model "
                 f"wants {wanted}. Encode it with the VAE of this base model."
+            )
+
+
+def _check_texts(model: Any, image_prompt: ImagePrompt) -> None:
+    wanted = model.model.model_config.unet_config["context_dim"]
+    for number, picture in enumerate(image_prompt.pictures, start=1):
+        width = wanted if picture.text is None else picture.text.cross_attn.shape[-1]
+        if width != wanted:
+            raise ValueError(
+                f"The conditioning of picture {number} of the image prompt is {width} wide, "
+                f"but the model wants {wanted}. Encode the text with the CLIP of this base model."
             )

@@ -26,9 +26,12 @@ from .bank import host_attention, read_image_prompt
 
 log = logging.getLogger(__name__)
 
+# A compiled model traces our wrapper too; the reference pass and its caches would make it compile again and again.
+uncompiled_read_image_prompt: Any = torch.compiler.disable(read_image_prompt)
+
 WRAPPER_KEY = "sa_inject"
 RUN_KEY = "sa_inject_run"
-CONDITIONAL = 0  # how ComfyUI marks a chunk of conditional rows in `cond_or_uncond`
+CONDITIONAL = 0  # how ComfyUI's own guiders mark a chunk of conditional rows in `cond_or_uncond`
 
 Rows = Literal["conditional", "both"]
 AttentionPatch = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
@@ -41,14 +44,17 @@ class Injection:
     adapter: Adapter
     image_prompt: ImagePrompt
     strength: float
-    sigma_start: float  # active for sigma_end <= sigma <= sigma_start
-    sigma_end: float
+    start_percent: float  # share of the schedule at which it begins to act
+    end_percent: float
     rows: Rows
     blocks: frozenset[BlockKey]
     area: Tensor | None  # (h, w) in 0..1: where in the picture the reference may act
 
-    def active_at(self, sigma: float | None) -> bool:
-        return sigma is None or self.sigma_end <= sigma <= self.sigma_start
+    def active_at(self, sigma: float | None, sampling: Any) -> bool:
+        """Asked while sampling, for a node after ours may have changed the schedule."""
+        if sigma is None:
+            return True
+        return sampling.percent_to_sigma(self.end_percent) <= sigma <= sampling.percent_to_sigma(self.start_percent)
 
 
 @dataclass(eq=False)
@@ -56,13 +62,40 @@ class SamplingRun:
     """What lives as long as one sampling run: the banks, and what there is to tell at its end."""
 
     seed: int = 0
+    guider: Any = None  # None, as all of the rest, for a UNet call outside of a sampling run
+    size: tuple[int, ...] | None = None  # (h, w) of the latent that is drawn
     banks: dict[tuple, KVBank] = field(default_factory=dict)
     deltas: dict[tuple, Deltas] = field(default_factory=dict)
-    stepped_aside: dict[str, set[BlockKey]] = field(default_factory=dict)
+    stepped_aside: dict[str, set[BlockKey]] = field(default_factory=dict)  # no blocks: in the whole call
+
+    def step_aside(self, reason: str, *blocks: BlockKey) -> None:
+        self.stepped_aside.setdefault(reason, set()).update(blocks)
 
     def report(self) -> None:
         for reason, blocks in self.stepped_aside.items():
-            log.info("SA-Inject stepped aside in %s: %s.", ", ".join(map(str, sorted(blocks))), reason)
+            where = ", ".join(map(str, sorted(blocks))) or "some calls of the UNet"
+            log.info("SA-Inject stepped aside in %s: %s.", where, reason)
+
+    def conditional_chunks(self, options: dict[str, Any]) -> frozenset[int]:
+        """The chunks of a UNet call that read the positive text."""
+        kinds = options.get("cond_or_uncond") or [CONDITIONAL]
+        uuids = options.get("uuids", [])
+        if len(uuids) != len(kinds):
+            uuids = [None] * len(kinds)
+        chunks = enumerate(zip(kinds, uuids, strict=True))
+        return frozenset(place for place, (kind, uuid) in chunks if self._is_conditional(kind, uuid))
+
+    def _is_conditional(self, kind: int, uuid: Any) -> bool:
+        """`kind` is a cond's place in the list that was handed over, and not every list opens with the positive:
+        DualCFGGuider's does not, nor does the extra pass of a guidance node. The cond's own id says more, but ComfyUI
+        copies ids from positive to negative for areas; then the place has to do.
+        """
+        conds = getattr(self.guider, "conds", {})
+        owners = [name for name, entries in conds.items() if any(c.get("uuid", self) == uuid for c in entries)]
+        is_positive = {name == "positive" for name in owners}
+        if "positive" not in conds or len(is_positive) != 1:
+            return kind == CONDITIONAL
+        return is_positive == {True}
 
 
 def patch_self_attention(model: Any, injection: Injection) -> Any:
@@ -95,7 +128,8 @@ class SelfAttentionInjection:
         """Open a SamplingRun for the calls inside, and drop it with all its banks whatever happens."""
         options = executor.class_obj.model_options.setdefault("transformer_options", {})
         seed = kwargs.get("seed", args[7] if len(args) > 7 else None)
-        run = options[RUN_KEY] = SamplingRun(seed or 0)
+        noise = args[0] if args else kwargs["noise"]
+        run = options[RUN_KEY] = SamplingRun(seed or 0, executor.class_obj, tuple(noise.shape[-2:]))
         try:
             return executor(*args, **kwargs)
         finally:
@@ -109,22 +143,25 @@ class SelfAttentionInjection:
         return executor(model, [noise_shape[0] + rows, *noise_shape[1:]], *args, **kwargs)
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        args, kwargs, options = _take_options(list(args), kwargs)
+        positional, kwargs, options = _take_options(args, kwargs)
         sigma = _sigma(options)
-        chunks = options.get("cond_or_uncond") or [CONDITIONAL]
         run = options.get(RUN_KEY) or SamplingRun()
-        active = [
-            (injection, rows)
-            for injection in self.injections
-            if injection.active_at(sigma) and (rows := _injected_chunks(injection, chunks))
-        ]
-        if active:
-            sources = [
-                _Source(injection, rows, self._bank(run, injection, sigma, executor.original, args[0], options))
-                for injection, rows in active
-            ]
-            options = _with_injection(options, sources, len(chunks), run)
-        return executor(*args, options, **kwargs)
+        chunk_count = len(options.get("cond_or_uncond") or [CONDITIONAL])
+        conditional = run.conditional_chunks(options)
+        is_part = run.size not in (None, tuple(positional[0].shape[-2:]))
+        sources = []
+        for injection in self.injections:
+            chunks = frozenset(range(chunk_count)) if injection.rows == "both" else conditional
+            if not chunks or not injection.active_at(sigma, self.base.model_sampling):
+                continue
+            if is_part and injection.area is not None:
+                run.step_aside("they draw only a part of the picture, so the area mask cannot be placed")
+                continue
+            bank = self._bank(run, injection, sigma, executor.original, positional[0], options)
+            sources.append(_Source(injection, chunks, bank))
+        if sources:
+            options = _with_injection(options, sources, chunk_count, run)
+        return executor(*positional, options, **kwargs)
 
     def _bank(
         self, run: SamplingRun, injection: Injection, sigma: float | None, unet: Any, x: Tensor, options: dict
@@ -140,7 +177,7 @@ class SelfAttentionInjection:
             weights = (id(adapter), x.device, x.dtype)
             if weights not in run.deltas:
                 run.deltas[weights] = adapter.lora.deltas(x.device, x.dtype)
-            run.banks[key] = read_image_prompt(
+            run.banks[key] = uncompiled_read_image_prompt(
                 unet,
                 self.base,
                 adapter,
@@ -189,7 +226,7 @@ class _InjectedAttention:
         key = block_key(extra_options)
         if self._earlier is not None:
             # It may return v itself, or need a square attention map: longer keys and values would break it.
-            self._step_aside(key, "another node replaces the self-attention there")
+            self._run.step_aside("another node replaces the self-attention there", key)
             return self._earlier(q, k, v, extra_options)
         if q.shape[0] != k.shape[0]:
             # Tiling nodes fold tiles of q into the batch and leave k and v whole; the kernels would reshape them so.
@@ -215,15 +252,12 @@ class _InjectedAttention:
             if injection.area is not None:
                 height, width = extra_options["activations_shape"][-2:]
                 if height * width != queries:
-                    self._step_aside(key, "tokens were merged or tiled there, so the area mask cannot be placed")
+                    self._run.step_aside("tokens were merged or tiled there, so the area mask cannot be placed", key)
                     continue
                 query_mask = token_weights(injection.area, height, width)
             weight = injection.strength / len(injection.image_prompt.pictures)
             references.append(Reference(source.bank[key], weight, query_mask=query_mask))
         return references
-
-    def _step_aside(self, key: BlockKey, reason: str) -> None:
-        self._run.stepped_aside.setdefault(reason, set()).add(key)
 
 
 def _runs_of_equal_sources(sources: Sequence[_Source], chunk_count: int) -> list[range]:
@@ -240,11 +274,7 @@ def _runs_of_equal_sources(sources: Sequence[_Source], chunk_count: int) -> list
     return runs
 
 
-def _injected_chunks(injection: Injection, chunks: Sequence[int]) -> frozenset[int]:
-    return frozenset(place for place, kind in enumerate(chunks) if injection.rows == "both" or kind == CONDITIONAL)
-
-
-def _take_options(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+def _take_options(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any], dict[str, Any]]:
     """Split transformer_options off a UNet call (x, timestep, context, y, control, transformer_options)."""
     if "transformer_options" in kwargs:
         kwargs = dict(kwargs)

@@ -1,0 +1,279 @@
+"""The reference pass against a UNet whose weights have the LoRA merged in, and the injection against its formula.
+
+The merged UNet is a copy that ComfyUI calls as it calls any model; nothing of the pack runs in it but the addresses of
+the self-attention layers.
+"""
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sa_inject.core.image_prompt import ImagePrompt  # pyright: ignore[reportMissingImports]
+from sa_inject.core.kv import KV, BlockKey  # pyright: ignore[reportMissingImports]
+from tests.host.adapters import (
+    FIRST,
+    Spy,
+    apply,
+    base_model,
+    call_unet,
+    load,
+    make_adapter,
+    make_prompt,
+    naive_attention,
+    random,
+    reference_text,
+    relative_error,
+)
+from tests.host.tiny_checkpoints import KINDS
+
+EXACT = 1e-5
+SIGMA = 3.0
+
+
+@torch.inference_mode()
+def merged_model(model: Any, adapter: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A copy of the loaded BaseModel in `dtype`, with alpha / r * B A added to its weights."""
+    merged = copy.deepcopy(model.model).to(dtype)
+    merged.manual_cast_dtype = dtype
+    tensors = adapter.lora.state_dict()
+    scaling = adapter.info.alpha / adapter.info.rank
+    for name in [name for name in tensors if ".lora_A." in name]:
+        path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        linear = merged.diffusion_model.get_submodule(path)
+        product = tensors[name.replace(".lora_A.", ".lora_B.")].double() @ tensors[name].double()
+        linear.weight.copy_(linear.weight.double() + scaling * product)
+    return merged
+
+
+@torch.inference_mode()
+def keys_and_values(merged: Any, adapter: Any, latent: Tensor, sigma: float) -> dict[BlockKey, KV]:
+    """What the self-attentions of the merged UNet compute when ComfyUI calls it on one latent (1, 4, h, w)."""
+    import comfy.sampler_helpers
+    import comfy.samplers
+
+    text = adapter.text
+    entry = {} if text.pooled is None else {"pooled_output": text.pooled}
+    (cond,) = comfy.samplers.encode_model_conds(
+        merged.extra_conds,
+        comfy.sampler_helpers.convert_cond([[text.cross_attn, entry]]),
+        latent,
+        latent.device,
+        "positive",
+        latent_image=latent,
+        denoise_mask=None,
+    )
+    conds = {name: cond.process_cond(batch_size=1, area=None).cond for name, cond in cond["model_conds"].items()}
+    found: dict[BlockKey, list[Tensor]] = {}
+    hooks = []
+    for layer in adapter.info.layers:
+        attention = merged.diffusion_model.get_submodule(layer.path)
+        for projection in (attention.to_k, attention.to_v):
+            keep = found.setdefault(layer.key, []).append
+            hooks.append(projection.register_forward_hook(lambda module, inputs, out, keep=keep: keep(out)))
+    merged.apply_model(latent, torch.tensor([sigma]), **conds)
+    for hook in hooks:
+        hook.remove()
+    return {key: KV(*both) for key, both in found.items()}
+
+
+def expected_bank(model: Any, adapter: Any, prompt: Any) -> dict[BlockKey, KV]:
+    """What a clean reference pass hands over: every picture alone, in order."""
+    merged = merged_model(model, adapter)
+    lowest = float(merged.model_sampling.sigma_min)
+    banks = [keys_and_values(merged, adapter, merged.process_latent_in(p.latent), lowest) for p in prompt.pictures]
+    return {
+        key: KV(torch.cat([bank[key].k for bank in banks], 1), torch.cat([bank[key].v for bank in banks], 1))
+        for key in adapter.blocks()
+    }
+
+
+def call_once(patched: Any, sigma: float = SIGMA, seed: int = 0) -> dict[BlockKey, KV]:
+    """Call the patched UNet, loaded already in whatever way, and return the bank that this filled."""
+    from sa_inject.nodes.host.patch import RUN_KEY, SamplingRun  # pyright: ignore[reportMissingImports]
+
+    run = SamplingRun(seed)
+    text = reference_text(patched, seed=5)
+    conditions = {} if text.pooled is None else {"y": random(1, 2816, seed=6)}
+    channels = patched.model.diffusion_model.input_blocks[0][0].in_channels
+    if channels > 4:
+        conditions["c_concat"] = random(1, channels - 4, 8, 8, seed=7)
+    call_unet(patched, random(1, 4, 8, 8, seed=8), sigma, text.cross_attn, [0], conditions, **{RUN_KEY: run})
+    (bank,) = run.banks.values()
+    return bank
+
+
+def worst_error(found: dict[BlockKey, KV], expected: dict[BlockKey, KV]) -> float:
+    assert list(found) == list(expected)
+    return max(relative_error(a, b) for key in expected for a, b in zip(found[key], expected[key], strict=True))
+
+
+@dataclass
+class Truth:
+    model: Any
+    adapter: Any
+    prompt: Any
+    bank: dict[BlockKey, KV]
+
+
+@pytest.fixture(scope="module")
+def truth(comfy_host):
+    """`truth("sd15")`: a fully loaded model, an adapter, three pictures of two sizes, and the bank to be expected."""
+
+    @functools.cache
+    def compute(kind: str) -> Truth:
+        model = load(base_model(comfy_host, kind))
+        adapter, prompt = make_adapter(model), make_prompt((8, 8), (8, 16), (8, 8))
+        return Truth(model, adapter, prompt, expected_bank(model, adapter, prompt))
+
+    return compute
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference_pass_equals_a_unet_with_the_lora_merged(comfy_host, truth, kind):
+    true = truth(kind)
+    found = call_once(load(apply(comfy_host, true.model, true.adapter, true.prompt)))
+    assert worst_error(found, true.bank) < EXACT
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_injection_equals_its_formula(comfy_host, truth, kind, strength):
+    true = truth(kind)
+    prompt = true.prompt if strength != 1 else ImagePrompt(true.prompt.pictures[:1])  # 1 is plain concatenation
+    spy = Spy()
+    call_once(load(spy.on(apply(comfy_host, true.model, true.adapter, prompt, strength=strength))))
+    assert [a.key for a in spy.attended] == list(true.adapter.blocks())
+    for a in spy.attended:
+        reference = true.bank[a.key]
+        if strength == 1:
+            tokens = a.k.shape[1]  # the first picture is as large as the one that is drawn
+            reference = KV(reference.k[:, :tokens], reference.v[:, :tokens])
+        expected = naive_attention(a.q, KV(a.k, a.v), [(reference, strength / len(prompt.pictures))], a.heads)
+        assert relative_error(a.out, expected) < EXACT
+        assert a.injected_rows() == [0]
+
+
+def test_the_lora_of_these_tests_can_be_seen(truth):
+    true = truth("sd15")
+    without = make_adapter(true.model)
+    without.lora.load_state_dict({name: 0 * tensor for name, tensor in without.lora.state_dict().items()})
+    assert worst_error(expected_bank(load(true.model), without, true.prompt), true.bank) > 0.1
+
+
+@pytest.fixture
+def own_model(comfy_host):
+    """A model that no other test shares, for loading it in unusual ways."""
+    return comfy_host.load_checkpoint("sd15")[0]
+
+
+def with_user_lora(model: Any, strength: float = 0.8) -> Any:
+    """A LoRA of another pack on self-attention, cross-attention and feed-forward layers."""
+    import comfy.sd
+
+    block = "input_blocks.1.1.transformer_blocks.0"
+    linears = [f"{block}.{name}" for name in ("attn1.to_k", "attn1.to_v", "attn1.to_q", "attn2.to_k", "ff.net.2")]
+    tensors = {}
+    for place, path in enumerate(linears):
+        out, inner = model.model.diffusion_model.get_submodule(path).weight.shape
+        tensors[f"diffusion_model.{path}.lora_up.weight"] = random(out, 2, seed=place) * 0.2
+        tensors[f"diffusion_model.{path}.lora_down.weight"] = random(2, inner, seed=10 + place) * 0.2
+    patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, strength, 0.0)
+    assert len(patched.patches) == len(linears)
+    return patched
+
+
+def load_in_part(model: Any, share: float) -> Any:
+    """Load as with too little memory: what exceeds this share of the weights is cast when it is needed."""
+    with torch.inference_mode():
+        model.patch_model(model.load_device, lowvram_model_memory=max(1, int(share * model.model_size())))
+    assert model.model.model_lowvram
+    return model
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_reference_pass_is_exact_when_weights_are_offloaded(comfy_host, own_model, has_lora, share):
+    model = with_user_lora(own_model) if has_lora else own_model
+    adapter, prompt = make_adapter(model), make_prompt()
+    patched = load_in_part(apply(comfy_host, model, adapter, prompt), share)
+    assert patched.lowvram_patch_counter() > 0 or not has_lora
+    assert worst_error(call_once(patched), expected_bank(patched, adapter, prompt)) < EXACT
+
+
+def test_reference_pass_reads_through_the_users_lora(comfy_host, own_model):
+    adapter, prompt = make_adapter(own_model), make_prompt()
+    plain = expected_bank(load(own_model), adapter, prompt)
+    for order in (
+        lambda: apply(comfy_host, with_user_lora(own_model), adapter, prompt),
+        lambda: with_user_lora(apply(comfy_host, own_model, adapter, prompt)),
+    ):
+        patched = load(order())
+        found = call_once(patched)
+        assert worst_error(found, expected_bank(patched, adapter, prompt)) < EXACT
+        assert worst_error(found, plain) > 0.01
+
+
+@pytest.mark.parametrize("share", [None, 0.0])
+def test_reference_pass_is_exact_over_fp8_storage(comfy_host, share):
+    model = comfy_host.load_checkpoint("sd15", model_options={"dtype": torch.float8_e4m3fn})[0]
+    assert model.model.diffusion_model.input_blocks[1][1].proj_in.weight.dtype == torch.float8_e4m3fn
+    adapter, prompt = make_adapter(model), make_prompt()
+    patched = apply(comfy_host, model, adapter, prompt)
+    patched = load(patched) if share is None else load_in_part(patched, share)
+    assert worst_error(call_once(patched), expected_bank(patched, adapter, prompt)) < EXACT
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize("has_area", [False, True])
+def test_reference_pass_and_injection_run_in_half_precision(comfy_host, own_model, truth, dtype, tolerance, has_area):
+    adapter, prompt = make_adapter(own_model), ImagePrompt(truth("sd15").prompt.pictures[::2])
+    area = None
+    weights: Tensor | float = 0.5
+    if has_area:  # the right half; black is where logarithms and half precision meet
+        area = torch.zeros(1, 64, 64)
+        area[:, :, 32:] = 1
+        weights = (0.5 * area[0, ::8, ::8]).flatten()
+    spy = Spy(keys=(FIRST,))
+    model = spy.on(apply(comfy_host, own_model, adapter, prompt, area=area, blocks="encoder"))
+    model.set_model_compute_dtype(dtype)
+    bank = call_once(load(model))
+    assert {x.dtype for kv in bank.values() for x in kv} == {dtype}
+    for key in bank:  # the tokens of the second picture, which is the third of the prompt of `truth`
+        tokens = bank[key].k.shape[1] // 2
+        assert relative_error(bank[key].k[:, tokens:], truth("sd15").bank[key].k[:, -tokens:]) < tolerance
+    (a,) = spy.attended
+    assert a.out.dtype == dtype
+    expected = naive_attention(a.q, KV(a.k, a.v), [(bank[FIRST], weights)], a.heads)
+    assert float(relative_error(a.out, expected)) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd2_v", "sdxl"])
+def test_matched_mode_reads_the_picture_noised_to_the_step(comfy_host, kind):
+    """What the UNet is given is the picture plus one noise, times the sigma of the step; the rest follows from it."""
+    model = load(base_model(comfy_host, kind))
+    adapter, prompt = make_adapter(model, "matched"), make_prompt()
+    patched = load(apply(comfy_host, model, adapter, prompt))
+    clean = model.model.process_latent_in(prompt.pictures[0].latent)
+    seen: list[Tensor] = []
+    first = model.model.diffusion_model.input_blocks[0][0]  # the blocks themselves are never called
+    hook = first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    sigmas = (0.7, 5.0)
+    banks = [call_once(patched, sigma=sigma, seed=3) for sigma in sigmas]
+    call_once(patched, seed=4)
+    hook.remove()
+    given = seen[::2]  # the reference pass comes before the call that asked for it
+    noises = [
+        (x[:, :4] * (sigma**2 + 1) ** 0.5 - clean) / sigma for x, sigma in zip(given, (*sigmas, SIGMA), strict=True)
+    ]
+    assert relative_error(noises[0], noises[1]) < 1e-4  # every step sees the same picture, noised further
+    assert (noises[0] - noises[2]).std() > 0.5  # another seed, another noise
+    assert 0.8 < noises[0].std() < 1.2
+    merged = merged_model(model, adapter)
+    for sigma, bank in zip(sigmas, banks, strict=True):
+        noisy = clean + sigma * noises[0]
+        assert worst_error(bank, keys_and_values(merged, adapter, noisy, sigma)) < 1e-4

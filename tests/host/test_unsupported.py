@@ -1,0 +1,141 @@
+"""Models and adapters that do not fit are refused by the node, in words that name what was connected."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.host.adapters import apply, base_model, make_adapter, make_prompt, random
+
+FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "patch_size": 2,
+    "out_channels": 16,
+    "vec_in_dim": 8,
+    "context_in_dim": 8,
+    "hidden_size": 16,
+    "mlp_ratio": 1.0,
+    "num_heads": 2,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [2, 4, 2],
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": True,
+}
+SD3 = {
+    "in_channels": 16,
+    "patch_size": 2,
+    "pos_embed_max_size": 8,
+    "depth": 1,
+    "adm_in_channels": 8,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 8, "out_features": 64}},
+}
+SVD = {
+    "image_size": 32,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "in_channels": 8,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [1],
+    "channel_mult": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+    "transformer_depth_middle": 1,
+    "num_heads": -1,
+    "num_head_channels": 32,
+    "use_linear_in_transformer": True,
+    "context_dim": 32,
+    "adm_in_channels": 8,
+    "use_temporal_attention": True,
+    "use_temporal_resblock": True,
+    "extra_ff_mix_layer": True,
+    "merge_strategy": "learned_with_images",
+    "merge_factor": 0.0,
+    "video_kernel_size": [3, 1, 1],
+}
+
+
+def model_of(family: str, unet_config: dict[str, Any]):
+    """A real model of another family with next to nothing in it, as the host's loader would build it."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = getattr(comfy.supported_models, family)({**unet_config, "dtype": torch.float32})
+    with torch.inference_mode():
+        base = config.get_model({}, "", device=torch.device("cpu"))
+    return comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def sd15(comfy_host):
+    return base_model(comfy_host, "sd15")
+
+
+@pytest.mark.parametrize(
+    "family, unet_config, name",
+    [("Flux", FLUX, "Flux"), ("SD3", SD3, "SD3"), ("SVD_img2vid", SVD, "SVD_img2vid")],
+)
+def test_a_model_that_is_no_such_unet_is_refused_by_name(comfy_host, sd15, family, unet_config, name):
+    model = model_of(family, unet_config)
+    with pytest.raises(ValueError, match=rf"connected model is {name}\b") as refusal:
+        apply(comfy_host, model, make_adapter(sd15), make_prompt())
+    message = str(refusal.value)
+    assert "SD1.x, SD2.x and SDXL" in message and "\n" not in message
+    assert not model.wrappers
+
+
+def test_it_is_refused_even_when_nothing_would_be_injected(comfy_host, sd15):
+    with pytest.raises(ValueError, match="connected model is Flux"):
+        apply(comfy_host, model_of("Flux", FLUX), make_adapter(sd15), make_prompt(), strength=0.0)
+
+
+@pytest.mark.parametrize(
+    "trained, connected, words",
+    [
+        ("sd15", "sd2", ("SD1.x", "SD2.x")),
+        ("sd2_v", "sd15_inpaint", ("SD2.x", "SD1.x")),
+        ("sd15", "sdxl", ("SD1.x", "SDXL")),
+        ("sdxl", "sd15", ("SDXL", "SD1.x")),
+    ],
+)
+def test_an_adapter_for_another_architecture_is_refused_naming_both(comfy_host, trained, connected, words):
+    """SD1.x and SD2.x have the same self-attention layers, yet their text is of another width."""
+    adapter = make_adapter(base_model(comfy_host, trained))
+    with pytest.raises(ValueError) as refusal:
+        apply(comfy_host, base_model(comfy_host, connected), adapter)
+    message = str(refusal.value)
+    assert f"'{adapter.name}' was trained for {words[0]}" in message
+    assert f"connected model is {words[1]}" in message
+
+
+@pytest.mark.parametrize("trained, connected", [("sd15", "sd15_inpaint"), ("sd15_inpaint", "sd15"), ("sd2", "sd2_v")])
+def test_relatives_of_the_base_model_are_accepted(comfy_host, trained, connected):
+    model = base_model(comfy_host, connected)
+    assert apply(comfy_host, model, make_adapter(base_model(comfy_host, trained))) is not model
+
+
+def test_pruned_relatives_are_told_apart(comfy_host):
+    """SSD-1B, Vega and SDXL differ in their layers alone."""
+    model = base_model(comfy_host, "sdxl")
+    adapter = make_adapter(model)
+    layers = adapter.info.layers
+    other = type(adapter.info)(**{**vars(adapter.info), "layers": layers[:-1]})
+    adapter.info = other
+    with pytest.raises(ValueError, match=rf"SDXL \({len(layers) - 1} self-attention layers\).*SDXL \({len(layers)}\)"):
+        apply(comfy_host, model, adapter)
+
+
+def test_pictures_of_another_vae_are_refused_by_number(comfy_host, sd15):
+    from sa_inject.core.image_prompt import ImagePrompt, Picture  # pyright: ignore[reportMissingImports]
+
+    prompt = make_prompt() + ImagePrompt((Picture(random(1, 16, 8, 8)),))
+    with pytest.raises(ValueError, match="Picture 2 .* 16 latent channels, but the model wants 4"):
+        apply(comfy_host, sd15, prompt=prompt)
+
+
+def test_an_area_that_is_not_a_number_is_refused(comfy_host, sd15):
+    with pytest.raises(ValueError, match="area"):
+        apply(comfy_host, sd15, area=torch.full((1, 8, 8), float("nan")))
