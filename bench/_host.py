@@ -1,0 +1,71 @@
+"""The host inside a bench's own process, and the pack, the tests' harness and the demo within reach."""
+
+import atexit
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+CACHE = RESULTS / "cache"  # git ignores it: smoke runs, and what can be made again
+
+
+def full_size() -> ModuleType:
+    """tests/host/full_size.py, which can be loaded before anything else of ours is importable."""
+    if "tests.host.full_size" in sys.modules:
+        return sys.modules["tests.host.full_size"]
+    spec = importlib.util.spec_from_file_location("tests.host.full_size", ROOT / "tests" / "host" / "full_size.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def start_host(attention: str = "host", with_pack: bool = True) -> Any:
+    """A ComfyHost on a temporary base directory.
+
+    attention: "host" leaves the choice of the kernel to the host, "pytorch" makes it torch's own, which is what the
+    host chooses on CUDA.
+    """
+    base = Path(tempfile.mkdtemp(prefix="sa-inject-bench-"))
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    arguments = {"use_pytorch_cross_attention": True} if attention == "pytorch" else {}
+    host = full_size().start_host(base, CACHE / "checkpoints", **arguments)
+    if with_pack:
+        host.pack_nodes()
+    import comfy.utils
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False  # tqdm's
+    return host
+
+
+def demo_checkpoint() -> Path:
+    """The demo's base model, where the demo itself keeps it; one with random weights, elsewhere, if none is shipped."""
+    from tests.conftest import import_folder
+
+    if "demo" not in sys.modules:
+        import_folder("demo", ROOT / "demo")
+    from demo.base.checkpoint import write_checkpoint
+    from demo.base.weights import WEIGHTS
+
+    kept = ROOT / ".demo" / "models" / "checkpoints" / "sa-inject-demo.safetensors"
+    path = kept if WEIGHTS.exists() else CACHE / "demo-random.safetensors"
+    if not path.exists() or (WEIGHTS.exists() and path.stat().st_mtime < WEIGHTS.stat().st_mtime):
+        write_checkpoint(path)
+    return path
+
+
+def weights_of(geometry: str) -> str:
+    shipped = (ROOT / "demo" / "base" / "weights.safetensors").exists()
+    return "trained" if geometry == "demo" and shipped else "random"
+
+
+def comfyui() -> Path:
+    return Path(os.environ["COMFYUI_PATH"]).resolve()
