@@ -1,0 +1,1 @@
+"""The demo: a base model small enough to ship, and pictures to personalise it with."""

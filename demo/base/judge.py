@@ -1,0 +1,226 @@
+"""Looks at a picture of the world and says what it shows, without having seen a generated one.
+
+Background, side and size are measured. Which object it is, is asked of a small network that was trained on real scenes
+of all artwork, base and held-out, so it knows the subjects too. It takes no part in any other training.
+
+    python -m demo.base.judge train     learn identities (minutes), into the user's cache folder
+    python -m demo.base.judge check     agreement with the truth on real scenes that training never drew
+"""
+
+import argparse
+import logging
+import time
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torch import Tensor, nn
+
+from .artwork import Artwork, catalogue, user_cache
+from .threads import FreeCores
+from .world import COLOURS, IMAGE_SIZE, PATTERNS, SIZES, Scene, background, box, random_scene, render
+
+log = logging.getLogger(__name__)
+
+SEED: int = 11
+CROP: int = 48  # pixels that the network sees
+MARGIN: float = 0.1  # around what was found, as a share of its longer side
+FOREGROUND_DISTANCE: float = 36.0  # RGB distance from the background above which a pixel belongs to the object
+TOLERANCE: float = 80.0  # distance beyond which a pixel says nothing more against a background
+WIDTH: int = 128  # of an embedding
+TEMPERATURE: float = 0.07
+BATCH: int = 128
+STEPS: int = 900
+LEARNING_RATE: float = 3e-3
+
+
+class Measured(NamedTuple):
+    """What geometry and colour alone say."""
+
+    size: str
+    side: str
+    colour: str
+    pattern: str
+    box: tuple[int, int, int, int]  # left, top, right, bottom; the whole picture where nothing stands out
+
+
+class Verdict(NamedTuple):
+    """Which factors of a scene a picture got right."""
+
+    identity: bool
+    size: bool
+    side: bool
+    colour: bool
+    pattern: bool
+
+
+@cache
+def _backgrounds() -> tuple[list[tuple[str, str]], np.ndarray]:
+    names = [(colour, pattern) for colour in COLOURS for pattern in PATTERNS]
+    return names, np.stack([background(*name) for name in names]).astype(np.float32)
+
+
+def measure(image: Image.Image) -> Measured:
+    """Background by template, then side and size from what differs from it."""
+    pixels = np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE)), dtype=np.float32)
+    names, templates = _backgrounds()
+    coarse = np.sqrt(((templates[:, ::3, ::3] - pixels[::3, ::3]) ** 2).sum(-1))  # (templates, h/3, w/3)
+    best = int(np.minimum(coarse, TOLERANCE).mean(axis=(1, 2)).argmin())
+    colour, pattern = names[best]
+    distance = np.sqrt(((templates[best] - pixels) ** 2).sum(-1))  # (h, w)
+    found = Image.fromarray((distance > FOREGROUND_DISTANCE).astype(np.uint8) * 255)
+    found = np.asarray(found.filter(ImageFilter.MedianFilter(5))) > 0
+    rows, columns = np.flatnonzero(found.sum(1) > 1), np.flatnonzero(found.sum(0) > 1)
+    if not len(rows) or not len(columns):
+        return Measured("small", "left", colour, pattern, (0, 0, IMAGE_SIZE, IMAGE_SIZE))
+    left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    threshold = IMAGE_SIZE * sum(SIZES.values()) / 2
+    size = "large" if max(right - left, bottom - top) > threshold else "small"
+    side = "left" if (left + right) / 2 < IMAGE_SIZE / 2 else "right"
+    return Measured(size, side, colour, pattern, (int(left), int(top), int(right), int(bottom)))
+
+
+def crop_to_object(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """A square around `box`, at the network's size; beyond the picture's edge its nearest colour goes on."""
+    left, top, right, bottom = box
+    half = max(right - left, bottom - top) * (0.5 + MARGIN)
+    x, y = (left + right) / 2, (top + bottom) / 2
+    reach = IMAGE_SIZE
+    padded = np.pad(np.asarray(image.convert("RGB")), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    area = (x - half + reach, y - half + reach, x + half + reach, y + half + reach)
+    return Image.fromarray(padded).resize((CROP, CROP), Image.Resampling.BILINEAR, box=area)
+
+
+class IdentityNetwork(nn.Module):
+    """Pictures of objects to directions; the directions of one object lie together."""
+
+    def __init__(self, objects: int):
+        super().__init__()
+        widths = (3, 32, 64, 128, 192)
+        self.features = nn.Sequential(
+            *(
+                layer
+                for before, after in zip(widths, widths[1:], strict=False)
+                for layer in (nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU())
+            )
+        )
+        self.project = nn.Linear(widths[-1] * 9, WIDTH)
+        self.directions = nn.Parameter(torch.randn(objects, WIDTH))  # one per object, learned with the rest
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(b, 3, 48, 48) in -1..1 -> (b, WIDTH) of length 1"""
+        return F.normalize(self.project(self.features(pixels).flatten(1)), dim=1)
+
+
+def _blurred(image: Image.Image, rng: np.random.RandomState) -> Image.Image:
+    """An autoencoder's softness and a sampler's grain, so that neither is mistaken for another object."""
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
+    pixels = np.asarray(image, dtype=np.float32)
+    pixels = (
+        pixels * rng.uniform(0.9, 1.1, 3)
+        + rng.uniform(-10, 10, 3)
+        + rng.standard_normal(pixels.shape) * rng.uniform(0, 6)
+    )
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _view(artwork: Artwork, rng: np.random.RandomState) -> Image.Image:
+    """The object in a scene of its own, cropped about as well as `measure` would."""
+    scene = random_scene(rng, (artwork,))
+    found = tuple(int(edge) for edge in np.array(box(scene)) + rng.randint(-4, 5, size=4))
+    return crop_to_object(_blurred(render(scene), rng), found)
+
+
+def _to_input(images: list[Image.Image]) -> Tensor:
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def default_path() -> Path:
+    return user_cache() / "judge.pt"
+
+
+def train_identity(path: Path, steps: int = STEPS) -> None:
+    """Contrast every view with one learned direction per object (normalised softmax, Zhai and Wu, 2019)."""
+    torch.manual_seed(SEED)
+    rng = np.random.RandomState(SEED)
+    artworks = catalogue()
+    network = IdentityNetwork(len(artworks))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    cores = FreeCores()
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        cores.adjust()
+        chosen = rng.randint(len(artworks), size=BATCH)
+        embedded = network(_to_input([_view(artworks[i], rng) for i in chosen]))
+        cosine = embedded @ F.normalize(network.directions, dim=1).T  # (b, objects)
+        loss = F.cross_entropy(cosine / TEMPERATURE, torch.from_numpy(chosen))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            log.info("judge %d/%d loss %.3f, %.0f s", step, steps, loss.item(), time.monotonic() - started)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    torch.save(network.state_dict(), partial)
+    partial.replace(path)
+
+
+class Judge:
+    def __init__(self, path: Path | None = None):
+        path = path or default_path()
+        if not path.exists():
+            raise FileNotFoundError(f"The judge has not learned identities yet ({path}): run demo.base.judge train.")
+        self._network = IdentityNetwork(len(catalogue()))
+        self._network.load_state_dict(torch.load(path, weights_only=True))
+        self._network.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def embed(self, images: list[Image.Image]) -> Tensor:
+        """Identity of whatever stands out in each picture. -> (b, WIDTH) of length 1"""
+        return self._network(_to_input([crop_to_object(image, measure(image).box) for image in images]))
+
+    @torch.inference_mode()
+    def rank(self, images: list[Image.Image]) -> list[list[Artwork]]:
+        """All artwork for each picture, the likeliest first."""
+        cosine = self.embed(images) @ F.normalize(self._network.directions, dim=1).T
+        return [[catalogue()[i] for i in order] for order in cosine.argsort(dim=1, descending=True).tolist()]
+
+    def verdicts(self, images: list[Image.Image], scenes: list[Scene]) -> list[Verdict]:
+        """What each picture has right of the scene it should show."""
+        ranked = self.rank(images)
+        verdicts = []
+        for image, scene, (first, *_) in zip(images, scenes, ranked, strict=True):
+            seen = measure(image)
+            factors = ("size", "side", "colour", "pattern")
+            agreed = (getattr(seen, factor) == getattr(scene, factor) for factor in factors)
+            verdicts.append(Verdict(first == scene.artwork, *agreed))
+        return verdicts
+
+
+def check(judge: Judge, count: int = 1000) -> dict[str, float]:
+    """Share of real scenes, drawn from a seed of their own, where each judgement agrees with the truth."""
+    rng = np.random.RandomState(SEED + 1)
+    scenes = [random_scene(rng, catalogue()) for _ in range(count)]
+    verdicts = judge.verdicts([render(scene) for scene in scenes], scenes)
+    return {factor: float(np.mean([getattr(v, factor) for v in verdicts])) for factor in Verdict._fields}
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("train", "check"))
+    command = parser.parse_args().command
+    if command == "train":
+        train_identity(default_path())
+    log.info("%s", check(Judge()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Muon (Keller Jordan, 2024): momentum whose matrices are made orthogonal, so every direction learns at one pace.
+
+Scaled as in Liu et al., "Muon is scalable for LLM training" (2025), so that AdamW's learning rates carry over.
+"""
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)  # Jordan's quintic Newton-Schulz iteration
+
+
+def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrix, roughly. (rows, columns) -> the same"""
+    a, b, c = COEFFICIENTS
+    x = matrix.bfloat16()
+    is_tall = x.shape[0] > x.shape[1]
+    if is_tall:
+        x = x.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if is_tall else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    def __init__(self, parameters, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(weight)
+                average = state["average"].lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(average, group["momentum"])  # Nesterov
+                update = orthogonalise(update.flatten(1))
+                gain = 0.2 * max(update.shape) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update.view_as(weight), alpha=-group["lr"] * gain)

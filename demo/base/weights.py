@@ -1,0 +1,37 @@
+"""The trained weights that the repository ships: UNet and autoencoder in float16, held to a SHA-256."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+WEIGHTS: Path = Path(__file__).with_name("weights.safetensors")
+CHECKSUM: Path = Path(__file__).with_name("weights.sha256")
+UNET_PREFIX: str = "model.diffusion_model."
+AUTOENCODER_PREFIX: str = "first_stage_model."
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_weights(unet: dict[str, Tensor], autoencoder: dict[str, Tensor], path: Path = WEIGHTS) -> Path:
+    """Write both under their checkpoint names, and the checksum beside them."""
+    tensors = {UNET_PREFIX + name: value for name, value in unet.items()}
+    tensors |= {AUTOENCODER_PREFIX + name: value for name, value in autoencoder.items()}
+    partial = path.with_suffix(".part")
+    save_file({name: value.to(torch.float16).contiguous() for name, value in tensors.items()}, partial)
+    partial.replace(path)
+    path.with_suffix(".sha256").write_text(f"{sha256(path)}  {path.name}\n")
+    return path
+
+
+def read_weights(path: Path = WEIGHTS) -> dict[str, Tensor]:
+    """The shipped tensors, by their checkpoint names."""
+    expected = path.with_suffix(".sha256").read_text().split()[0]
+    found = sha256(path)
+    if found != expected:
+        raise ValueError(f"{path.name} is damaged: its SHA-256 is {found}, expected {expected}. Fetch it again.")
+    return load_file(path)

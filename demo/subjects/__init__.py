@@ -1,0 +1,1 @@
+"""Reference pictures of the demo's subject."""
