@@ -188,6 +188,11 @@ class TrainSAInjectAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, vae, images, captions=None, masks=None, **settings) -> io.NodeOutput:
         model, clip, vae = model[0], clip[0], vae[0]
+        for name, part in (("clip", clip), ("vae", vae)):
+            if part is None:
+                raise ValueError(
+                    f"The checkpoint has no {name.upper()}. Connect one of the same base model to '{name}'."
+                )
         chosen = {name: value[0] for name, value in settings.items()}
         path = new_adapter_path(chosen["file_name"])
         pictures = pictures_of(images, NAME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 import io as bytes_io
+import itertools
 import json
 import logging
 import os
@@ -67,8 +68,8 @@ def new_adapter_path(file_name: str) -> Path:
             f"The file name '{file_name}' is not a name inside the folder models/{FOLDER}. "
             "Use letters and digits, with / for a sub-folder, such as 'toys/robot'."
         )
-    candidates = [path, *(path.with_name(f"{path.name}_{number:05}") for number in range(2, 100_000))]
-    return next(c for p in candidates if not (c := p.with_name(p.name + EXTENSION)).exists())
+    candidates = itertools.chain([path.name], (f"{path.name}_{number:05}" for number in itertools.count(2)))
+    return next(free for name in candidates if not (free := path.with_name(name + EXTENSION)).exists())
 
 
 def save_trained(

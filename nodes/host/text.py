@@ -33,19 +33,19 @@ def clip_with_token(clip: Any, placeholder: str, vectors: Mapping[str, Tensor]) 
     vectors do not belong together.
     """
     tokenizers = encoder_tokenizers(clip)
+    if not tokenizers:
+        raise ValueError("The connected CLIP has no CLIP text encoder that could hold a learned word.")
+    if set(vectors) != set(tokenizers):
+        raise ValueError(
+            f"The learned word '{placeholder}' was trained for {', '.join(vectors)}, but the connected CLIP has "
+            f"{', '.join(tokenizers)}. Connect the CLIP of the base model that the adapter was trained on."
+        )
     for name, tokenizer in tokenizers.items():
-        if name not in vectors:
-            raise ValueError(
-                f"The learned word '{placeholder}' was trained for {', '.join(vectors)}, but the connected CLIP has "
-                f"{', '.join(tokenizers)}. Connect the CLIP of the base model that the adapter was trained on."
-            )
         if vectors[name].shape[-1] != tokenizer.embedding_size:
             raise ValueError(
                 f"The learned word '{placeholder}' is {vectors[name].shape[-1]} wide for {name}, but the connected "
                 f"CLIP expects {tokenizer.embedding_size}. Connect the CLIP of the adapter's base model."
             )
-    if not tokenizers:
-        raise ValueError("The connected CLIP has no CLIP text encoder that could hold a learned word.")
     taught = clip.clone()
     taught.tokenizer = TokenizerWithWord(clip.tokenizer, placeholder, vectors)
     return taught
@@ -56,7 +56,8 @@ class TokenizerWithWord:
 
     def __init__(self, tokenizer: Any, placeholder: str, vectors: Mapping[str, Tensor]) -> None:
         self._tokenizer = copy.copy(_unwrapped(tokenizer))
-        self._words = {**getattr(tokenizer, "_words", {}), placeholder: dict(vectors)}
+        # By their lower-case spelling, as they are matched: of two adapters with one word the later counts.
+        self._words = {**getattr(tokenizer, "_words", {}), placeholder.lower(): dict(vectors)}
         for attribute, inner in vars(self._tokenizer).items():
             if hasattr(inner, "_try_get_embedding"):
                 setattr(self._tokenizer, attribute, self._taught(inner))
@@ -67,15 +68,17 @@ class TokenizerWithWord:
         return getattr(self._tokenizer, name)
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
-        for number, placeholder in enumerate(self._words):
-            text = word_pattern(placeholder).sub(f" embedding:{MARKER}{number} ", text)
+        # Longer words first: a word may be the start of another.
+        for number, placeholder in sorted(enumerate(self._words), key=lambda word: -len(word[1])):
+            text = _marked(text, placeholder, f" embedding:{MARKER}{number} ")
         return self._tokenizer.tokenize_with_weights(text, return_word_ids, **kwargs)
 
     def _taught(self, inner: Any) -> Any:
-        taught = copy.copy(inner)
-        if taught.embedding_directory is None:
-            taught.embedding_directory = []  # None would switch the `embedding:` syntax off
-        untaught = getattr(inner, "_sa_inject_original", inner._try_get_embedding)
+        original = copy.copy(inner)
+        if original.embedding_directory is None:
+            original.embedding_directory = []  # None would switch the `embedding:` syntax off
+        taught = copy.copy(original)
+        untaught = getattr(inner, "_sa_inject_original", original._try_get_embedding)
         vectors = [word[inner.embedding_key] for word in self._words.values()]
 
         def try_get_embedding(name: str) -> tuple:
@@ -92,6 +95,12 @@ class TokenizerWithWord:
 
 def _unwrapped(tokenizer: Any) -> Any:
     return tokenizer._tokenizer if isinstance(tokenizer, TokenizerWithWord) else tokenizer
+
+
+def _marked(text: str, placeholder: str, mark: str) -> str:
+    """Put the mark where the placeholder stands, but not into the names of embeddings, among them earlier marks."""
+    pattern = re.compile(rf"embedding:\S+|({word_pattern(placeholder).pattern})", re.IGNORECASE)
+    return pattern.sub(lambda found: mark if found[1] else found[0], text)
 
 
 def word_pattern(placeholder: str) -> re.Pattern[str]:

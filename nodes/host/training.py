@@ -128,6 +128,9 @@ def train_adapter(
                 adapter = _finished(name, description, subject, config, lora, tokens, denoiser.encode([phrase]), base)
     finally:
         if PRECISIONS[precision] is not None:
+            # After a full load unpatching would leave the forced casts on, and the next partial load would take those
+            # layers for offloaded ones and skip the user's LoRA on them.
+            patcher.model.model_lowvram = True
             patcher.unpatch_model(patcher.offload_device)
         model_management.soft_empty_cache()
     log.info("Trained adapter '%s': %d steps, final loss %.4f.", name, len(losses), losses[-1])
@@ -165,7 +168,7 @@ def _training_set(
 ) -> TrainingSet:
     """Encode every picture at its own aspect and about the wanted number of pixels."""
     fitted = [
-        cover(picture, mask, bucket_size(*picture.shape[-2:], subject.resolution))
+        cover(picture, mask, bucket_size(picture.shape[-2], picture.shape[-1], subject.resolution))
         for picture, mask in zip(subject.pictures, subject.masks, strict=True)
     ]
     examples = [

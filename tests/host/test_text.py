@@ -1,0 +1,256 @@
+"""The learned word inside the host's text encoders: found where it is meant, and changing nothing else."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.host.adapters import make_adapter, random
+
+PLACEHOLDER = "sainj"
+WIDTHS = {"clip_l": 768, "clip_g": 1280, "clip_h": 1024}
+
+
+@pytest.fixture(scope="module")
+def sd15_clip(load_checkpoint):
+    return load_checkpoint("sd15")[1]
+
+
+@pytest.fixture(scope="module")
+def sdxl(load_checkpoint):
+    return load_checkpoint("sdxl")
+
+
+@pytest.fixture
+def encode(comfy_host):
+    """`encode(clip, text)` through the stock CLIPTextEncode. -> (1, tokens, width), (1, width)"""
+
+    def run(clip: Any, text: str, node: str = "CLIPTextEncode", **inputs) -> tuple[Tensor, Tensor]:
+        texts = inputs or {"text": text}
+        ((cond, options),) = comfy_host.execute(node, clip=clip, **texts)[0]
+        return cond, options["pooled_output"]
+
+    return run
+
+
+def vectors(*encoders: str, seed: int = 0, count: int = 1) -> dict[str, Tensor]:
+    """Learned vectors of the size of real token embeddings."""
+    return {name: 0.02 * random(count, WIDTHS[name], seed=seed) for name in encoders or ("clip_l",)}
+
+
+def teach(clip: Any, tokens: dict[str, Tensor], placeholder: str = PLACEHOLDER) -> Any:
+    from sa_inject.nodes.host.text import clip_with_token
+
+    return clip_with_token(clip, placeholder, tokens)
+
+
+@pytest.fixture(scope="module")
+def write_embedding(load_checkpoint, pack_nodes):
+    """`write_embedding(name, tokens)` as the Load node writes it."""
+    from sa_inject.nodes.host.files import save_embedding
+
+    adapter = make_adapter(load_checkpoint("sd15")[0])
+
+    def write(name: str, tokens: dict[str, Tensor]) -> None:
+        save_embedding(dataclasses.replace(adapter, name=name, tokens=tokens))
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def taught(sd15_clip, write_embedding):
+    """A CLIP that reads `sainj` as the vector that is also the embedding `word`."""
+    write_embedding("word", vectors())
+    return teach(sd15_clip, vectors())
+
+
+def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
+    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+# --- where the word is found ------------------------------------------------------------------------------------------
+
+
+SAME_READING = [
+    ("sainj", "embedding:word"),
+    ("a photo of sainj toy", "a photo of embedding:word toy"),
+    ("a photo of SaInJ toy", "a photo of embedding:word toy"),
+    ("a photo of sainj, on grass", "a photo of embedding:word, on grass"),
+    ("red,sainj,blue", "red, embedding:word ,blue"),
+    ("red\nsainj\nblue", "red\nembedding:word\nblue"),
+    ("sainj's hat, a 'sainj'!", "embedding:word 's hat, a ' embedding:word '!"),
+    ("sainj sainj and sainj", "embedding:word embedding:word and embedding:word"),
+    ("(sainj:1.3) on grass", "(embedding:word:1.3) on grass"),
+    ("a ((sainj toy)), (red:0.5)", "a ((embedding:word toy)), (red:0.5)"),
+    ("sainj " + "very " * 90 + "old sainj", "embedding:word " + "very " * 90 + "old embedding:word"),
+]
+
+
+def test_placeholder_reads_as_its_embedding_file_does(encode, taught, sd15_clip):
+    for prompt, stock in SAME_READING:
+        found = encode(taught, prompt)
+        assert same(found, encode(sd15_clip, stock)), prompt
+        assert not torch.allclose(found[0], encode(sd15_clip, prompt)[0], atol=1e-3), prompt
+
+
+def test_weight_of_the_placeholder_counts(encode, taught):
+    conds = [encode(taught, f"a photo of (sainj:{weight})")[0] for weight in (1.0, 1.3, 1.6)]
+    assert not torch.allclose(conds[0], conds[1], atol=1e-3) and not torch.allclose(conds[1], conds[2], atol=1e-3)
+
+
+def test_other_prompts_are_read_as_before(encode, taught, sd15_clip):
+    for prompt in ("", "a photo of a toy", "sainjs", "mysainj", "sainj2", "_sainj", "unsainjé", "sain j"):
+        assert same(encode(taught, prompt), encode(sd15_clip, prompt)), prompt
+
+
+def test_embedding_files_named_like_the_word_stay_reachable(encode, taught, sd15_clip, write_embedding):
+    write_embedding("sainj", vectors(seed=7))
+    write_embedding("my-sainj", vectors(seed=8))
+    for prompt in ("embedding:sainj", "a (embedding:sainj:1.2) toy", "a embedding:my-sainj, red"):
+        assert same(encode(taught, prompt), encode(sd15_clip, prompt)), prompt
+
+
+def test_given_clip_stays_as_it_was(encode, sd15_clip):
+    prompt = "a photo of sainj toy"
+    tokenizer, attributes = sd15_clip.tokenizer, dict(vars(sd15_clip.tokenizer.clip_l))
+    before = encode(sd15_clip, prompt)
+    weights = {name: tensor.clone() for name, tensor in sd15_clip.cond_stage_model.state_dict().items()}
+    assert not torch.equal(encode(teach(sd15_clip, vectors()), prompt)[0], before[0])
+    assert sd15_clip.tokenizer is tokenizer and vars(tokenizer.clip_l) == attributes
+    assert all(torch.equal(weights[name], now) for name, now in sd15_clip.cond_stage_model.state_dict().items())
+    assert same(encode(sd15_clip, prompt), before)
+
+
+def test_clip_skip_before_and_after_teaching(encode, comfy_host, sd15_clip, taught):
+    def skipped(clip):
+        return comfy_host.execute("CLIPSetLastLayer", clip=clip, stop_at_clip_layer=-2)[0]
+
+    expected = encode(skipped(sd15_clip), "a photo of embedding:word toy")
+    assert not torch.equal(encode(taught, "a photo of sainj toy")[0], expected[0])
+    assert same(encode(skipped(taught), "a photo of sainj toy"), expected)
+    assert same(encode(teach(skipped(sd15_clip), vectors()), "a photo of sainj toy"), expected)
+
+
+def test_word_of_several_vectors(encode, sd15_clip, write_embedding):
+    write_embedding("several", vectors(seed=3, count=3))
+    taught = teach(sd15_clip, vectors(seed=3, count=3))
+    assert same(encode(taught, "my sainj toy"), encode(sd15_clip, "my embedding:several toy"))
+
+
+def test_clip_without_an_embeddings_folder_learns_too(encode, sd15_clip, taught):
+    import copy
+
+    bare = sd15_clip.clone()
+    bare.tokenizer = copy.copy(bare.tokenizer)
+    bare.tokenizer.clip_l = copy.copy(bare.tokenizer.clip_l)
+    bare.tokenizer.clip_l.embedding_directory = None
+    assert same(encode(teach(bare, vectors()), "my sainj"), encode(taught, "my sainj"))
+
+
+# --- several words ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("second", ["wubbo", "sainj-2", "inject", "token"])
+def test_two_adapters_share_a_clip(encode, taught, sd15_clip, write_embedding, second):
+    write_embedding("second", vectors(seed=5))
+    other_way = teach(teach(sd15_clip, vectors(seed=5), second), vectors())
+    expected = encode(sd15_clip, "embedding:word beside embedding:second")
+    for both in (teach(taught, vectors(seed=5), second), other_way):
+        assert same(encode(both, f"sainj beside {second}"), expected)
+    assert same(encode(taught, "sainj alone"), encode(sd15_clip, "embedding:word alone"))
+
+
+@pytest.mark.parametrize("spelling", ["sainj", "SAINJ"])
+def test_of_two_adapters_with_one_word_the_later_counts(encode, taught, sd15_clip, write_embedding, spelling):
+    write_embedding("second", vectors(seed=5))
+    later = teach(taught, vectors(seed=5), spelling)
+    assert same(encode(later, "my sainj"), encode(sd15_clip, "my embedding:second"))
+
+
+def test_clones_of_a_taught_clip_know_the_word(encode, taught):
+    assert same(encode(taught.clone(), "my sainj"), encode(taught, "my sainj"))
+    assert taught.clone().tokenizer.clip_l.max_length == 77
+
+
+# --- other text encoders ----------------------------------------------------------------------------------------------
+
+
+def test_both_encoders_of_sdxl_read_the_word(encode, sdxl, write_embedding):
+    clip, tokens = sdxl[1], vectors("clip_l", "clip_g")
+    write_embedding("both", tokens)
+    taught = teach(clip, tokens)
+    found, base = encode(taught, "my (sainj:1.2) toy"), encode(clip, "my (sainj:1.2) toy")
+    assert same(found, encode(clip, "my (embedding:both:1.2) toy"))
+    assert not torch.allclose(found[0][..., :768], base[0][..., :768], atol=1e-3)
+    assert not torch.allclose(found[0][..., 768:], base[0][..., 768:], atol=1e-3)
+    assert not torch.allclose(found[1], base[1], atol=1e-3)
+
+    sizes = dict.fromkeys(("width", "height", "target_width", "target_height"), 64) | {"crop_w": 0, "crop_h": 0}
+    texts = [{"text_g": f"a {word}", "text_l": f"{word} toy"} for word in ("sainj", "embedding:both")]
+    taught_way, stock_way = (
+        encode(which, "", "CLIPTextEncodeSDXL", **text, **sizes)
+        for which, text in zip((taught, clip), texts, strict=True)
+    )
+    assert same(taught_way, stock_way)
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_clip_of_another_family_is_refused(load_checkpoint, kind):
+    encoders = {"sd2": "clip_h", "sdxl": "clip_l, clip_g"}[kind]
+    with pytest.raises(ValueError, match=f"'sainj' was trained for clip_l, but .* has {encoders}. Connect the CLIP of"):
+        teach(load_checkpoint(kind)[1], vectors())
+
+
+def test_word_for_more_encoders_than_the_clip_has_is_refused(sd15_clip):
+    with pytest.raises(ValueError, match="'sainj' was trained for clip_l, clip_g, but the connected CLIP has clip_l. "):
+        teach(sd15_clip, {"clip_l": random(1, 768), "clip_g": random(1, 1280)})
+
+
+def test_clip_of_another_width_is_refused(sd15_clip):
+    with pytest.raises(ValueError, match="'sainj' is 1024 wide for clip_l, but .* expects 768. Connect the CLIP of"):
+        teach(sd15_clip, {"clip_l": random(1, 1024)})
+
+
+def test_text_encoder_without_a_clip_is_refused():
+    with pytest.raises(ValueError, match="no CLIP text encoder"):
+        teach(SimpleNamespace(tokenizer=SimpleNamespace()), vectors())
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [None, -2])
+def test_gradients_reach_the_word(sd15_clip, layer):
+    for prompt in ("a photo of sainj toy", "a (sainj:1.3) toy", "sainj " + "very " * 90):
+        assert_gradients_reach(sd15_clip, vectors(), prompt, layer)
+
+
+def test_gradients_reach_the_word_in_both_encoders_of_sdxl(sdxl):
+    assert_gradients_reach(sdxl[1], vectors("clip_l", "clip_g"), "a photo of sainj toy", None)
+
+
+def assert_gradients_reach(clip: Any, tokens: dict[str, Tensor], prompt: str, layer: int | None) -> None:
+    import comfy.model_management as model_management
+
+    from sa_inject.nodes.host.text import encode_text
+    from sa_inject.nodes.host.trainable import make_differentiable, out_of_place_text_encoder, training_mode
+
+    with torch.inference_mode(), training_mode():  # as in a node
+        learned = {name: torch.nn.Parameter(vector.clone()) for name, vector in tokens.items()}
+        taught = teach(clip, learned)
+        taught.clip_layer(layer)
+        model_management.load_models_gpu([clip.patcher])
+        make_differentiable(clip.cond_stage_model)
+        expected = encode_text(taught, [prompt])
+        with out_of_place_text_encoder(clip):
+            text = encode_text(taught, [prompt, "a dog"])
+            text.cross_attn.square().sum().backward()
+        assert torch.allclose(text.cross_attn[:1], expected.cross_attn, atol=1e-5)
+        assert text.cross_attn.shape[1] == expected.cross_attn.shape[1]  # the short prompt is repeated to the length
+    for vector in learned.values():
+        assert vector.grad is not None and vector.grad.isfinite().all() and vector.grad.norm() > 0
+    assert [name for name, weight in clip.cond_stage_model.named_parameters() if weight.grad is not None] == []
+    assert [m for m in clip.cond_stage_model.modules() if "forward" in vars(m)] == []

@@ -1,0 +1,545 @@
+"""Training on the host's own models: what is learned, what is left alone, and what the user sees meanwhile."""
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+SMALL = {
+    "placeholder_token": "sainj",
+    "class_word": "toy",
+    "resolution": 64,
+    "steps": 1,
+    "lora_learning_rate": 1e-3,
+    "token_learning_rate": 1e-3,
+    "rank": 2,
+    "alpha": 2.0,
+    "previews": 0,
+    "seed": 1,
+    "file_name": "test_train",
+}
+STEPS = 3  # lora_A moves from the second step on, for lora_B is zero during the first
+LEARNING_STEPS = {"sd15": 8, "sd15_inpaint": 1, "sd2": 1, "sd2_v": 4, "sdxl": 6}
+
+
+class Checkpoint(NamedTuple):
+    model: Any
+    clip: Any
+    vae: Any
+
+
+class Evidence(NamedTuple):
+    """Everything about a checkpoint that training must not change."""
+
+    weights: dict[str, torch.Tensor]
+    patches: dict[str, Any]
+    picture: torch.Tensor
+
+
+class Trained(NamedTuple):
+    adapter: Any
+    clip: Any
+    losses: list[float]
+    previews: torch.Tensor
+    metadata: dict[str, str]
+    tensors: dict[str, torch.Tensor]
+
+
+def pictures(count: int, height: int = 64, width: int = 64, channels: int = 3) -> torch.Tensor:
+    """A bright square on a darker, noisy ground, somewhere else in every picture. (count, h, w, c) in 0..1"""
+    generator = torch.Generator().manual_seed(3)
+    images = 0.4 * torch.rand(count, height, width, channels, generator=generator)
+    for number, image in enumerate(images):
+        image[8 + 8 * number : 32 + 8 * number, 12:44, :2] = 0.9
+    return images
+
+
+@pytest.fixture(scope="module")
+def run(comfy_host, pack_nodes) -> Callable[..., Trained]:
+    """`run(checkpoint, images=..., steps=...)` trains through the node, with few and small steps."""
+
+    def train(checkpoint: Checkpoint, **inputs) -> Trained:
+        inputs = {"images": pictures(3), **SMALL, **inputs}
+        adapter, clip, loss_map, previews = comfy_host.execute("TrainSAInjectAdapter", **checkpoint._asdict(), **inputs)
+        (path,) = (comfy_host.base / "models/sa_inject").rglob(f"{adapter.name}.safetensors")
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        return Trained(adapter, clip, loss_map["loss"], previews, metadata, tensors)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def evidence(comfy_host) -> Callable[[Checkpoint], Evidence]:
+    def collect(checkpoint: Checkpoint) -> Evidence:
+        patches = patches_of(checkpoint)  # first: drawing loads the model, which would tidy it up
+        return Evidence(weights_of(checkpoint), patches, draw(comfy_host, checkpoint))
+
+    return collect
+
+
+@pytest.fixture(scope="module")
+def sd15(load_checkpoint) -> Checkpoint:
+    return Checkpoint(*load_checkpoint("sd15"))
+
+
+@pytest.fixture(scope="module")
+def before(comfy_host, sd15, evidence) -> Evidence:
+    """How the checkpoint was when it had drawn a picture and trained nothing."""
+    draw(comfy_host, sd15)
+    return evidence(sd15)
+
+
+@pytest.fixture(scope="module")
+def trained(sd15, before, run) -> Trained:
+    return run(sd15, steps=STEPS)
+
+
+def draw(comfy_host, checkpoint: Checkpoint) -> torch.Tensor:
+    model, clip, vae = checkpoint
+    (positive,) = comfy_host.execute("CLIPTextEncode", clip=clip, text="a toy on a table")
+    (negative,) = comfy_host.execute("CLIPTextEncode", clip=clip, text="")
+    (latent,) = comfy_host.execute("EmptyLatentImage", width=64, height=64)
+    sampled = {"positive": positive, "negative": negative, "latent_image": latent, "seed": 1, "steps": 2, "cfg": 4.0}
+    (samples,) = comfy_host.execute("KSampler", model=model, **sampled)
+    return comfy_host.execute("VAEDecode", samples=samples, vae=vae)[0]
+
+
+def modules_of(checkpoint: Checkpoint) -> dict[str, torch.nn.Module]:
+    return {
+        "unet": checkpoint.model.model,
+        "clip": checkpoint.clip.cond_stage_model,
+        "vae": checkpoint.vae.first_stage_model,
+    }
+
+
+def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Copies of every parameter and buffer."""
+    return {
+        f"{part} {name}": tensor.detach().clone()
+        for part, module in modules_of(checkpoint).items()
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+
+
+def patches_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a training run could leave behind, in a form that can be compared."""
+    found: dict[str, Any] = {}
+    for part, whole in modules_of(checkpoint).items():
+        for name, module in whole.named_modules():
+            functions = [len(getattr(module, kind, ())) for kind in ("weight_function", "bias_function")]
+            found[f"{part} {name}"] = (
+                type(module).__name__,
+                "forward" in vars(module),
+                len(module._forward_hooks) + len(module._forward_pre_hooks),
+                getattr(module, "comfy_cast_weights", None),
+                "prev_comfy_cast_weights" in vars(module),
+                functions,
+            )
+        found[f"{part} with gradients"] = [name for name, p in whole.named_parameters() if p.grad is not None]
+    for part, patcher in (("unet", checkpoint.model), ("clip", checkpoint.clip.patcher)):
+        for attribute in ("model_options", "wrappers", "callbacks", "attachments", "force_cast_weights"):
+            found[f"{part} patcher {attribute}"] = repr(getattr(patcher, attribute))
+        for attribute in ("patches", "object_patches", "object_patches_backup", "weight_wrapper_patches"):
+            found[f"{part} patcher {attribute}"] = sorted(getattr(patcher, attribute))
+        found[f"{part} patcher patches_uuid"] = patcher.patches_uuid
+    found["compute precision"] = checkpoint.model.model.manual_cast_dtype
+    found["tokenizer"] = checkpoint.clip.tokenizer
+    return found
+
+
+def assert_same_weights(now: dict[str, torch.Tensor], then: dict[str, torch.Tensor]) -> None:
+    assert now.keys() == then.keys()
+    assert [name for name in then if not same_bytes(now[name], then[name])] == []
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (a, b)))
+
+
+def assert_unchanged(now: Evidence, then: Evidence) -> None:
+    assert now.patches == then.patches
+    assert_same_weights(now.weights, then.weights)
+    assert torch.equal(now.picture, then.picture)
+
+
+def tensors_of(adapter: Any) -> dict[str, torch.Tensor]:
+    return {**adapter.lora.state_dict(), **adapter.tokens, "text": adapter.text.cross_attn}
+
+
+# --- nothing else changes ---------------------------------------------------------------------------------------------
+
+
+def test_success_leaves_model_clip_and_vae_as_they_were(sd15, before, run, evidence):
+    run(sd15, gradient_checkpointing=True)
+    assert_unchanged(evidence(sd15), before)
+
+
+class OutOfLuck(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "where, precision", [("vae", "bf16"), ("unet", "auto"), ("backward", "bf16"), ("progress", "auto")]
+)
+def test_an_error_leaves_model_clip_and_vae_as_they_were(sd15, before, run, evidence, monkeypatch, where, precision):
+    calls = []
+
+    def raise_the_second_time(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OutOfLuck
+
+    def unlucky(function):
+        def call(*args, **kwargs):
+            raise_the_second_time()
+            return function(*args, **kwargs)
+
+        return call
+
+    handle = None
+    if where == "vae":
+        monkeypatch.setattr(sd15.vae, "encode", unlucky(sd15.vae.encode))
+    elif where == "progress":
+        from sa_inject.nodes.host.progress import TrainingProgress
+
+        monkeypatch.setattr(TrainingProgress, "update", unlucky(TrainingProgress.update))
+    else:
+        output = sd15.model.model.diffusion_model.out
+        hook = output.register_full_backward_hook if where == "backward" else output.register_forward_pre_hook
+        handle = hook(raise_the_second_time)
+    with pytest.raises(OutOfLuck):
+        run(sd15, steps=9, precision=precision, gradient_checkpointing=True)
+    monkeypatch.undo()
+    if handle is not None:
+        handle.remove()
+    assert_unchanged(evidence(sd15), before)
+
+
+def test_cancel_stops_within_the_step_and_leaves_everything_as_it_was(sd15, before, run, evidence, comfy_host, spoken):
+    import comfy.model_management as model_management
+
+    calls = []
+
+    def cancel_in_the_second_step(module, args):
+        calls.append(args)
+        if len(calls) == 2:
+            model_management.interrupt_current_processing(True)
+
+    files = set((comfy_host.base / "models/sa_inject").rglob("*"))
+    handle = sd15.model.model.diffusion_model.out.register_forward_pre_hook(cancel_in_the_second_step)
+    with pytest.raises(model_management.InterruptProcessingException):
+        run(sd15, steps=50, precision="bf16", gradient_checkpointing=True)
+    handle.remove()
+    assert len(calls) == 2
+    assert [text.split(",")[0] for text in spoken] == ["step 1/50"]
+    assert not model_management.processing_interrupted()
+    assert set((comfy_host.base / "models/sa_inject").rglob("*")) == files
+    assert_unchanged(evidence(sd15), before)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_precision_is_the_trainings_alone(sd15, before, trained, run, evidence, precision):
+    dtypes = []
+    handle = sd15.model.model.diffusion_model.out.register_forward_hook(lambda m, i, out: dtypes.append(out.dtype))
+    found = run(sd15, precision=precision)
+    handle.remove()
+    assert set(dtypes) == {{"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]}
+    assert found.losses == pytest.approx(trained.losses[:1], rel=0.02)
+    assert all(tensor.isfinite().all() for tensor in tensors_of(found.adapter).values())
+    assert_unchanged(evidence(sd15), before)
+
+
+def test_users_lora_counts_and_stays(sd15, before, trained, run, evidence, comfy_host):
+    path = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_v"
+    lora = {"lora_up.weight": torch.ones(320, 2), "lora_down.weight": torch.ones(2, 320)}
+    file = comfy_host.base / "models/loras/up.safetensors"
+    save_file({f"{path}.{name}": tensor for name, tensor in lora.items()}, file)
+    (model,) = comfy_host.execute("LoraLoaderModelOnly", model=sd15.model, lora_name="up.safetensors", strength_model=1)
+    styled = sd15._replace(model=model)
+    draw(comfy_host, styled)
+    with_lora = evidence(styled)
+    assert not torch.equal(with_lora.picture, before.picture)
+
+    for precision in ("auto", "fp32"):
+        found = run(styled, precision=precision)
+        assert found.losses[0] != pytest.approx(trained.losses[0], rel=1e-3)
+        assert torch.equal(draw(comfy_host, styled), with_lora.picture)
+    assert_unchanged(evidence(styled), with_lora)
+
+    draw(comfy_host, sd15)
+    assert_unchanged(evidence(sd15), before)
+
+
+# --- what is learned --------------------------------------------------------------------------------------------------
+
+
+def test_every_lora_matrix_and_the_token_have_learned(sd15, trained):
+    from sa_inject.core.lora import SelfAttentionLoRA
+    from sa_inject.nodes.host.text import class_word_vectors
+
+    info = trained.adapter.info
+    fresh = SelfAttentionLoRA(info.layers, info.rank, info.alpha, torch.Generator().manual_seed(0)).state_dict()
+    learned = trained.adapter.lora.state_dict()
+    assert learned.keys() == fresh.keys() and len(learned) == 2 * (4 * len(info.layers) - 2)
+    half = {key: tensor.half().float() for key, tensor in fresh.items()}
+    assert [key for key in learned if torch.equal(learned[key], half[key])] == []
+    assert [key for key in learned if key.endswith("lora_B.weight") and (learned[key] == 0).all(dim=1).any()] == []
+
+    word = class_word_vectors(sd15.clip, "toy")
+    assert trained.adapter.tokens.keys() == word.keys() == {"clip_l"}
+    assert not torch.equal(trained.adapter.tokens["clip_l"], word["clip_l"].half().float())
+
+
+def test_the_last_layer_has_no_lora_that_could_not_learn(trained):
+    last = trained.adapter.info.layers[-1].path
+    ends = {key.removeprefix(f"base_model.model.{last}.") for key in trained.adapter.lora.state_dict() if last in key}
+    assert ends == {f"{name}.lora_{part}.weight" for name in ("to_k", "to_v") for part in "AB"}
+
+
+def test_same_seed_gives_the_same_file_and_another_seed_another(sd15, trained, run):
+    torch.manual_seed(99)  # the world's chance has no part in it, and goes on undisturbed
+    state = torch.get_rng_state()
+    again = run(sd15, steps=STEPS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert again.losses == trained.losses
+    assert again.tensors.keys() == trained.tensors.keys()
+    assert all(same_bytes(again.tensors[key], tensor) for key, tensor in trained.tensors.items())
+    own = ("date", "modelspec.date", "modelspec.title")
+    assert {k: v for k, v in again.metadata.items() if k not in own} == {
+        k: v for k, v in trained.metadata.items() if k not in own
+    }
+
+    other = run(sd15, seed=2**64 - 1)
+    assert other.losses[0] != trained.losses[0]
+    first = trained.adapter.info.layers[0].path
+    key = f"base_model.model.{first}.to_q.lora_A.weight"
+    assert (other.tensors[key] - trained.tensors[key]).norm() > trained.tensors[key].norm()
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(sd15, trained, run):
+    found = run(sd15, steps=STEPS, gradient_checkpointing=True)
+    assert found.losses == pytest.approx(trained.losses, rel=1e-5)
+    learned = trained.adapter.lora.state_dict()
+    for key, tensor in found.adapter.lora.state_dict().items():
+        assert (tensor - learned[key]).norm() < 1e-2 * learned[key].norm()
+
+
+def test_learning_rate_zero_freezes(sd15, run):
+    from sa_inject.nodes.host.text import class_word_vectors
+
+    no_lora = run(sd15, lora_learning_rate=0.0).adapter
+    assert all((t == 0).all() for key, t in no_lora.lora.state_dict().items() if key.endswith("lora_B.weight"))
+    no_token = run(sd15, token_learning_rate=0.0).adapter
+    assert torch.equal(no_token.tokens["clip_l"], class_word_vectors(sd15.clip, "toy")["clip_l"].half().float())
+
+
+class Family(NamedTuple):
+    kind: str
+    checkpoint: Checkpoint
+    before: Evidence
+    trained: Trained
+    after: Evidence
+
+
+@pytest.fixture(scope="module", params=LEARNING_STEPS)
+def family(request, load_checkpoint, comfy_host, run, evidence) -> Family:
+    """Every kind of checkpoint, trained at a high learning rate."""
+    kind = request.param
+    checkpoint = Checkpoint(*load_checkpoint(kind))
+    draw(comfy_host, checkpoint)
+    before = evidence(checkpoint)
+    rates = {"lora_learning_rate": 1e-2, "token_learning_rate": 1e-2, "rank": 4, "alpha": 4.0}
+    trained = run(checkpoint, steps=LEARNING_STEPS[kind], **rates)
+    return Family(kind, checkpoint, before, trained, evidence(checkpoint))
+
+
+def test_every_family_trains_and_stays_as_it_was(family):
+    info, kind = family.trained.adapter.info, family.kind
+    assert info.architecture == {"sd1": "SD1.x", "sd2": "SD2.x", "sdx": "SDXL"}[kind[:3]]
+    assert info.training["prediction_type"] == ("v_prediction" if kind == "sd2_v" else "eps")
+    encoders = {"sd1": {"clip_l"}, "sd2": {"clip_h"}, "sdx": {"clip_l", "clip_g"}}[kind[:3]]
+    assert set(family.trained.adapter.tokens) == encoders
+    learned = family.trained.adapter.lora.state_dict()
+    assert [key for key, tensor in learned.items() if key.endswith("lora_B.weight") and not tensor.any()] == []
+    assert all(tensor.isfinite().all() for tensor in learned.values())
+    assert_unchanged(family.after, family.before)
+
+
+@pytest.mark.parametrize("family", [kind for kind, steps in LEARNING_STEPS.items() if steps > 1], indirect=True)
+def test_loss_on_held_out_noise_falls(family):
+    before, after = held_out_losses(family.checkpoint, family.trained.adapter)
+    assert after < 0.95 * before
+
+
+@torch.inference_mode()
+def held_out_losses(checkpoint: Checkpoint, adapter: Any) -> tuple[float, float]:
+    """The training objective on noise that training did not draw, with a fresh adapter and with the given one."""
+    import comfy.model_management as model_management
+
+    from sa_inject.core.lora import SelfAttentionLoRA
+    from sa_inject.nodes.host.denoiser import ComfyDenoiser
+    from sa_inject.nodes.host.text import class_word_vectors, clip_with_token
+    from sa_inject.nodes.host.unet import compute_dtype
+    from sa_inject.trainer.objective import network_loss
+
+    model, clip, vae = checkpoint
+    info, base = adapter.info, model.model
+    model_management.load_models_gpu([model, clip.patcher])
+    images = pictures(3)
+    latents = base.process_latent_in(torch.cat([vae.encode(image[None]) for image in images]))
+    device, dtype = model.load_device, compute_dtype(base)
+
+    def mean_loss(lora: Any, tokens: dict[str, torch.Tensor]) -> float:
+        taught = clip_with_token(clip, "sainj", tokens)
+        denoiser = ComfyDenoiser(base, model.get_model_object("model_sampling"), taught, info.layers, device, dtype)
+        generator = torch.Generator().manual_seed(1234)
+        text, phrase = denoiser.encode(["a photo of sainj toy"] * 3), denoiser.encode(["sainj toy"] * 3)
+        bank = denoiser.read_reference(latents.roll(1, 0), None, phrase, None, lora.deltas(device, dtype))
+        losses = []
+        for place in (200, 500, 800):
+            noise = torch.randn(latents.shape, generator=generator)
+            sigma = denoiser.sigmas[place].expand(3)
+            denoised = denoiser.denoise(denoiser.add_noise(latents, noise, sigma), sigma, text, bank)
+            losses.append(network_loss(denoised, latents, denoiser.output_scale(sigma)).mean())
+        return torch.stack(losses).mean().item()
+
+    fresh = SelfAttentionLoRA(info.layers, info.rank, info.alpha, torch.Generator().manual_seed(0))
+    return mean_loss(fresh, class_word_vectors(clip, "toy")), mean_loss(adapter.lora, adapter.tokens)
+
+
+# --- what it learns from ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def latents_seen(sd15):
+    """(rows, height, width) of every call of the frozen UNet; the reference pass ends before its output."""
+    seen = []
+    output = sd15.model.model.diffusion_model.out
+    handle = output.register_forward_pre_hook(lambda module, args: seen.append((len(args[0]), *args[0].shape[-2:])))
+    yield seen
+    handle.remove()
+
+
+def test_batch_and_accumulation_multiply_the_pictures_of_a_step(sd15, run, latents_seen):
+    found = run(sd15, batch_size=2, gradient_accumulation=2)
+    assert len(found.losses) == 1
+    assert sum(rows for rows, *_ in latents_seen) == 2 * 2
+    assert max(rows for rows, *_ in latents_seen) == 2
+    assert found.adapter.info.training["batch_size"] == found.adapter.info.training["accumulation"] == 2
+
+
+def test_pictures_of_different_sizes_keep_their_aspect(sd15, run, latents_seen):
+    images = [pictures(1), pictures(1, 32, 128), pictures(1, 200, 50), pictures(1, 30, 30)]
+    found = run(sd15, images=images, batch_size=4)
+    assert {tuple(size) for _, *size in latents_seen} == {(8, 8), (8, 16), (16, 8)}
+    assert sum(rows for rows, *_ in latents_seen) == 4
+    assert found.adapter.info.training["pictures"] == 4
+
+
+def test_opaque_rgba_and_half_precision_train_like_rgb(sd15, trained, run):
+    rgba = torch.cat([pictures(3), torch.ones(3, 64, 64, 1)], dim=-1)
+    assert run(sd15, images=rgba).losses == trained.losses[:1]
+    assert run(sd15, images=[pictures(3).half()]).losses == pytest.approx(trained.losses[:1], rel=1e-2)
+
+
+def test_transparent_parts_do_not_count(sd15, run):
+    ground = torch.cat([torch.rand(3, 64, 64, 3), torch.zeros(3, 64, 64, 1)], dim=-1)
+    other = torch.cat([torch.rand(3, 64, 64, 3), torch.zeros(3, 64, 64, 1)], dim=-1)
+    assert run(sd15, images=ground).losses == run(sd15, images=other).losses
+
+
+def test_dataset_nodes_plug_in(sd15, run, comfy_host, latents_seen):
+    folder = comfy_host.base / "input" / "subject"
+    folder.mkdir()
+    for number, (width, height) in enumerate([(64, 64), (128, 32)]):
+        Image.new("RGB", (width, height), ("red", "blue")[number]).save(folder / f"{number}.png")
+    (folder / "0.txt").write_text("a sainj toy on grass")  # the other has none
+    (images,) = comfy_host.execute("LoadImageDataSetFromFolder", folder="subject")
+    plain = run(sd15, images=images, batch_size=2)
+    images, captions = comfy_host.execute("LoadImageTextDataSetFromFolder", folder="subject")
+    assert sorted(captions) == ["", "a sainj toy on grass"]
+    captioned = run(sd15, images=images, captions=captions, batch_size=2)
+    assert {tuple(size) for _, *size in latents_seen} == {(8, 8), (8, 16)}
+    assert captioned.losses != plain.losses
+
+
+def test_one_caption_serves_all_pictures(sd15, run):
+    text = "a photo of SAINJ toy, on the moon"
+    assert run(sd15, captions=[text]).losses == run(sd15, captions=[text] * 3).losses
+
+
+def test_white_masks_are_no_masks_and_others_count(sd15, trained, run):
+    white = run(sd15, masks=torch.ones(1, 64, 64))
+    assert white.losses == pytest.approx(trained.losses[:1], rel=1e-4)
+    half = torch.zeros(3, 64, 64)
+    half[:, :, :32] = 1
+    assert run(sd15, masks=half).losses[0] != pytest.approx(trained.losses[0], rel=1e-3)
+
+
+def test_one_picture_works_through_augmented_views(sd15, run, caplog):
+    with caplog.at_level(logging.INFO):
+        found = run(sd15, images=pictures(1))
+    assert any("one picture only" in message and "augmented" in message for message in caplog.messages)
+    assert torch.isfinite(torch.tensor(found.losses)).all() and found.adapter.info.training["pictures"] == 1
+
+
+def test_matched_mode_noises_the_reference(sd15, trained, run):
+    found = run(sd15, steps=2, reference_mode="matched", gradient_checkpointing=True)
+    assert found.adapter.info.reference_mode == found.metadata["reference_mode"] == "matched"
+    assert found.losses[0] != trained.losses[0]
+    assert [k for k, t in found.adapter.lora.state_dict().items() if k.endswith("B.weight") and not t.any()] == []
+
+
+# --- what the user sees -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoken(comfy_host, monkeypatch) -> list[str]:
+    """The texts that were sent to the node."""
+    import server
+
+    texts: list[str] = []
+    monkeypatch.setattr(server.PromptServer.instance, "send_progress_text", lambda text, node_id: texts.append(text))
+    return texts
+
+
+def test_progress_tells_step_loss_and_time_left_every_step(sd15, run, spoken, monkeypatch, caplog):
+    import comfy.utils
+
+    bar = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *a, **k: bar.append((value, total)))
+    with caplog.at_level(logging.INFO):
+        found = run(sd15, steps=3)
+    assert bar == [(1, 3), (2, 3), (3, 3)]
+    *steps, last = spoken
+    told = [re.fullmatch(r"step (\d)/3, loss (\d+\.\d{4}), \d+:\d\d left", text).groups() for text in steps]
+    assert [number for number, _ in told] == ["1", "2", "3"]
+    assert float(told[0][1]) == pytest.approx(found.losses[0], abs=1e-4)
+    assert last == f"saved {found.adapter.name}.safetensors"
+
+    done, saved = [record.getMessage() for record in caplog.records if record.name.startswith("sa_inject")]
+    assert re.fullmatch(r"Trained adapter '\S+': 3 steps, final loss \d+\.\d{4}\.", done)
+    assert saved.startswith("Saved adapter")
+
+
+def test_loss_map_is_what_the_hosts_graph_node_draws(comfy_host, trained):
+    comfy_host.node("LossGraphNode")
+    graph = comfy_host.execute("LossGraphNode", loss={"loss": trained.losses})
+    assert graph.ui["images"]
+
+
+def test_previews_are_drawn_with_the_adapter_or_not_at_all(sd15, trained, run, monkeypatch):
+    assert torch.equal(trained.previews, pictures(3)[:1])
+    monkeypatch.setattr("sa_inject.nodes.host.preview.STEPS", 2)
+    previews = run(sd15, previews=2).previews
+    assert previews.shape == (2, 64, 64, 3) and previews.isfinite().all()
+    assert not torch.equal(previews[0], previews[1])
