@@ -36,8 +36,8 @@ class TrainConfig:
         for name in ("alpha", "max_gradient_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number above 0.")
-        if not 0 <= self.reference_dropout < 1:
-            raise ValueError(f"reference_dropout is {self.reference_dropout}; it is a share from 0 to below 1.")
+        if not 0 <= self.reference_dropout <= 1:
+            raise ValueError(f"reference_dropout is {self.reference_dropout}; it is a share from 0 to 1.")
         if self.lora_learning_rate == self.token_learning_rate == 0:
             raise ValueError("Both learning rates are 0, so nothing would be learned. Raise one of them.")
         if self.reference_mode not in REFERENCE_MODES:
