@@ -66,7 +66,16 @@ class SamplingRun:
     size: tuple[int, ...] | None = None  # (h, w) of the latent that is drawn
     banks: dict[tuple, KVBank] = field(default_factory=dict)
     deltas: dict[tuple, Deltas] = field(default_factory=dict)
+    areas: dict[tuple, Tensor] = field(default_factory=dict)
     stepped_aside: dict[str, set[BlockKey]] = field(default_factory=dict)  # no blocks: in the whole call
+
+    def area_weights(self, injection: Injection, height: int, width: int, device: torch.device) -> Tensor:
+        """The area mask of an injection at one layer's size: (height*width,), the same at every step."""
+        key = (id(injection), height, width, device)
+        if key not in self.areas:
+            assert injection.area is not None
+            self.areas[key] = token_weights(injection.area.to(device), height, width)
+        return self.areas[key]
 
     def step_aside(self, reason: str, *blocks: BlockKey) -> None:
         self.stepped_aside.setdefault(reason, set()).update(blocks)
@@ -238,11 +247,11 @@ class _InjectedAttention:
         for chunks in _runs_of_equal_sources(self._sources, self._chunk_count):
             part = slice(chunks.start * rows, chunks.stop * rows)
             own = KV(k[part], v[part])
-            references = self._references(chunks.start, key, q.shape[1], extra_options)
+            references = self._references(chunks.start, key, q, extra_options)
             outputs.append(inject(q[part], own, references, heads, attend))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (b, n, heads*d)
 
-    def _references(self, chunk: int, key: BlockKey, queries: int, extra_options: dict[str, Any]) -> list[Reference]:
+    def _references(self, chunk: int, key: BlockKey, q: Tensor, extra_options: dict[str, Any]) -> list[Reference]:
         references = []
         for source in self._sources:
             if chunk not in source.chunks or key not in source.bank:
@@ -251,10 +260,10 @@ class _InjectedAttention:
             query_mask = None
             if injection.area is not None:
                 height, width = extra_options["activations_shape"][-2:]
-                if height * width != queries:
+                if height * width != q.shape[1]:
                     self._run.step_aside("tokens were merged or tiled there, so the area mask cannot be placed", key)
                     continue
-                query_mask = token_weights(injection.area, height, width)
+                query_mask = self._run.area_weights(injection, height, width, q.device)
             weight = injection.strength / len(injection.image_prompt.pictures)
             references.append(Reference(source.bank[key], weight, query_mask=query_mask))
         return references
