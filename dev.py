@@ -251,9 +251,8 @@ def wait(child: subprocess.Popen[bytes], timeout: float | None = None) -> int:
         raise
 
 
-def run_script(script: Path, arguments: list[str]) -> int:
+def run_script(script: Path, arguments: list[str], host: Path) -> int:
     """Run by path, not with -m: the project's root holds a folder `nodes`, which would hide the host's module."""
-    host = set_up()
     return run([str(venv_program("python")), str(script), *arguments], host)
 
 
@@ -267,15 +266,16 @@ def setup(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    make_demo_checkpoint(set_up())
-    return run_script(ROOT / "demo" / "run.py", arguments)
+    host = set_up()
+    make_demo_checkpoint(host)
+    return run_script(ROOT / "demo" / "run.py", arguments, host)
 
 
 def bench(arguments: list[str]) -> int:
     names = benchmarks(ROOT / "bench")
     if not arguments or arguments[0] not in names:
         raise Stop(f"bench takes one of these names: {', '.join(names)}.")
-    return run_script(ROOT / "bench" / f"{arguments[0]}.py", arguments[1:])
+    return run_script(ROOT / "bench" / f"{arguments[0]}.py", arguments[1:], set_up())
 
 
 def benchmarks(folder: Path) -> list[str]:
