@@ -9,18 +9,37 @@ from torch import Tensor
 COEFFICIENTS: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)  # Jordan's quintic Newton-Schulz iteration
 
 
+LONG: int = 4  # times as long as wide, from where the Gram matrix is the cheaper place to iterate
+
+
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrix, roughly. (rows, columns) -> the same"""
-    a, b, c = COEFFICIENTS
-    x = matrix.bfloat16()
-    is_tall = x.shape[0] > x.shape[1]
-    if is_tall:
-        x = x.T
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
     x = x / (x.norm() + 1e-7)
+    x = _by_gram_matrix(x, iterations) if x.shape[1] >= LONG * x.shape[0] else _directly(x.bfloat16(), iterations)
+    return (x.T if is_tall else x).float()
+
+
+def _directly(x: Tensor, iterations: int) -> Tensor:
+    a, b, c = COEFFICIENTS
     for _ in range(iterations):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if is_tall else x).float()
+    return x
+
+
+def _by_gram_matrix(x: Tensor, iterations: int) -> Tensor:
+    """The same polynomials, gathered on the short side and applied once. In bfloat16 this would diverge."""
+    a, b, c = COEFFICIENTS
+    gram = x @ x.T
+    total = torch.eye(len(gram), device=x.device)
+    for _ in range(iterations):
+        factor = b * gram + c * gram @ gram
+        factor.diagonal().add_(a)
+        total = factor @ total
+        gram = factor @ gram @ factor
+    return total.bfloat16() @ x.bfloat16()
 
 
 class Muon(torch.optim.Optimizer):

@@ -4,12 +4,12 @@
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .host import use_host
 
 use_host("cuda" if torch.cuda.is_available() else "cpu")
-import comfy.ldm.modules.attention as host_attention  # noqa: E402
 import comfy.model_sampling  # noqa: E402
 import comfy.ops  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
@@ -53,8 +53,11 @@ def sigmas() -> Tensor:
 
 
 def _attend(_, q: Tensor, k: Tensor, v: Tensor, heads: int, *__, **___) -> Tensor:
-    """PyTorch's fused attention, in place of the host's default for the CPU, which has a slow backward."""
-    return host_attention.attention_pytorch(q, k, v, heads)
+    """Attention spelled out: at 256 tokens on a CPU it is faster than PyTorch's fused one, and it can be compiled."""
+    q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=heads) for x in (q, k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (b, heads, n, m)
+    out = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+    return rearrange(out, "b heads n d -> b n (heads d)")
 
 
 def predict_noise(unet: UNetModel, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:
