@@ -3,7 +3,7 @@
 Background, side and size are measured. Which object it is, is asked of a small network that was trained on real scenes
 of all artwork, base and held-out, so it knows the subjects too. It takes no part in any other training.
 
-    python -m demo.base.judge train     learn identities (minutes), into the user's cache folder
+    python -m demo.base.judge train     learn identities anew (minutes), into demo/base/judge.safetensors
     python -m demo.base.judge check     agreement with the truth on real scenes that training never drew
 """
 
@@ -18,14 +18,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .artwork import Artwork, catalogue, user_cache
+from .artwork import Artwork, catalogue
 from .threads import FreeCores
 from .world import COLOURS, IMAGE_SIZE, PATTERNS, SIZES, Scene, background, box, random_scene, render
 
 log = logging.getLogger(__name__)
 
+WEIGHTS: Path = Path(__file__).with_name("judge.safetensors")
 SEED: int = 11
 CROP: int = 48  # pixels that the network sees
 MARGIN: float = 0.1  # around what was found, as a share of its longer side
@@ -34,7 +36,7 @@ TOLERANCE: float = 80.0  # distance beyond which a pixel says nothing more again
 WIDTH: int = 128  # of an embedding
 TEMPERATURE: float = 0.07
 BATCH: int = 128
-STEPS: int = 900
+STEPS: int = 600
 LEARNING_RATE: float = 3e-3
 
 
@@ -118,7 +120,7 @@ class IdentityNetwork(nn.Module):
 
 def _blurred(image: Image.Image, rng: np.random.RandomState) -> Image.Image:
     """An autoencoder's softness and a sampler's grain, so that neither is mistaken for another object."""
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.8)))
     pixels = np.asarray(image, dtype=np.float32)
     pixels = (
         pixels * rng.uniform(0.9, 1.1, 3)
@@ -138,10 +140,6 @@ def _view(artwork: Artwork, rng: np.random.RandomState) -> Image.Image:
 def _to_input(images: list[Image.Image]) -> Tensor:
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def default_path() -> Path:
-    return user_cache() / "judge.pt"
 
 
 def train_identity(path: Path, steps: int = STEPS) -> None:
@@ -166,19 +164,17 @@ def train_identity(path: Path, steps: int = STEPS) -> None:
         schedule.step()
         if step % 50 == 0:
             log.info("judge %d/%d loss %.3f, %.0f s", step, steps, loss.item(), time.monotonic() - started)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
-    torch.save(network.state_dict(), partial)
+    save_file({name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}, partial)
     partial.replace(path)
 
 
 class Judge:
-    def __init__(self, path: Path | None = None):
-        path = path or default_path()
+    def __init__(self, path: Path = WEIGHTS):
         if not path.exists():
-            raise FileNotFoundError(f"The judge has not learned identities yet ({path}): run demo.base.judge train.")
+            raise FileNotFoundError(f"There is no {path.name}: run `python -m demo.base.judge train`.")
         self._network = IdentityNetwork(len(catalogue()))
-        self._network.load_state_dict(torch.load(path, weights_only=True))
+        self._network.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
         self._network.eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -218,7 +214,7 @@ def main() -> None:
     parser.add_argument("command", choices=("train", "check"))
     command = parser.parse_args().command
     if command == "train":
-        train_identity(default_path())
+        train_identity(WEIGHTS)
     log.info("%s", check(Judge()))
 
 

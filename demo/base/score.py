@@ -1,0 +1,91 @@
+"""How well the base model draws what a caption says, in the judge's eyes.
+
+python -m demo.base.score --count 512       shipped weights
+python -m demo.base.score --state FOLDER    what a training run has learned so far
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .autoencoder import decode, load_autoencoder, new_autoencoder
+from .judge import Judge, Verdict
+from .text_encoder import CaptionEncoder
+from .threads import FreeCores
+from .unet import new_unet, sample
+from .weights import AUTOENCODER_PREFIX, UNET_PREFIX, read_weights
+from .world import IMAGE_SIZE, WORDINGS, Scene, caption, random_scene
+
+log = logging.getLogger(__name__)
+
+SEED: int = 99
+BATCH: int = 16
+
+
+def random_captions(count: int) -> tuple[list[Scene], list[str]]:
+    """Scenes of base objects, and what they are asked for with; training drew from other seeds."""
+    rng = np.random.RandomState(SEED)
+    scenes = [random_scene(rng) for _ in range(count)]
+    return scenes, [caption(scene, rng.randint(len(WORDINGS))) for scene in scenes]
+
+
+def load(state: Path | None, device: str):
+    """UNet and autoencoder, from a training run's folder or from what is shipped."""
+    unet = new_unet(0).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    if state is not None:
+        unet.load_state_dict(torch.load(state / "unet.pt", map_location=device, weights_only=True)["average"])
+        return unet, load_autoencoder(state / "autoencoder.pt", device)
+    tensors = {name: tensor.float() for name, tensor in read_weights().items()}
+    unet.load_state_dict({n.removeprefix(UNET_PREFIX): t for n, t in tensors.items() if n.startswith(UNET_PREFIX)})
+    autoencoder = new_autoencoder(0)
+    autoencoder.load_state_dict(
+        {n.removeprefix(AUTOENCODER_PREFIX): t for n, t in tensors.items() if n.startswith(AUTOENCODER_PREFIX)}
+    )
+    return unet, autoencoder.to(device)
+
+
+def draw(state: Path | None, captions: list[str], steps: int, guidance: float, device: str) -> list[Image.Image]:
+    unet, autoencoder = load(state, device)
+    encode = CaptionEncoder(device)
+    cores = FreeCores()
+    images: list[Image.Image] = []
+    for start in range(0, len(captions), BATCH):
+        cores.adjust()
+        context = encode(captions[start : start + BATCH])
+        size = IMAGE_SIZE // 8
+        latent = sample(unet, context, encode([""]), size, SEED + start, steps=steps, guidance=guidance)
+        images += decode(autoencoder, latent, device)
+        if start % (8 * BATCH) == 0:
+            log.info("drawn %d of %d", len(images), len(captions))
+    return images
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--state", type=Path, help="folder of a training run")
+    parser.add_argument("--pictures", type=Path, help="write the first 64 here as one PNG")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scenes, captions = random_captions(options.count)
+    images = draw(options.state, captions, options.steps, options.guidance, device)
+    if options.pictures:
+        from .train import save_grid
+
+        save_grid(images[:64], options.pictures)
+    verdicts = Judge().verdicts(images, scenes)
+    shares = {factor: round(float(np.mean([getattr(v, factor) for v in verdicts])), 4) for factor in Verdict._fields}
+    shares["all"] = round(float(np.mean([all(v) for v in verdicts])), 4)
+    log.info("%s", json.dumps({"captions": len(captions), "guidance": options.guidance, **shares}))
+
+
+if __name__ == "__main__":
+    main()
