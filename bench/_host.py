@@ -46,12 +46,17 @@ def start_host(attention: str = "host", with_pack: bool = True) -> Any:
     return host
 
 
-def demo_checkpoint() -> Path:
-    """The demo's base model, where the demo itself keeps it; one with random weights, elsewhere, if none is shipped."""
+def use_demo() -> None:
+    """Make `import demo` work."""
     from tests.conftest import import_folder
 
     if "demo" not in sys.modules:
         import_folder("demo", ROOT / "demo")
+
+
+def demo_checkpoint() -> Path:
+    """The demo's base model, where the demo itself keeps it; one with random weights, elsewhere, if none is shipped."""
+    use_demo()
     from demo.base.checkpoint import write_checkpoint
     from demo.base.weights import WEIGHTS
 

@@ -1,0 +1,185 @@
+"""The pack's own training loop with other trainables: what every fine-tune of the quality bench has in common.
+
+Pictures, captions, word, pairs, noise, objective and optimizer are the pack's. A method only says what it trains,
+and what becomes of it. Import only once the host is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.model_management as management
+import torch
+from torch import Tensor, nn
+
+from sa_inject.core.adapter import Adapter
+from sa_inject.core.lora import SelfAttentionLoRA
+from sa_inject.nodes.host import training
+from sa_inject.nodes.host.denoiser import ComfyDenoiser
+from sa_inject.nodes.host.text import class_word_vectors, clip_with_token, word_pattern
+from sa_inject.nodes.host.trainable import make_differentiable, normal_tensor, out_of_place_text_encoder, training_mode
+from sa_inject.nodes.host.unet import UnetDescription, describe
+from sa_inject.trainer.captions import captions_for, subject_phrase
+from sa_inject.trainer.config import TrainConfig
+from sa_inject.trainer.examples import Example, TrainingSet
+from sa_inject.trainer.loop import train
+
+
+@dataclass(frozen=True)
+class Models:
+    """The loaded base model, in float32; `drawing` computes in the precision of the run."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    dtype: torch.dtype
+
+    @property
+    def drawing(self) -> Any:
+        patcher = self.model.clone()
+        if self.dtype != torch.float32:
+            patcher.set_model_compute_dtype(self.dtype)
+        return patcher
+
+
+class Trainables:
+    """Anything but our LoRA, in the form that the loop expects: without a reference it never asks for deltas."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self._parameters
+
+    def deltas(self, *_: Any) -> dict:
+        return {}
+
+
+@dataclass
+class Room:
+    """A model that gradients flow through, and all that a training run on it needs. `lora` is fresh."""
+
+    unet: nn.Module
+    description: UnetDescription
+    denoiser: ComfyDenoiser
+    data: TrainingSet
+    subject: training.Subject
+    lora: SelfAttentionLoRA
+    tokens: dict[str, nn.Parameter]
+    config: TrainConfig
+    dtype: torch.dtype
+    base: Any
+    device: torch.device
+
+    def learn(self, trainables: Any, **changes: Any) -> list[float]:
+        """Run the loop; the loss of every step."""
+        tokens = list(self.tokens.values())
+        phrase = subject_phrase(self.subject.placeholder, self.subject.class_word)
+        config = replace(self.config, **changes)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            steps = train(self.denoiser, self.data, trainables, tokens, phrase, config, device=self.device)
+            return [step.loss for step in steps]
+
+    def adapter(self) -> Adapter:
+        """What the pack would save."""
+        phrase = subject_phrase(self.subject.placeholder, self.subject.class_word)
+        with torch.no_grad():
+            text = self.denoiser.encode([phrase])
+        return training._finished(
+            "bench", self.description, self.subject, self.config, self.lora, self.tokens, text, self.base
+        )
+
+    def learned_word(self) -> dict[str, Tensor]:
+        return {name: vector.detach().cpu() for name, vector in self.tokens.items()}
+
+
+@contextlib.contextmanager
+def classroom(
+    models: Models,
+    subject: training.Subject,
+    config: TrainConfig,
+    extra: Sequence[Example] = (),
+    denoiser_class: Callable[..., ComfyDenoiser] = ComfyDenoiser,
+) -> Iterator[Room]:
+    """Prepare everything as TrainSAInjectAdapter does; the UNet's weights are back in place when this ends.
+
+    extra: examples that are learned as often as the subject's own, for prior preservation.
+    """
+    with torch.inference_mode():  # as in a node
+        description = describe(models.model)
+        captions = captions_for(
+            subject.captions,
+            len(subject.pictures),
+            subject.placeholder,
+            subject.class_word,
+            word_pattern(subject.placeholder),
+        )
+        initial = class_word_vectors(models.clip, subject.class_word)
+        data = training._training_set(models.model, models.vae, subject, captions, config.seed)
+    patcher = models.model.clone()
+    with training_mode(), contextlib.ExitStack() as undo:
+        management.load_models_gpu([patcher, models.clip.patcher], memory_required=1e20, force_full_load=True)
+        base = patcher.model
+        make_differentiable(base)
+        make_differentiable(models.clip.cond_stage_model)
+        undo.enter_context(out_of_place_text_encoder(models.clip))
+        undo.enter_context(weights_kept(base.diffusion_model))
+        lora, tokens, taught = training._trainables(
+            models.clip, description, initial, subject.placeholder, config, patcher
+        )
+        sampling = patcher.get_model_object("model_sampling")
+        device = patcher.load_device
+        yield Room(
+            unet=base.diffusion_model,
+            description=description,
+            denoiser=denoiser_class(base, sampling, taught, description.layers, device, torch.float32),
+            data=mixed(training._normal(data), extra),
+            subject=subject,
+            lora=lora,
+            tokens=tokens,
+            config=config,
+            dtype=models.dtype,
+            base=base,
+            device=device,
+        )
+
+
+def mixed(data: TrainingSet, extra: Sequence[Example]) -> TrainingSet:
+    """The subject's examples, repeated until they are as many as the others."""
+    if not extra:
+        return data
+    own = list(data.examples)
+    return TrainingSet([*(own[i % len(own)] for i in range(len(extra))), *extra], data.views)
+
+
+@contextlib.contextmanager
+def weights_kept(unet: nn.Module) -> Iterator[None]:
+    """Whatever is done to the weights inside is undone, bit by bit."""
+    before = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in unet.named_parameters():
+                parameter.requires_grad_(False).grad = None
+                parameter.copy_(before[name])
+
+
+def class_examples(models: Models, latents: Tensor, captions: Sequence[str]) -> list[Example]:
+    """Pictures of the class as examples. latents (n, c, h, w) as a sampler returns them."""
+    scaled = models.model.model.process_latent_in(latents).float().cpu()
+    return [Example(normal_tensor(latent[None]), (caption,)) for latent, caption in zip(scaled, captions, strict=True)]
+
+
+def with_word(models: Models, word: dict[str, Tensor], placeholder: str) -> Any:
+    return clip_with_token(models.clip, placeholder, word)
+
+
+def with_differences(models: Models, differences: dict[str, Tensor]) -> Any:
+    """The drawing model with weights that differ by so much, as a ModelPatcher patch. {UNet parameter: difference}"""
+    patched = models.drawing
+    patched.add_patches({f"diffusion_model.{name}": ("diff", (value,)) for name, value in differences.items()})
+    return patched

@@ -1,0 +1,326 @@
+"""The methods that the quality bench compares: each teaches a subject, and hands over what draws it.
+
+Import only once the host is started.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import peft
+import torch
+from _learn import Models, Trainables, class_examples, classroom, with_differences, with_word
+from _measure import peak_memory
+from _subjects import PLACEHOLDER, Settings, Subject
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from demo.base.world import IMAGE_SIZE, caption, random_scene
+from sa_inject.core.adapter import Adapter, AdapterInfo
+from sa_inject.core.adapter_file import save_adapter
+from sa_inject.core.image_prompt import ReferenceText
+from sa_inject.core.lora import SelfAttentionLoRA
+from sa_inject.nodes.host import training
+from sa_inject.nodes.host.images import pictures_of
+from sa_inject.nodes.host.unet import describe
+from sa_inject.trainer.config import TrainConfig
+
+RANK = 16
+CLASS_PICTURES = 16  # for prior preservation
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of both attentions of every block
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+@dataclass
+class Lesson:
+    """One subject, to be learned with one learning rate."""
+
+    host: Any
+    models: Models
+    subject: Subject
+    settings: Settings
+    rate: float
+    word_rate: float = 0.0
+
+    def pictures(self) -> Tensor:
+        """(b, h, w, c) in 0..1, as ComfyUI has them."""
+        stacked = np.stack([np.asarray(picture) for picture in self.subject.pictures()])
+        return torch.from_numpy(stacked).float() / 255
+
+    def training_subject(self) -> training.Subject:
+        pictures = pictures_of([self.pictures()], "bench")
+        return training.Subject(
+            pictures=pictures,
+            masks=[None] * len(pictures),
+            captions=self.subject.captions(self.subject.phrase),
+            placeholder=PLACEHOLDER,
+            class_word=self.subject.artwork.class_word,
+            resolution=IMAGE_SIZE,
+        )
+
+    def config(self, **changes: Any) -> TrainConfig:
+        chosen: dict[str, Any] = {
+            "steps": self.settings.steps,
+            "batch_size": self.settings.batch,
+            "lora_learning_rate": self.rate,
+            "token_learning_rate": self.word_rate,
+            "rank": RANK,
+            "alpha": float(RANK),
+            "seed": self.settings.seed,
+        }
+        return TrainConfig(**{**chosen, **changes})
+
+    def image_prompt(self) -> Any:
+        return self.host.execute(
+            "EncodeImagePrompt", images=self.pictures(), vae=self.models.vae, resolution=IMAGE_SIZE
+        )[0]
+
+
+class Taught(NamedTuple):
+    """What draws: a model, a CLIP, the words that stand for the subject, and how large what was learned is."""
+
+    model: Any
+    clip: Any
+    words: str
+    parameters: int = 0
+    file_bytes: int = 0
+
+
+class Method(NamedTuple):
+    teach: Callable[[Lesson], Taught]
+    rates: tuple[tuple[float, float], ...] = ((0.0, 0.0),)  # (rate, word's rate), of which a sweep chooses one
+
+
+def base_model(lesson: Lesson) -> Taught:
+    """The class word alone: the floor."""
+    return Taught(lesson.models.drawing, lesson.models.clip, lesson.subject.artwork.class_word)
+
+
+def textual_inversion(lesson: Lesson) -> Taught:
+    """Gal et al., 2022: the word learns, alone."""
+    with classroom(lesson.models, lesson.training_subject(), lesson.config()) as room:
+        room.learn(Trainables([nn.Parameter(torch.zeros(1))]), reference_dropout=1.0, lora_learning_rate=0.0)
+        word = room.learned_word()
+    return Taught(
+        lesson.models.drawing, with_word(lesson.models, word, PLACEHOLDER), lesson.subject.phrase, *size_of(word)
+    )
+
+
+def fresh_reference(lesson: Lesson) -> Taught:
+    """Training-free reference attention: an adapter that has learned nothing, and the class word."""
+    architecture, layers = describe(lesson.models.model)
+    word = lesson.subject.artwork.class_word
+    with torch.inference_mode(False):
+        lora = SelfAttentionLoRA(layers, RANK, float(RANK))
+    encoded = lesson.host.execute("CLIPTextEncode", clip=lesson.models.clip, text=word)[0][0]
+    adapter = Adapter(
+        name="fresh",
+        info=AdapterInfo(architecture, layers, RANK, float(RANK), "clean", PLACEHOLDER, word),
+        lora=lora,
+        tokens={},
+        text=ReferenceText(encoded[0], encoded[1].get("pooled_output")),
+    )
+    return Taught(injected(lesson, adapter), lesson.models.clip, word)
+
+
+def host_lora(lesson: Lesson) -> Taught:
+    """ComfyUI's TrainLoraNode: LoRA on every layer, and a rare word in the captions that is not learned."""
+    host, models = lesson.host, lesson.models
+    latents = host.execute("VAEEncode", pixels=lesson.pictures(), vae=models.vae)[0]["samples"]
+    captions = lesson.subject.captions(lesson.subject.phrase)
+    positive = [host.execute("CLIPTextEncode", clip=models.clip, text=text)[0] for text in captions]
+    _, lora, *_ = host.execute(
+        "TrainLoraNode",
+        model=models.model,
+        latents=[{"samples": latent[None]} for latent in latents],
+        positive=positive,
+        steps=lesson.settings.steps,
+        batch_size=lesson.settings.batch,
+        learning_rate=lesson.rate,
+        rank=RANK,
+        training_dtype=PRECISIONS[models.dtype],
+        lora_dtype="fp32",
+        gradient_checkpointing=False,
+        seed=lesson.settings.seed,
+    )
+    lora = {name: tensor.detach().half() for name, tensor in lora.items()}
+    model = host.execute("LoraModelLoader", model=models.drawing, lora=lora, strength_model=1.0)[0]
+    return Taught(model, models.clip, lesson.subject.phrase, *size_of(lora))
+
+
+def peft_lora(lesson: Lesson) -> Taught:
+    """LoRA on all attention of the UNet with a learned word, as pivotal tuning does."""
+    with classroom(lesson.models, lesson.training_subject(), lesson.config()) as room:
+        targets = [name for name, _ in room.unet.named_modules() if name.endswith(ATTENTION)]
+        torch.manual_seed(lesson.settings.seed)
+        peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets), room.unet)
+        layers = {name: room.unet.get_submodule(name) for name in targets}
+        try:
+            learned = {name: p for name, p in room.unet.named_parameters() if "lora_" in name}
+            room.learn(Trainables(list(learned.values())), reference_dropout=1.0)
+            with torch.no_grad():
+                differences = {f"{name}.weight": lora.get_delta_weight("default") for name, lora in layers.items()}
+            kept = {name: p.detach().clone() for name, p in learned.items()}
+        finally:
+            for name, lora in layers.items():
+                parent, _, child = name.rpartition(".")
+                setattr(room.unet.get_submodule(parent), child, lora.base_layer)
+        word = room.learned_word()
+    return Taught(
+        with_differences(lesson.models, differences),
+        with_word(lesson.models, word, PLACEHOLDER),
+        lesson.subject.phrase,
+        *size_of({**kept, **word}),
+    )
+
+
+def full_fine_tune(lesson: Lesson) -> Taught:
+    """DreamBooth without prior preservation, and with a learned word."""
+    return fine_tuned(lesson, ())
+
+
+def full_fine_tune_with_prior(lesson: Lesson) -> Taught:
+    """DreamBooth (Ruiz et al., 2023, eq. 2): pictures of the class that the base model drew are learned beside."""
+    rng = np.random.RandomState(lesson.settings.seed)
+    scenes = [random_scene(rng) for _ in range(CLASS_PICTURES)]
+    texts = [caption(scene, 0, lesson.subject.artwork.class_word) for scene in scenes]
+    latents = torch.cat([sample(lesson, base_model(lesson), text, 1, place) for place, text in enumerate(texts)])
+    return fine_tuned(lesson, tuple(zip(latents, texts, strict=True)))
+
+
+def fine_tuned(lesson: Lesson, prior: Sequence[tuple[Tensor, str]]) -> Taught:
+    extra = class_examples(lesson.models, torch.stack([p[0] for p in prior]), [p[1] for p in prior]) if prior else []
+    with classroom(lesson.models, lesson.training_subject(), lesson.config(), extra) as room:
+        before = {name: p.detach().clone() for name, p in room.unet.named_parameters()}
+        room.unet.requires_grad_(True)
+        room.learn(Trainables(list(room.unet.parameters())), reference_dropout=1.0)
+        differences = {name: p.detach().cpu() - before[name].cpu() for name, p in room.unet.named_parameters()}
+        word = room.learned_word()
+    return Taught(
+        with_differences(lesson.models, differences),
+        with_word(lesson.models, word, PLACEHOLDER),
+        lesson.subject.phrase,
+        *size_of({**differences, **word}),
+    )
+
+
+def ours(lesson: Lesson, **changes: Any) -> Taught:
+    """The pack's own nodes, with their defaults and the swept rates; `changes` are inputs of any of them."""
+    trained = {name: changes.pop(name) for name in ("rank", "reference_mode", "token_learning_rate") if name in changes}
+    host, models = lesson.host, lesson.models
+    chosen: dict[str, Any] = {
+        "placeholder_token": PLACEHOLDER,
+        "class_word": lesson.subject.artwork.class_word,
+        "resolution": IMAGE_SIZE,
+        "steps": lesson.settings.steps,
+        "batch_size": lesson.settings.batch,
+        "lora_learning_rate": lesson.rate,
+        "token_learning_rate": lesson.word_rate,
+        "rank": RANK,
+        "precision": PRECISIONS[models.dtype],
+        "seed": lesson.settings.seed,
+        "file_name": "bench",
+        "previews": 0,
+    }
+    chosen |= {**trained, **({"alpha": float(trained["rank"])} if "rank" in trained else {})}
+    adapter, clip, *_ = host.execute(
+        "TrainSAInjectAdapter",
+        model=models.model,
+        clip=models.clip,
+        vae=models.vae,
+        images=lesson.pictures(),
+        captions=lesson.subject.captions(lesson.subject.phrase),
+        **chosen,
+    )
+    return taught_by(lesson, adapter, clip, **changes)
+
+
+def ours_matched(lesson: Lesson) -> Taught:
+    return ours(lesson, reference_mode="matched")
+
+
+def taught_by(lesson: Lesson, adapter: Adapter, clip: Any, **changes: Any) -> Taught:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.safetensors"
+        save_adapter(adapter, path)
+        file_bytes = path.stat().st_size
+    parameters = sum(t.numel() for t in (*adapter.lora.state_dict().values(), *adapter.tokens.values()))
+    return Taught(injected(lesson, adapter, **changes), clip, lesson.subject.phrase, parameters, file_bytes)
+
+
+def injected(lesson: Lesson, adapter: Adapter, **changes: Any) -> Any:
+    return lesson.host.execute(
+        "ApplySelfAttnInjection",
+        model=lesson.models.drawing,
+        adapter=adapter,
+        image_prompt=lesson.image_prompt(),
+        **changes,
+    )[0]
+
+
+def size_of(tensors: dict[str, Tensor]) -> tuple[int, int]:
+    """Numbers, and bytes of a float16 file of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "learned.safetensors"
+        save_file({name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}, path)
+        return sum(tensor.numel() for tensor in tensors.values()), path.stat().st_size
+
+
+def sample(lesson: Lesson, taught: Taught, text: str, pictures: int, seed: int) -> Tensor:
+    """Latents of so many pictures of one prompt, by the host's KSampler. -> (pictures, c, h, w)"""
+    host, settings = lesson.host, lesson.settings
+    positive, negative = (host.execute("CLIPTextEncode", clip=taught.clip, text=words)[0] for words in (text, ""))
+    empty = host.execute("EmptyLatentImage", width=IMAGE_SIZE, height=IMAGE_SIZE, batch_size=pictures)[0]
+    return host.execute(
+        "KSampler",
+        model=taught.model,
+        positive=positive,
+        negative=negative,
+        latent_image=empty,
+        seed=seed,
+        steps=settings.sampler_steps,
+        cfg=settings.cfg,
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=1.0,
+    )[0]["samples"]
+
+
+def draw(lesson: Lesson, taught: Taught, texts: Sequence[str], pictures: int) -> list[Image.Image]:
+    """So many pictures of every prompt, in the order of the prompts; seeds depend on the prompt's place alone."""
+    latents = torch.cat([sample(lesson, taught, text, pictures, seed=1000 * place) for place, text in enumerate(texts)])
+    return decoded(lesson, latents)
+
+
+def decoded(lesson: Lesson, latents: Tensor) -> list[Image.Image]:
+    pixels = lesson.host.execute("VAEDecode", samples={"samples": latents}, vae=lesson.models.vae)[0]
+    return [Image.fromarray(picture) for picture in (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()]
+
+
+def timed(lesson: Lesson, method: Method) -> tuple[Taught, float, int]:
+    """Teach, and say how long it took and by how many bytes memory grew at its peak."""
+    start = time.perf_counter()
+    with peak_memory() as peak:
+        taught = method.teach(lesson)
+    return taught, time.perf_counter() - start, peak.added
+
+
+WORD = 2e-3
+METHODS: dict[str, Method] = {
+    "base": Method(base_model),
+    "textual inversion": Method(textual_inversion, ((0.0, 1e-3), (0.0, 3e-3), (0.0, 1e-2))),
+    "reference attention, untrained": Method(fresh_reference),
+    "TrainLoraNode": Method(host_lora, ((3e-4, 0.0), (1e-3, 0.0), (3e-3, 0.0))),
+    "PEFT LoRA": Method(peft_lora, ((3e-4, WORD), (1e-3, WORD), (3e-3, WORD))),
+    "full fine-tune": Method(full_fine_tune, ((3e-5, WORD), (1e-4, WORD), (3e-4, WORD))),
+    "full fine-tune, prior": Method(full_fine_tune_with_prior, ((3e-5, WORD), (1e-4, WORD), (3e-4, WORD))),
+    "ours, clean": Method(ours, ((3e-4, WORD), (1e-3, WORD), (3e-3, WORD))),
+    "ours, matched": Method(ours_matched, ((3e-4, WORD), (1e-3, WORD), (3e-3, WORD))),
+}

@@ -1,0 +1,253 @@
+"""What the quality bench has measured so far, as tables, plots, pictures and one object."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from _cells import Cell, Cells
+from _host import CACHE
+from _report import Row, environment, table
+from _scores import bootstrap, paired
+from PIL import Image, ImageDraw, ImageFont
+
+matplotlib.use("agg")
+from matplotlib import pyplot  # noqa: E402
+
+OURS, FULL = "ours, clean", "full fine-tune"
+BEATEN = ("TrainLoraNode", "PEFT LoRA", "textual inversion")
+REAL = ("real scenes", "real, autoencoded")
+MARGIN = -0.02  # ours is "not worse" while the lower bound of the difference lies above this
+ENOUGH = 12  # subjects, for anything to count as shown
+COLUMNS = (
+    "method",
+    "subjects",
+    "similarity",
+    "top-1",
+    "fidelity",
+    "harmonic",
+    "copying",
+    "forgetting",
+    "parameters",
+    "file MB",
+    "training s",
+    "memory MB",
+    "s / image",
+)
+CHANGE_COLUMNS = ("changed", "subjects", "similarity", "top-1", "fidelity", "harmonic", "difference", "copying")
+GRID_SUBJECTS = 3
+CELL, LABEL, GAP = 96, 200, 4
+
+
+def cells_of(cells: Cells, part: str, base: str, settings: Any) -> list[Cell]:
+    """All of one part that were measured on this base model with these settings."""
+    wanted = {"part": part, "base": base, "settings": settings._asdict()}
+    return [cell for cell in cells.all() if wanted.items() <= cell["key"].items()]
+
+
+def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) -> dict[str, Any]:
+    """Write tables, plots and grids to the folder; the object that is the bench's last line."""
+    found = {part: cells_of(cells, part, base, settings) for part in ("rates", "main", "ablations")}
+    rows = main_rows(found["main"])
+    changes = ablation_rows(found["ablations"])
+    verdict = judged(found["main"])
+    result = {
+        "bench": "quality",
+        "settings": settings._asdict(),
+        "base": base,
+        "environment": environment(),
+        "rows": rows,
+        "ablations": changes,
+        "rates": rate_rows(found["rates"]),
+        "verdict": verdict,
+    }
+    sections = [
+        ("Methods: means over subjects, 95 % intervals", table(rows, COLUMNS)),
+        (
+            "Ours against the others: paired difference of the harmonic mean",
+            table(verdict, tuple(verdict[0]) if verdict else ()),
+        ),
+        ("Ours with one thing changed", table(changes, CHANGE_COLUMNS)),
+        (
+            "Learning rates: harmonic mean on subjects of their own",
+            table(result["rates"], ("method", "rates", "subjects", "harmonic")),
+        ),
+    ]
+    text = "\n\n".join(f"## {title}\n\n{shown}" for title, shown in sections if shown)
+    print(text, flush=True)
+    facts = "\n".join(
+        f"- {name}: {value}" for name, value in {**settings._asdict(), **result["environment"], "base": base}.items()
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "quality.md").write_text(f"# Quality\n\n{text}\n\n## How it was measured\n\n{facts}\n", encoding="utf-8")
+    if rows:
+        plot(found["main"], folder / "pareto.png")
+        grid(found["main"], folder / "pictures.png")
+    return result
+
+
+def by_method(cells: Sequence[Cell]) -> dict[str, dict[str, Cell]]:
+    """{method: {subject: cell}}, in the order of measuring."""
+    found: dict[str, dict[str, Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell["key"]["method"], {})[cell["key"]["subject"]] = cell
+    return found
+
+
+def main_rows(cells: Sequence[Cell]) -> list[Row]:
+    methods = by_method(cells)
+    rows: list[Row] = []
+    for name, subjects in methods.items():
+        row: Row = {"method": name, **scores_of(subjects)}
+        row["copying"] = f"{mean(subjects, 'copying'):+.3f}"
+        measured = list(subjects.values())
+        if "parameters" in measured[0]:
+            row["parameters"] = measured[0]["parameters"]
+            row["file MB"] = measured[0]["file_bytes"] / 1e6
+            row["training s"] = median([cell["training_seconds"] for cell in measured])
+            row["memory MB"] = round(median([cell["added_bytes"] for cell in measured]) / 1e6)
+            row["s / image"] = median([cell["seconds_per_image"] for cell in measured])
+        kept = {subject: cell["base_fidelity"] for subject, cell in subjects.items() if "base_fidelity" in cell}
+        before = {s: c["base_fidelity"] for s, c in methods.get("base", {}).items() if "base_fidelity" in c}
+        if kept and before:
+            row["forgetting"] = with_interval(paired(before, kept))
+        rows.append(row)
+    return rows
+
+
+def scores_of(subjects: dict[str, Cell]) -> Row:
+    row: Row = {"subjects": len(subjects)}
+    for column, field in (("similarity",) * 2, ("top-1", "top_1"), ("fidelity",) * 2, ("harmonic",) * 2):
+        row[column] = with_interval(bootstrap([cell["scores"][field] for cell in subjects.values()]))
+    return row
+
+
+def judged(cells: Sequence[Cell]) -> list[Row]:
+    """Ours against every other method, subject by subject."""
+    methods = by_method(cells)
+    rows = []
+    for name, subjects in methods.items():
+        common = subjects.keys() & methods.get(OURS, {}).keys()
+        if name == OURS or not common:
+            continue
+        difference = paired(harmonics(methods[OURS]), harmonics(subjects))
+        row: Row = {"against": name, "subjects": len(common), "difference": with_interval(difference)}
+        if name.startswith(FULL):
+            row["asked for"] = f"lower bound above {MARGIN}"
+            row["reached"] = reached(difference[1] > MARGIN, len(common))
+        elif name in BEATEN:
+            row["asked for"] = "above 0"
+            row["reached"] = reached(difference[1] > 0, len(common))
+        rows.append({"against": "", "subjects": "", "difference": "", "asked for": "", "reached": "", **row})
+    return rows
+
+
+def reached(is_so: bool, subjects: int) -> str:
+    answer = "yes" if is_so else "no"
+    return answer if subjects >= ENOUGH else f"{answer}, on {subjects} of {ENOUGH} subjects"
+
+
+def ablation_rows(cells: Sequence[Cell]) -> list[Row]:
+    methods = by_method(cells)
+    rows = []
+    for name, subjects in methods.items():
+        row: Row = {"changed": name, **scores_of(subjects), "copying": f"{mean(subjects, 'copying'):+.3f}"}
+        if name != "as it is" and subjects.keys() & methods.get("as it is", {}).keys():
+            row["difference"] = with_interval(paired(harmonics(subjects), harmonics(methods["as it is"])))
+        rows.append(row)
+    return rows
+
+
+def rate_rows(cells: Sequence[Cell]) -> list[Row]:
+    found: dict[tuple, list[float]] = {}
+    for cell in cells:
+        found.setdefault((cell["key"]["method"], *cell["key"]["rates"]), []).append(cell["scores"]["harmonic"])
+    return [
+        {"method": key[0], "rates": f"{key[1]:g}, word {key[2]:g}", "subjects": len(v), "harmonic": sum(v) / len(v)}
+        for key, v in sorted(found.items())
+    ]
+
+
+def harmonics(subjects: dict[str, Cell]) -> dict[str, float]:
+    return {subject: cell["scores"]["harmonic"] for subject, cell in subjects.items()}
+
+
+def mean(subjects: dict[str, Cell], field: str) -> float:
+    return sum(cell["scores"][field] for cell in subjects.values()) / len(subjects)
+
+
+def median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def with_interval(values: tuple[float, float, float]) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*values)
+
+
+def plot(cells: Sequence[Cell], path: Path) -> None:
+    """Left: identity against prompt fidelity. Right: what the harmonic mean costs in file size."""
+    methods = by_method(cells)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
+    for place, (name, subjects) in enumerate(methods.items()):
+        colour = f"C{place % 10}"
+        marker = "*" if name.startswith("ours") else "x" if name in REAL else "o"
+        left.scatter(mean(subjects, "fidelity"), mean(subjects, "similarity"), 90, color=colour, marker=marker)
+        left.annotate(f"  {name}", (mean(subjects, "fidelity"), mean(subjects, "similarity")), fontsize=9)
+        size = next(iter(subjects.values())).get("file_bytes", 0) / 1e6
+        if size:
+            value, low, high = bootstrap(list(harmonics(subjects).values()))
+            right.errorbar(size, value, [[value - low], [high - value]], color=colour, marker=marker, capsize=3)
+            right.annotate(f"  {name}", (size, value), fontsize=9)
+    left.set(
+        xlabel="prompt fidelity",
+        ylabel="identity similarity",
+        title="Does it look like the subject, and where it was asked?",
+    )
+    right.set(xscale="log", xlabel="file, MB (fp16)", ylabel="harmonic mean, 95 %", title="Quality for size")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.25)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def picture_file(part: str, method: str, subject: str) -> Path:
+    """Where the first pictures of a cell are kept; git ignores them."""
+    name = re.sub(r"[^a-z0-9]+", "-", f"{part} {method} {subject}".lower()).strip("-")
+    return CACHE / "quality" / "pictures" / f"{name}.png"
+
+
+def strip(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures side by side."""
+    joined = Image.new("RGB", ((CELL + GAP) * len(images) - GAP, CELL), "white")
+    for place, image in enumerate(images):
+        joined.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (place * (CELL + GAP), 0))
+    return joined
+
+
+def grid(cells: Sequence[Cell], path: Path) -> None:
+    """The first prompts of the first subjects, a method to a row."""
+    from _subjects import make_subject
+
+    from demo.base.artwork import find
+
+    methods = by_method(cells)
+    subjects = list(dict.fromkeys(cell["key"]["subject"] for cell in cells))[:GRID_SUBJECTS]
+    blocks = [[("the pictures learned from", strip(make_subject(find(subject)).pictures()))] for subject in subjects]
+    for block, subject in zip(blocks, subjects, strict=True):
+        files = {name: picture_file("main", name, subject) for name in methods}
+        block += [(name, Image.open(file)) for name, file in files.items() if file.exists()]
+    width = LABEL + max(row.width for block in blocks for _, row in block) + GAP
+    height = sum(len(block) * (CELL + GAP) + 4 * GAP for block in blocks)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(size=13), 0
+    for block in blocks:
+        for name, row in block:
+            pen.text((GAP, y + CELL // 2 - 8), name, fill="black", font=font)
+            sheet.paste(row, (LABEL, y))
+            y += CELL + GAP
+        y += 4 * GAP
+    sheet.save(path)

@@ -1,0 +1,109 @@
+"""Who is taught and what is asked for: held-out objects of the demo's world, reference scenes, prompts.
+
+Import only once the demo is importable (`_host.use_demo`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from demo.base.artwork import Artwork, objects
+from demo.base.world import WORDINGS, Scene, caption, random_scene, render
+
+PLACEHOLDER = "sainj"
+SEED = 20_261
+PROMPTS = 25
+REFERENCES = 4
+SWEEP = 3  # subjects kept for choosing learning rates, never scored in a table
+
+
+class Settings(NamedTuple):
+    """What all methods are given alike."""
+
+    steps: int
+    batch: int
+    sampler_steps: int
+    cfg: float
+    seed: int = 0
+
+
+class Subject(NamedTuple):
+    """One object to learn: scenes to learn it from, and scenes to ask for."""
+
+    artwork: Artwork
+    references: tuple[Scene, ...]
+    prompts: tuple[Scene, ...]
+    unseen: tuple[Scene, ...]  # real scenes of it that serve as truth
+
+    @property
+    def phrase(self) -> str:
+        return f"{PLACEHOLDER} {self.artwork.class_word}"
+
+    def pictures(self) -> list[Image.Image]:
+        return [render(scene) for scene in self.references]
+
+    def captions(self, word: str) -> list[str]:
+        """What the reference scenes show, in various wordings."""
+        return [caption(scene, place % len(WORDINGS), word) for place, scene in enumerate(self.references)]
+
+    def prompt_texts(self, word: str) -> list[str]:
+        return texts_of(self.prompts, word)
+
+
+def texts_of(scenes: tuple[Scene, ...], word: str | None) -> list[str]:
+    """A prompt for each scene; the wording changes from one to the next. None says each object's own word."""
+    return [caption(scene, place % len(WORDINGS), word) for place, scene in enumerate(scenes)]
+
+
+def make_subject(artwork: Artwork, references: int = REFERENCES, prompts: int = PROMPTS) -> Subject:
+    """References are scenes with all nuisances, prompts are other combinations of size, side, colour and pattern.
+
+    More references leave the first ones as they are, and no number of them changes the prompts.
+    """
+    seed = SEED + int(artwork.file.split("-")[0], 16)
+    rng = np.random.RandomState(seed % 2**32)
+    shown = distinct(rng, artwork, 8, ())
+    asked = distinct(rng, artwork, PROMPTS, shown)
+    unseen = tuple(random_scene(rng, (artwork,)) for _ in range(8))
+    plain = tuple(scene._replace(shift_x=0.0, shift_y=0.0, stretch=1.0) for scene in asked)
+    return Subject(artwork, shown[:references], plain[:prompts], unseen)
+
+
+def distinct(rng: np.random.RandomState, artwork: Artwork, count: int, taken: tuple[Scene, ...]) -> tuple[Scene, ...]:
+    """Random scenes, no two of which say the same, and none what is taken."""
+    said = {factors(scene) for scene in taken}
+    found: list[Scene] = []
+    while len(found) < count:
+        scene = random_scene(rng, (artwork,))
+        if factors(scene) not in said:
+            said.add(factors(scene))
+            found.append(scene)
+    return tuple(found)
+
+
+def factors(scene: Scene) -> tuple[str, str, str, str]:
+    return scene.size, scene.side, scene.colour, scene.pattern
+
+
+def shuffled_artworks() -> list[Artwork]:
+    """Held-out objects in the order in which they are taken: the first `SWEEP` for choosing, the rest for tables."""
+    held_out = objects("held_out")
+    return [held_out[i] for i in np.random.RandomState(SEED).permutation(len(held_out))]
+
+
+def sweep_artworks() -> list[Artwork]:
+    return shuffled_artworks()[:SWEEP]
+
+
+def table_artworks(count: int) -> list[Artwork]:
+    return shuffled_artworks()[SWEEP : SWEEP + count]
+
+
+def bystander_scenes(count: int) -> tuple[Scene, ...]:
+    """Base objects in scenes that every method is asked for, to see what it has forgotten."""
+    rng = np.random.RandomState(SEED + 1)
+    scenes = [random_scene(rng) for _ in range(count)]
+    return tuple(scene._replace(shift_x=0.0, shift_y=0.0, stretch=1.0) for scene in scenes)

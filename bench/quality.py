@@ -1,0 +1,251 @@
+"""Is ours as good as a full fine-tune? Every method learns the same subjects from the same pictures, and a judge
+that never saw a generated picture says what came out.
+
+    python bench/quality.py                 everything: learning rates, main table, ablations; for hours, and goes on
+    python bench/quality.py --part main     one part: rates, main or ablations
+    python bench/quality.py --quick         minutes: one subject, few steps and pictures
+    python bench/quality.py --report        tables and plots of what has been measured so far
+
+Results are kept cell by cell in bench/results/quality/cells.jsonl. The judge has to have learned first:
+python -m demo.base.judge train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _cells import Cell, Cells
+from _host import CACHE, RESULTS, demo_checkpoint, start_host, use_demo
+from _report import print_json
+
+log = logging.getLogger("quality")
+
+TABLE_SUBJECTS = {"cpu": 12, "cuda": 40}
+ABLATION_SUBJECTS = {"cpu": 6, "cuda": 20}
+PICTURES = 4  # of every prompt; ablations and rates draw one
+BYSTANDERS = 25
+SWEEP_PROMPTS = 10
+SHOWN = 6  # prompts whose first picture is kept to look at
+
+
+def main() -> None:
+    options = arguments()
+    host = start_host("pytorch")
+    use_demo()
+    log.setLevel(logging.INFO)
+    folder = (CACHE if options.quick else RESULTS) / "quality"
+    cells = Cells(folder / "cells.jsonl")
+    bench = Bench(host, options, cells)
+    if not options.report:
+        for part in options.part:
+            getattr(bench, part)()
+    from _quality_report import report
+
+    print_json(report(bench.cells, folder, bench.base, bench.settings, options.quick))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("rates", "main", "ablations")
+    parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--methods", nargs="+", help="only these of the table")
+    parser.add_argument("--ablations", nargs="+", help="only these of the ablations")
+    parser.add_argument("--subjects", type=int, help="of the main table: 12, on CUDA 40")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of every method")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--sampler-steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    if options.quick:
+        options.steps, options.sampler_steps, options.subjects = 3, 3, 1
+    return options
+
+
+class Bench:
+    """Fills cells; each part asks for those it needs."""
+
+    def __init__(self, host: Any, options: argparse.Namespace, cells: Cells) -> None:
+        import comfy.sd
+        import folder_paths
+        from _learn import Models
+        from _subjects import Settings
+
+        from demo.base.judge import Judge
+
+        checkpoint = demo_checkpoint()
+        with torch.inference_mode():
+            model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+                str(checkpoint), embedding_directory=folder_paths.get_folder_paths("embeddings")
+            )
+        self.host, self.options, self.cells = host, options, cells
+        self.models = Models(model, clip, vae, getattr(torch, options.dtype))
+        self.judge = Judge()
+        self.base = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]
+        self.settings = Settings(options.steps, options.batch, options.sampler_steps, options.cfg)
+        self.kind = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def rates(self) -> None:
+        """Every method at each of its rates, on subjects of their own."""
+        from _subjects import make_subject, sweep_artworks
+
+        artworks = sweep_artworks()[: 1 if self.options.quick else None]
+        for artwork in artworks:
+            for name, method in self.methods().items():
+                for rates in method.rates if len(method.rates) > 1 else ():
+                    subject = make_subject(artwork, prompts=2 if self.options.quick else SWEEP_PROMPTS)
+                    self.cell("rates", name, rates, method.teach, subject, pictures=1, bystanders=0)
+
+    def main(self) -> None:
+        """The table: every method at its best rate, all prompts, all seeds. Subject by subject, so that a run that is
+        cut short has compared all methods on fewer subjects."""
+        from _subjects import make_subject, table_artworks
+
+        count = self.options.subjects or TABLE_SUBJECTS[self.kind]
+        for artwork in table_artworks(count):
+            subject = make_subject(artwork, prompts=2 if self.options.quick else 25)
+            self.ceiling(subject)
+            for name, method in self.methods().items():
+                rates = self.best_rates(name, method.rates)
+                pictures, bystanders = (1, 2) if self.options.quick else (PICTURES, BYSTANDERS)
+                self.cell("main", name, rates, method.teach, subject, pictures, bystanders)
+
+    def ablations(self) -> None:
+        """Ours with one thing changed, fewer subjects and one seed."""
+        from _ablations import ABLATIONS, as_changed
+        from _methods import METHODS
+        from _subjects import make_subject, table_artworks
+
+        count = 1 if self.options.quick else ABLATION_SUBJECTS[self.kind]
+        rates = self.best_rates("ours, clean", METHODS["ours, clean"].rates)
+        for artwork in table_artworks(count):
+            subject = make_subject(artwork, prompts=2 if self.options.quick else 25)
+            for name, teach in ABLATIONS.items():
+                if self.options.ablations and name not in self.options.ablations:
+                    continue
+                with as_changed(name):
+                    self.cell("ablations", name, rates, teach, subject, pictures=1, bystanders=0)
+
+    def methods(self) -> dict[str, Any]:
+        from _methods import METHODS
+
+        wanted = self.options.methods or list(METHODS)
+        return {name: METHODS[name] for name in wanted}
+
+    def best_rates(self, name: str, rates: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        """The pair with the highest harmonic mean over the sweep's subjects; the middle one where nothing is known."""
+        from _quality_report import cells_of
+
+        found: dict[tuple, list[float]] = {}
+        for cell in cells_of(self.cells, "rates", self.base, self.settings):
+            if cell["key"]["method"] == name:
+                found.setdefault(tuple(cell["key"]["rates"]), []).append(cell["scores"]["harmonic"])
+        if not found:
+            return rates[len(rates) // 2]
+        return max(found, key=lambda pair: sum(found[pair]) / len(found[pair]))  # type: ignore[return-value]
+
+    def cell(
+        self,
+        part: str,
+        name: str,
+        rates: tuple[float, float],
+        teach: Callable[..., Any],
+        subject: Any,
+        pictures: int,
+        bystanders: int,
+    ) -> Cell:
+        """Teach, draw and score, unless that is known already."""
+        from _methods import Lesson, Method, draw, timed
+        from _scores import base_fidelity, score
+        from _subjects import bystander_scenes, texts_of
+
+        key = self.key(part, name, subject, rates=list(rates), pictures=pictures, prompts=len(subject.prompts))
+        known = self.cells.find(key)
+        if known is not None:
+            return known
+        start = time.perf_counter()
+        lesson = Lesson(self.host, self.models, subject, self.settings, *rates)
+        taught, seconds, memory = timed(lesson, Method(teach))
+        began = time.perf_counter()
+        images = draw(lesson, taught, subject.prompt_texts(taught.words), pictures)
+        per_image = (time.perf_counter() - began) / len(images)
+        asked = [scene for scene in subject.prompts for _ in range(pictures)]
+        value: Cell = {
+            "scores": score(self.judge, subject, images, asked)._asdict(),
+            "parameters": taught.parameters,
+            "file_bytes": taught.file_bytes,
+            "training_seconds": round(seconds, 2),
+            "added_bytes": memory,
+            "seconds_per_image": round(per_image, 3),
+        }
+        if bystanders:
+            scenes = bystander_scenes(bystanders)
+            value["base_fidelity"] = base_fidelity(self.judge, draw(lesson, taught, texts_of(scenes, None), 1), scenes)
+        self.keep_pictures(part, name, subject, images[::pictures])
+        scores = value["scores"]
+        log.info(
+            "%s, %s %s, %s: similarity %.3f, fidelity %.3f, harmonic %.3f, top-1 %.2f; %.0f s",
+            part,
+            name,
+            rates,
+            subject.artwork.word,
+            scores["similarity"],
+            scores["fidelity"],
+            scores["harmonic"],
+            scores["top_1"],
+            time.perf_counter() - start,
+        )
+        return self.cells.add(key, value)
+
+    def ceiling(self, subject: Any) -> None:
+        """Real scenes of what is asked for, as they are and after the autoencoder."""
+        from _scores import score
+
+        from demo.base.world import render
+
+        real = [render(scene) for scene in subject.prompts]
+        for name, images in (("real scenes", real), ("real, autoencoded", self.autoencoded(real))):
+            key = self.key("main", name, subject, prompts=len(subject.prompts))
+            if self.cells.find(key) is None:
+                self.keep_pictures("main", name, subject, images)
+                self.cells.add(key, {"scores": score(self.judge, subject, images, subject.prompts)._asdict()})
+
+    def autoencoded(self, images: list) -> list:
+        import numpy as np
+        from PIL import Image
+
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255
+        latents = self.host.execute("VAEEncode", pixels=pixels, vae=self.models.vae)[0]
+        pixels = self.host.execute("VAEDecode", samples=latents, vae=self.models.vae)[0]
+        return [Image.fromarray(p) for p in (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()]
+
+    def key(self, part: str, method: str, subject: Any, **more: Any) -> Cell:
+        return {
+            "part": part,
+            "method": method,
+            "subject": subject.artwork.word,
+            "settings": self.settings._asdict(),
+            "dtype": self.options.dtype,
+            "base": self.base,
+            **more,
+        }
+
+    def keep_pictures(self, part: str, name: str, subject: Any, images: list) -> None:
+        from _quality_report import picture_file, strip
+
+        path: Path = picture_file(part, name, subject.artwork.word)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        strip(images[:SHOWN]).save(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The quality bench's bookkeeping: who is taught what, what a score is, and what is said about it in the end."""
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT, import_folder
+
+
+@pytest.fixture(scope="module")
+def demo(comfyui):
+    """The demo under its own name, as the benches import it."""
+    if "demo" not in sys.modules:
+        import_folder("demo", ROOT / "demo")
+
+
+@pytest.fixture(scope="module")
+def subjects(demo):
+    import _subjects
+
+    return _subjects
+
+
+@pytest.fixture(scope="module")
+def scores(subjects):
+    import _scores
+
+    return _scores
+
+
+@pytest.fixture(scope="module")
+def judge(subjects):
+    from demo.base.judge import Judge
+
+    return Judge()
+
+
+def test_subjects_of_the_tables_are_held_out_and_never_those_that_rates_are_chosen_on(subjects):
+    table, sweep = subjects.table_artworks(40), subjects.sweep_artworks()
+    assert len(set(table)) == 40 and len(sweep) == 3
+    assert not set(table) & set(sweep)
+    assert {artwork.split for artwork in (*table, *sweep)} == {"held_out"}
+
+
+def test_prompts_ask_for_combinations_that_no_reference_shows(subjects):
+    for artwork in subjects.table_artworks(5):
+        subject = subjects.make_subject(artwork)
+        shown = {subjects.factors(scene) for scene in subject.references}
+        asked = [subjects.factors(scene) for scene in subject.prompts]
+        assert len(subject.references) == 4 and len(set(asked)) == 25
+        assert not shown & set(asked)
+
+
+def test_more_references_change_neither_the_first_ones_nor_the_prompts(subjects):
+    artwork = subjects.table_artworks(1)[0]
+    four, eight = (subjects.make_subject(artwork, references=count) for count in (4, 8))
+    assert eight.references[:4] == four.references
+    assert eight.prompts == four.prompts
+
+
+def test_a_subject_is_the_same_in_every_run(subjects):
+    artwork = subjects.table_artworks(1)[0]
+    assert subjects.make_subject(artwork) == subjects.make_subject(artwork)
+
+
+def test_texts_name_the_subject_by_the_given_word_alone(subjects):
+    subject = subjects.make_subject(subjects.table_artworks(1)[0])
+    for text in (*subject.prompt_texts(subject.phrase), *subject.captions(subject.phrase)):
+        assert text.count(subject.phrase) == 1
+        assert subject.artwork.word not in text.replace(subject.phrase, "").split()
+
+
+def test_real_scenes_score_nearly_full_and_another_subjects_scenes_do_not(artwork, judge, scores, subjects):
+    from demo.base.world import render
+
+    subject, other = (subjects.make_subject(found) for found in subjects.table_artworks(2))
+    real = scores.score(judge, subject, [render(scene) for scene in subject.prompts], subject.prompts)
+    foreign = scores.score(judge, subject, [render(scene) for scene in other.prompts], other.prompts)
+    assert real.fidelity > 0.95 and real.top_3 > 0.9 and real.similarity > 0.8
+    assert abs(real.copying) < 0.02
+    assert foreign.fidelity > 0.95, "the scenes are as asked"
+    assert foreign.top_1 == 0 and foreign.similarity < real.similarity - 0.3
+
+
+def test_showing_the_references_again_is_copying(artwork, judge, scores, subjects):
+    from demo.base.world import render
+
+    subject = subjects.make_subject(subjects.table_artworks(1)[0])
+    images = [render(subject.references[place % 4]) for place in range(25)]
+    copied = scores.score(judge, subject, images, subject.prompts)
+    assert copied.copying > 0.2
+    assert copied.fidelity < 0.1 and copied.harmonic < 0.2
+
+
+def test_harmonic_mean_of_nothing_is_nothing(scores):
+    assert scores.harmonic_mean(0.0, 0.0) == 0.0
+    assert scores.harmonic_mean(1.0, 0.0) == 0.0
+    assert scores.harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3)
+
+
+def test_interval_holds_the_truth_about_as_often_as_it_says(scores):
+    rng = np.random.RandomState(0)
+    hits = 0
+    for _ in range(200):
+        _, low, high = scores.bootstrap(list(rng.normal(0.3, 1.0, size=40)))
+        hits += low <= 0.3 <= high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_pairing_removes_what_all_methods_find_hard(scores):
+    difficulty = {str(i): random.Random(i).random() for i in range(12)}
+    better = {name: value + 0.05 for name, value in difficulty.items()}
+    mean, low, high = scores.paired(better, difficulty)
+    assert mean == pytest.approx(0.05) and low == pytest.approx(0.05) and high == pytest.approx(0.05)
+
+
+def test_a_cell_is_found_again_by_another_run_and_never_by_another_base(tmp_path, subjects):
+    from _cells import Cells
+
+    key = {"part": "main", "method": "ours", "base": "abc"}
+    Cells(tmp_path / "cells.jsonl").add(key, {"scores": {"harmonic": 0.5}})
+    again = Cells(tmp_path / "cells.jsonl")
+    assert again.find(dict(reversed(key.items())))["scores"] == {"harmonic": 0.5}  # type: ignore[index]
+    assert again.find({**key, "base": "abd"}) is None
+
+
+def test_a_line_that_was_cut_off_loses_that_cell_only(tmp_path, subjects):
+    from _cells import Cells
+
+    path = tmp_path / "cells.jsonl"
+    Cells(path).add({"part": "main"}, {"scores": 1})
+    with path.open("a") as lines:
+        lines.write('{"key": {"part": "ra')
+    cells = Cells(path)
+    assert len(cells.all()) == 1
+    cells.add({"part": "rates"}, {"scores": 2})
+    assert [cell["scores"] for cell in Cells(path).all()] == [1, 2]
+
+
+def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
+    from _cells import Cells
+    from _quality_report import report
+    from _subjects import Settings
+
+    settings = Settings(steps=1, batch=1, sampler_steps=1, cfg=1.0)
+    cells = Cells(tmp_path / "cells.jsonl")
+    levels = {"base": 0.3, "full fine-tune": 0.8, "TrainLoraNode": 0.9, "ours, clean": 0.85}
+    for place, artwork in enumerate(subjects.table_artworks(12)):
+        for method, level in levels.items():
+            value = level - 0.01 * place
+            names = ("similarity", "top_1", "top_3", "fidelity", "size", "side", "colour", "pattern", "harmonic")
+            cells.add(
+                {
+                    "part": "main",
+                    "method": method,
+                    "subject": artwork.word,
+                    "settings": settings._asdict(),
+                    "base": "x",
+                },
+                {
+                    "scores": dict.fromkeys(names, value) | {"copying": 0.0},
+                    "parameters": 10,
+                    "file_bytes": 10**6,
+                    "training_seconds": 1.0,
+                    "added_bytes": 0,
+                    "seconds_per_image": 1.0,
+                    "base_fidelity": 0.9 if method == "base" else 0.7,
+                },
+            )
+    result = report(cells, tmp_path, "x", settings, quick=True)
+    assert json.loads(json.dumps(result)) == result
+    verdict = {row["against"]: row for row in result["verdict"]}
+    assert verdict["full fine-tune"]["reached"] == "yes"
+    assert verdict["TrainLoraNode"]["reached"] == "no"
+    assert verdict["full fine-tune"]["difference"].startswith("0.050 (0.050")
+    ours = next(row for row in result["rows"] if row["method"] == "ours, clean")
+    assert ours["forgetting"].startswith("0.200")
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+    assert "ours, clean" in (tmp_path / "quality.md").read_text()
