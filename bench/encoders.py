@@ -1,0 +1,89 @@
+"""Subject and prompt fidelity of pictures made elsewhere: DINO, CLIP-I and CLIP-T with encoders from local files.
+
+    python dev.py bench encoders --generated G --dataset D --clip-vision FILE --clip FILE --dino FOLDER
+
+G holds <method>/<subject>/ with pictures and a prompts.json that maps each picture's name to its prompt, with the
+subject's class where the placeholder was. D holds <subject>/ with real pictures, as DreamBench's dataset/ does. The
+CLIP files are ones that ComfyUI loads from models/clip_vision and models/text_encoders; a whole CLIP model in one file
+serves as both. FOLDER is what transformers has saved of DINO, as facebook/dino-vits16. Numbers of two CLIP models do
+not compare, and published ones are often those of ViT-B/32, which ComfyUI does not load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from _encoders import METRICS, Encoders, Subject, bootstrap, find_subjects, score
+from _host import start_host
+from _report import Row, device_slug, environment, print_json, publish
+
+COLUMNS = ("method", "subjects", "pictures", *(name for metric in METRICS for name in (metric, f"{metric} 95 %")))
+
+
+def main() -> None:
+    logging.getLogger().setLevel(logging.WARNING)
+    options = arguments()
+    try:
+        subjects = find_subjects(options.generated, options.dataset)
+        start_host(with_pack=False)
+        encoders = Encoders(options.clip_vision, options.clip, options.dino)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for subject in subjects:
+        scores.setdefault(subject.method, {})[subject.name] = score(encoders, subject)
+        print(f"  {subject.method}: {subject.name}", flush=True)
+    result = {
+        "generated": options.generated.resolve().name,
+        "clip_vision": options.clip_vision.name,
+        "clip": options.clip.name,
+        "dino": options.dino.resolve().name,
+        "environment": environment(),
+        "rows": [row(method, by_subject, subjects) for method, by_subject in scores.items()],
+        "scores": scores,
+    }
+    stem = f"{result['generated']}-{device_slug()}"
+    publish("encoders", "Subject and prompt fidelity", stem, result, COLUMNS, quick=False)
+    print_json({"bench": "encoders", "results": [result]})
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generated", type=folder, required=True, help="<method>/<subject>/ with prompts.json")
+    parser.add_argument("--dataset", type=folder, required=True, help="<subject>/ with real pictures")
+    parser.add_argument("--clip-vision", type=file, required=True, help="CLIP's image encoder, with its projection")
+    parser.add_argument("--clip", type=file, required=True, help="the same CLIP's text encoder, with its projection")
+    parser.add_argument("--dino", type=folder, required=True, help="DINO ViT-S/16 as saved by transformers")
+    return parser.parse_args()
+
+
+def file(path: str) -> Path:
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file '{path}'")
+    return Path(path)
+
+
+def folder(path: str) -> Path:
+    if not Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder '{path}'")
+    return Path(path)
+
+
+def row(method: str, by_subject: dict[str, dict[str, float]], subjects: list[Subject]) -> Row:
+    """Means over subjects, each subject counting once."""
+    pictures = sum(len(subject.prompts) for subject in subjects if subject.method == method)
+    found: Row = {"method": method, "subjects": len(by_subject), "pictures": pictures}
+    for metric in METRICS:
+        values = [of_subject[metric] for of_subject in by_subject.values()]
+        interval = bootstrap(values)
+        found[metric] = sum(values) / len(values)
+        found[f"{metric} interval"] = interval
+        found[f"{metric} 95 %"] = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "one subject"
+    return found
+
+
+if __name__ == "__main__":
+    main()
