@@ -18,7 +18,7 @@ from .judge import Judge, Verdict
 from .text_encoder import CaptionEncoder
 from .threads import FreeCores
 from .unet import new_unet, sample
-from .weights import AUTOENCODER_PREFIX, UNET_PREFIX, read_weights
+from .weights import read_parts
 from .world import IMAGE_SIZE, WORDINGS, Scene, caption, random_scene
 
 log = logging.getLogger(__name__)
@@ -40,12 +40,10 @@ def load(state: Path | None, device: str):
     if state is not None:
         unet.load_state_dict(torch.load(state / "unet.pt", map_location=device, weights_only=True)["average"])
         return unet, load_autoencoder(state / "autoencoder.pt", device)
-    tensors = {name: tensor.float() for name, tensor in read_weights().items()}
-    unet.load_state_dict({n.removeprefix(UNET_PREFIX): t for n, t in tensors.items() if n.startswith(UNET_PREFIX)})
+    learned, parts = read_parts()
+    unet.load_state_dict(learned)
     autoencoder = new_autoencoder(0)
-    autoencoder.load_state_dict(
-        {n.removeprefix(AUTOENCODER_PREFIX): t for n, t in tensors.items() if n.startswith(AUTOENCODER_PREFIX)}
-    )
+    autoencoder.load_state_dict(parts)
     return unet, autoencoder.to(device)
 
 

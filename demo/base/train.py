@@ -110,8 +110,9 @@ class Training:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         self.unet.load_state_dict(state["unet"])
         self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        if "optimizers" in state:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
         self.step = state["step"]
 
     def learn(self, pool: Pool, batch: int, factor: float) -> float:
@@ -235,9 +236,21 @@ def export(folder: Path) -> None:
     log.info("wrote %s, %.1f MB", path.name, path.stat().st_size / 1e6)
 
 
+def adopt(folder: Path) -> None:
+    """Turn the shipped weights into the state of a run that has made no step and knows no optimizer."""
+    from .weights import read_parts
+
+    if (folder / "unet.pt").exists():
+        raise SystemExit(f"{folder} holds a run already. Give another folder with --state.")
+    unet, autoencoder = read_parts()
+    torch.save(autoencoder, folder / "autoencoder.pt")
+    torch.save({"step": 0, "unet": unet, "average": unet}, folder / "unet.pt")
+    log.info("a run that begins with the shipped weights is in %s", folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "status", "export"))
+    parser.add_argument("command", choices=("run", "status", "export", "adopt"))
     parser.add_argument("--state", type=Path, default=user_cache() / "base", help="folder for logs and checkpoints")
     parser.add_argument(
         "--steps", type=int, nargs=2, default=[s.steps for s in STAGES], help="UNet steps at 64 and 128 px"
@@ -254,6 +267,8 @@ def main() -> None:
         status(arguments.state)
     elif arguments.command == "export":
         export(arguments.state)
+    elif arguments.command == "adopt":
+        adopt(arguments.state)
     else:
         stages = tuple(s._replace(steps=steps) for s, steps in zip(STAGES, arguments.steps, strict=True))
         run(arguments.state, device, arguments.autoencoder_steps, stages)

@@ -35,3 +35,13 @@ def read_weights(path: Path = WEIGHTS) -> dict[str, Tensor]:
     if found != expected:
         raise ValueError(f"{path.name} is damaged: its SHA-256 is {found}, expected {expected}. Fetch it again.")
     return load_file(path)
+
+
+def read_parts(path: Path = WEIGHTS) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """UNet and autoencoder as their modules name their tensors, in float32."""
+    tensors = {name: tensor.float() for name, tensor in read_weights(path).items()}
+    unet, autoencoder = (
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for prefix in (UNET_PREFIX, AUTOENCODER_PREFIX)
+    )
+    return unet, autoencoder
