@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.demo.conftest import artwork  # noqa: F401  # a fixture that both need
+
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))  # last, so that it hides nobody's modules
 
 

@@ -1,0 +1,104 @@
+"""The autoencoder's latents are the ones that the host's UNet sees, and an interrupted training is not lost."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture(scope="module")
+def module():
+    from sa_inject.demo.base import autoencoder
+
+    return autoencoder
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    rng = np.random.RandomState(0)
+    small = [Image.fromarray(rng.randint(0, 256, (4, 4, 3)).astype(np.uint8)) for _ in range(2)]
+    return [image.resize((64, 64), Image.Resampling.BICUBIC) for image in small]
+
+
+def test_pictures_become_tensors_from_0_to_1_with_rows_where_rows_were(module):
+    image = Image.new("RGB", (3, 2), (0, 51, 255))
+    image.putpixel((2, 0), (255, 0, 0))
+    tensor = module.to_tensor([image])
+    assert tensor.shape == (1, 3, 2, 3)
+    assert torch.allclose(tensor[0, :, 1, 2], torch.tensor([0.0, 0.2, 1.0]))
+    assert torch.allclose(tensor[0, :, 0, 2], torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_a_fresh_autoencoder_is_decided_by_its_seed_and_has_latents_of_a_useful_size(module, pictures):
+    first, again, other = (module.new_autoencoder(seed) for seed in (3, 3, 4))
+    states = [model.state_dict() for model in (first, again, other)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert any(not torch.equal(value, states[2][name]) for name, value in states[0].items())
+    assert 0.1 < module.encode(first, pictures).std() < 10
+
+
+def test_a_picture_has_an_eighth_of_its_sides_in_latents_and_gets_them_back(module, autoencoder_file, pictures):
+    model = module.load_autoencoder(autoencoder_file)
+    latent = module.encode(model, pictures)
+    assert latent.shape == (2, 4, 8, 8) and latent.dtype == torch.float32
+    assert [(image.mode, image.size) for image in module.decode(model, latent)] == [("RGB", (64, 64))] * 2
+
+
+def test_what_is_loaded_is_what_was_saved_and_takes_no_gradients(module, autoencoder_file):
+    model = module.load_autoencoder(autoencoder_file)
+    saved = torch.load(autoencoder_file, weights_only=True)
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@torch.inference_mode()
+def test_the_hosts_unet_sees_the_latents_that_ours_is_trained_on(module, loaded, pictures):
+    """Through the host's VAE and SD1.5's own scaling, with the same weights."""
+    ours = module.encode(module.new_autoencoder(seed=0), pictures)
+    pixels = module.to_tensor(pictures).permute(0, 2, 3, 1)  # (b, h, w, 3), the host's order
+    by_host = loaded.model.model.process_latent_in(loaded.vae.encode(pixels))
+    assert (ours - by_host).norm() < 0.03 * by_host.norm()
+
+
+@torch.inference_mode()
+def test_the_host_decodes_to_the_pictures_that_we_decode_to(module, loaded, pictures):
+    model = module.new_autoencoder(seed=0)
+    latent = module.encode(model, pictures)
+    ours = module.to_tensor(module.decode(model, latent)).permute(0, 2, 3, 1)
+    by_host = loaded.vae.decode(loaded.model.model.process_latent_out(latent))
+    assert (ours - by_host).abs().mean() < 0.01 and by_host.std() > 0.05
+
+
+@pytest.fixture
+def quick(module, monkeypatch) -> None:
+    monkeypatch.setattr(module, "CROP", 32)
+    monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(module, "LEARNING_RATE", 1e-2)
+
+
+def reconstruction_error(module, path, pictures) -> float:
+    model = module.load_autoencoder(path)
+    decoded = module.to_tensor(module.decode(model, module.encode(model, pictures)))
+    return (decoded - module.to_tensor(pictures)).abs().mean().item()
+
+
+@pytest.mark.usefixtures("artwork", "quick")
+def test_training_brings_decoded_pictures_closer_to_the_encoded_ones(module, pictures, tmp_path):
+    torch.save(module.new_autoencoder(seed=1).state_dict(), tmp_path / "fresh.pt")
+    module.train_autoencoder(tmp_path / "trained.pt", steps=4, seed=1, device="cpu")
+    before, after = (reconstruction_error(module, tmp_path / name, pictures) for name in ("fresh.pt", "trained.pt"))
+    assert after < 0.8 * before
+
+
+@pytest.mark.usefixtures("artwork", "quick")
+def test_an_interrupted_training_goes_on_from_what_it_had(module, tmp_path):
+    """One step moves weights a little: the result lies by those that were there, not by those of the seed."""
+    interrupted = module.new_autoencoder(seed=5).state_dict()
+    torch.save(interrupted, tmp_path / "autoencoder.part")
+    module.train_autoencoder(tmp_path / "autoencoder.pt", steps=1, seed=1, device="cpu")
+    trained = module.load_autoencoder(tmp_path / "autoencoder.pt").state_dict()
+    changes = {name: (trained[name] - value).norm() for name, value in interrupted.items() if value.ndim > 1}
+    assert all(0 < change < 0.05 * interrupted[name].norm() for name, change in changes.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["autoencoder.pt"]

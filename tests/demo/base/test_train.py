@@ -1,0 +1,182 @@
+"""Training learns, goes on after a pause as if there had been none, and exports what it has averaged.
+
+Everything here runs uncompiled: compiling takes a minute, and computes the same.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sa_inject.demo.base.artwork import objects
+from sa_inject.demo.base.world import COLOURS, PATTERNS, SIDES, SIZES
+
+pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")]  # PyTorch's own
+
+BATCH = 2
+
+
+@pytest.fixture(scope="module")
+def module():
+    from sa_inject.demo.base import train
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def pool():
+    from sa_inject.demo.base.pool import Pool
+
+    captions = [f"a large guitar on the left, {colour} background" for colour in ("red", "blue", "green", "pink")]
+    return Pool(torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half(), captions)
+
+
+@pytest.fixture(scope="module")
+def uncompiled() -> Iterator[None]:
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(suppress_errors=False), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def new_training(module, uncompiled, caption_encoder, tmp_path_factory) -> Callable[[], Any]:
+    """All in one folder, and with the one caption encoder that the tests share: it never learns."""
+    folder = tmp_path_factory.mktemp("training")
+
+    def new() -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "CaptionEncoder", lambda device: caption_encoder)
+            return module.Training(folder, "cpu")
+
+    return new
+
+
+@pytest.fixture(scope="module")
+def start(module) -> dict[str, Tensor]:
+    return module.new_unet(module.SEED).state_dict()
+
+
+@pytest.fixture(scope="module")
+def runs(pool, new_training) -> Iterator[SimpleNamespace]:
+    """Four steps without a pause, and the same four with one half way.
+
+    Not sooner: the first step's gradient reaches the last layer alone, so that Muon has nothing to remember of it.
+    """
+
+    def learn(training, steps: int) -> list[float]:
+        return [training.learn(pool, BATCH, factor=0.5) for _ in range(steps)]
+
+    unpaused = new_training()
+    losses = learn(unpaused, 2)
+    unpaused.save()
+    losses += learn(unpaused, 2)
+
+    resumed = new_training()
+    resumed.load()
+    steps_before = resumed.step
+    losses_after = learn(resumed, 2)
+    yield SimpleNamespace(
+        folder=resumed.folder,
+        unpaused=unpaused,
+        losses=losses,
+        resumed=resumed,
+        steps_before=steps_before,
+        losses_after=losses_after,
+    )
+    resumed.checkpoint.unlink()  # 300 MB
+
+
+def test_a_resumed_training_has_the_losses_of_one_without_a_pause(runs):
+    assert runs.steps_before == 2
+    assert runs.losses_after == pytest.approx(runs.losses[2:], rel=1e-4)
+    assert len({round(loss, 3) for loss in runs.losses}) == 4  # each step has its own, so agreeing means something
+
+
+def test_a_resumed_training_ends_with_the_weights_of_one_without_a_pause(runs):
+    assert runs.resumed.step == runs.unpaused.step == 4
+    for name in ("unet", "average"):
+        resumed, unpaused = (getattr(run, name).state_dict() for run in (runs.resumed, runs.unpaused))
+        different = [key for key, value in unpaused.items() if not torch.allclose(resumed[key], value, atol=1e-5)]
+        assert different == []
+
+
+def test_the_average_lags_behind_the_unet_on_its_way_from_the_start(start, runs):
+    unet, average = runs.unpaused.unet.state_dict(), runs.unpaused.average.state_dict()
+    for name in ("out.2.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight"):
+        way, lag = (unet[name] - start[name]).norm(), (unet[name] - average[name]).norm()
+        assert 0 < lag < way
+
+
+def test_every_weight_has_learned(start, runs):
+    """That is, has moved further than weight decay alone would have moved it."""
+    learned = runs.unpaused.unet.state_dict()
+    moved = {name: (learned[name] - value).norm() for name, value in start.items()}
+    assert [name for name, value in start.items() if moved[name] <= 1e-4 * value.norm()] == []
+
+
+def test_the_loss_on_what_was_learned_falls(module, pool, runs):
+    """Chance depends on the step alone: step 0 again is the same scenes, noise and noise levels."""
+    runs.resumed.step = 0
+    assert runs.resumed.learn(pool, BATCH, factor=0.0) < 0.95 * runs.losses[0]
+
+
+def test_what_is_exported_is_the_average_and_the_autoencoder(module, runs, autoencoder_file, tmp_path, monkeypatch):
+    from sa_inject.demo.base import weights
+
+    (runs.folder / "autoencoder.pt").write_bytes(autoencoder_file.read_bytes())
+    path = tmp_path / "weights.safetensors"
+    monkeypatch.setattr(weights, "write_weights", functools.partial(weights.write_weights, path=path))
+    module.export(runs.folder)
+    saved = torch.load(runs.folder / "unet.pt", weights_only=True)["average"]
+    expected = {f"model.diffusion_model.{name}": value for name, value in saved.items()}
+    autoencoder = torch.load(autoencoder_file, weights_only=True)
+    expected |= {f"first_stage_model.{name}": value for name, value in autoencoder.items()}
+    exported = weights.read_weights(path)
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name].half()) for name, value in exported.items())
+    path.unlink()
+
+
+# --- The learning rate
+
+
+@pytest.mark.parametrize("total", [400, 2600])
+def test_the_learning_rate_rises_stays_and_falls_to_nothing(module, total):
+    factors = [module.learning_rate_factor(step, total) for step in range(total + 1)]
+    fall = round(module.DECAY_SHARE * total)
+    rise, plateau, decay = factors[: module.WARMUP], factors[module.WARMUP : total - fall], factors[total - fall :]
+    assert 0 < rise[0] <= 1 / module.WARMUP and rise == sorted(rise) and rise[-1] == 1
+    assert plateau and set(plateau) == {1.0}
+    assert decay[0] == 1 and decay[-1] == 0
+    steps = [before - after for before, after in zip(decay, decay[1:], strict=False)]
+    assert steps == pytest.approx([1 / fall] * fall)
+
+
+def test_a_run_shorter_than_the_warm_up_still_learns_at_every_step(module):
+    assert all(0 < module.learning_rate_factor(step, 10) <= 1 for step in range(10))
+
+
+# --- Samples
+
+
+def test_sampled_captions_show_every_value_of_every_factor(module):
+    captions = module.example_captions(16)
+    assert len(set(captions)) == 16
+    words = {word for caption in captions for word in caption.replace(",", "").split()}
+    assert {*SIZES, *SIDES, *COLOURS, *PATTERNS} - {"plain"} <= words
+    shown = {artwork.word for artwork in objects("base") if any(f" {artwork.word} " in text for text in captions)}
+    assert len(shown) == 16
+
+
+def test_a_grid_has_its_pictures_in_reading_order(module, tmp_path):
+    colours = [(10 * i, 0, 255 - 10 * i) for i in range(11)]
+    module.save_grid([Image.new("RGB", (16, 16), colour) for colour in colours], tmp_path / "grid.png", columns=4)
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.size == (64, 48)
+    assert [grid.getpixel((i % 4 * 16 + 8, i // 4 * 16 + 8)) for i in range(11)] == colours
