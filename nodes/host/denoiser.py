@@ -43,7 +43,11 @@ class ComfyDenoiser:
         self._dtype = dtype
 
     def encode(self, captions: Sequence[str]) -> ReferenceText:
-        cross_attn, pooled = encode_text(self._clip, captions)
+        different = list(dict.fromkeys(captions))
+        cross_attn, pooled = encode_text(self._clip, different)
+        if len(different) < len(captions):
+            rows = [different.index(caption) for caption in captions]
+            cross_attn, pooled = cross_attn[rows], None if pooled is None else pooled[rows]
         return ReferenceText(cross_attn.to(self._device), None if pooled is None else pooled.to(self._device))
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

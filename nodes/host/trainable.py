@@ -1,7 +1,7 @@
 """What has to be different about a ComfyUI model while gradients flow, and is put back afterwards.
 
 ComfyUI runs every node under `torch.inference_mode()`, and what loaders make there can never take part in a backward
-pass. The weights themselves are replaced by equal copies once and stay so; the rest lasts for the training only.
+pass. The parameters are replaced once by others over the same memory and stay so; the rest lasts for the training only.
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ from typing import Any
 import comfy.model_management as model_management
 import torch
 from comfy.clip_model import CLIPLayer
-from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.ops import disable_weight_init, manual_cast
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...core.attention import differentiable_attention
 from ...core.kv import BlockKey
+from ...trainer.lean import CastBuffer, lean_conv2d, lean_linear, recomputed
 
+# The layers whose forward is known; fp8 and quantized ones scale, too.
+LINEARS = (disable_weight_init.Linear, manual_cast.Linear)
+CONVOLUTIONS = (disable_weight_init.Conv2d, manual_cast.Conv2d)
 NOT_RECOMPUTED = "sa_inject_not_recomputed"  # option that names a block which must run outside a checkpoint
 
 
 def make_differentiable(module: nn.Module) -> None:
-    """Replace tensors that were born in inference mode by equal ones that autograd accepts, byte for byte.
+    """Replace tensors that were born in inference mode by ones that autograd accepts, over the very same memory.
 
     Only for a fully loaded module; must be repeated after every load, for moving a module under inference mode makes
     such tensors again. Frozen parameters end up with `requires_grad` False.
@@ -36,17 +42,26 @@ def make_differentiable(module: nn.Module) -> None:
             if parameter is None:
                 continue
             if _born_in_inference(parameter):
-                child._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                child._parameters[name] = nn.Parameter(_over_the_same_memory(parameter), requires_grad=False)
             else:
                 parameter.requires_grad_(False)
         for name, buffer in list(child._buffers.items()):
             if buffer is not None and _born_in_inference(buffer):
-                child._buffers[name] = buffer.detach().clone()
+                child._buffers[name] = _over_the_same_memory(buffer)
 
 
 def normal_tensor(tensor: Tensor) -> Tensor:
     """A copy that autograd accepts; to be called outside inference mode."""
     return tensor.detach().clone()
+
+
+def _over_the_same_memory(tensor: Tensor) -> Tensor:
+    # Not a view in autograd's sense, which would be an inference tensor too: a tensor of its own that is given storage.
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    if not plain:  # a quantized weight is more than its storage
+        return normal_tensor(tensor)
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _born_in_inference(tensor: Tensor) -> bool:
@@ -79,9 +94,40 @@ def out_of_place_text_encoder(clip: Any) -> Iterator[None]:
     """Let gradients through the text encoder, whose layers add to their input in place.
 
     ComfyUI offers no hook for this, so the layers of this one encoder get a forward of their own, and lose it again.
+    Each is computed once more in the backward pass: the UNet's own activations are in memory at the same time.
     """
     layers = [m for m in clip.cond_stage_model.modules() if isinstance(m, CLIPLayer)]
     with _own_forward(layers, _clip_layer_forward):
+        yield
+
+
+@contextlib.contextmanager
+def lean_layers(*modules: nn.Module) -> Iterator[None]:
+    """Let frozen layers keep nothing for the backward pass but their weight as it is stored.
+
+    Torch would keep a convolution's input, and of every layer the copy that was cast to the computation's precision:
+    of a text encoder in half precision, whose computation is float32, twice its size for every text.
+    """
+    layers = [layer for module in modules for layer in module.modules()]
+    linears = [layer for layer in layers if type(layer) in LINEARS]
+    convolutions = [layer for layer in layers if type(layer) in CONVOLUTIONS and layer.padding_mode == "zeros"]
+    buffer = CastBuffer()
+    with (
+        _own_forward(linears, functools.partial(_lean_linear, buffer)),
+        _own_forward(convolutions, functools.partial(_lean_convolution, buffer)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def lean_activations(unet: nn.Module) -> Iterator[None]:
+    """Keep one tensor, and recompute the others, where a few cheap operations follow each other.
+
+    These are a norm with the SiLU after it, and the gate of a feed-forward layer.
+    """
+    normed = [m for m in unet.modules() if type(m) is nn.Sequential and _begins_with_norm_and_silu(m)]
+    gates = [m for m in unet.modules() if type(m) is GEGLU]
+    with _own_forward(normed, _lean_norm_and_silu), _own_forward(gates, _lean_gate):
         yield
 
 
@@ -98,19 +144,67 @@ def recomputed_activations(unet: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_forward(modules: list[nn.Module], forward: Any) -> Iterator[None]:
+def _own_forward(modules: list[Any], forward: Any) -> Iterator[None]:
+    earlier = [module.__dict__.get("forward") for module in modules]
     for module in modules:
         module.__dict__["forward"] = functools.partial(forward, module, module.forward)
     try:
         yield
     finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)
+        for module, forward_before in zip(modules, earlier, strict=True):
+            if forward_before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward_before
 
 
 def _clip_layer_forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    x = x + layer.self_attn(layer.layer_norm1(x), *args, **kwargs)
-    return x + layer.mlp(layer.layer_norm2(x))
+    def run(x: Tensor) -> Tensor:
+        x = x + layer.self_attn(layer.layer_norm1(x), *args, **kwargs)
+        return x + layer.mlp(layer.layer_norm2(x))
+
+    return recomputed(run, x)
+
+
+def _lean_linear(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:
+    return lean_linear(x, layer.weight, layer.bias, buffer) if _can_be_lean(layer, x) else original(x)
+
+
+def _lean_convolution(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:
+    if not _can_be_lean(layer, x) or isinstance(layer.padding, str):
+        return original(x)
+    settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return lean_conv2d(x, layer.weight, layer.bias, buffer, *settings)
+
+
+def _can_be_lean(layer: Any, x: Tensor) -> bool:
+    weight, bias = layer.weight, layer.bias
+    return (
+        type(weight) is nn.Parameter
+        and weight.device == x.device
+        and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        and not (layer.weight_function or layer.bias_function)  # patches that are applied while the model runs
+    )
+
+
+def _begins_with_norm_and_silu(layers: nn.Sequential) -> bool:
+    return len(layers) > 1 and isinstance(layers[0], nn.GroupNorm) and isinstance(layers[1], nn.SiLU)
+
+
+def _lean_norm_and_silu(layers: nn.Sequential, original: Any, x: Tensor) -> Tensor:
+    norm, silu, *rest = layers
+    x = recomputed(lambda x: silu(norm(x)), x)
+    for layer in rest:
+        x = layer(x)
+    return x
+
+
+def _lean_gate(layer: Any, original: Any, x: Tensor) -> Tensor:
+    def gated(projected: Tensor) -> Tensor:
+        x, gate = projected.chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+    return recomputed(gated, layer.proj(x))
 
 
 def _recomputed_forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Tensor:

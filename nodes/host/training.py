@@ -26,6 +26,8 @@ from .denoiser import ComfyDenoiser
 from .images import bucket_size, cover, encode_picture
 from .text import check_placeholder, class_word_vectors, clip_with_token, word_pattern
 from .trainable import (
+    lean_activations,
+    lean_layers,
     make_differentiable,
     normal_tensor,
     out_of_place_text_encoder,
@@ -95,9 +97,10 @@ def train_adapter(
             base = patcher.model
             make_differentiable(base)
             make_differentiable(clip.cond_stage_model)
+            undo.enter_context(lean_layers(base.diffusion_model, clip.cond_stage_model))
             undo.enter_context(out_of_place_text_encoder(clip))
-            if checkpointing:
-                undo.enter_context(recomputed_activations(base.diffusion_model))
+            spare_activations = recomputed_activations if checkpointing else lean_activations
+            undo.enter_context(spare_activations(base.diffusion_model))
 
             dtype = compute_dtype(base)
             config = dataclasses.replace(config, loss_scaling=dtype == torch.float16)

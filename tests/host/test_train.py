@@ -183,6 +183,25 @@ def test_success_leaves_model_clip_and_vae_as_they_were(sd15, before, run, evide
     assert_unchanged(evidence(sd15), before)
 
 
+def test_training_computes_with_the_loaded_weights_and_not_with_copies(sd15, before, run):
+    if sd15.model.load_device.type != "cpu":
+        pytest.skip("elsewhere loading itself moves the weights")
+
+    def addresses() -> dict[str, int]:
+        return {
+            f"{part} {name}": weight.data_ptr()
+            for part, module in modules_of(sd15).items()
+            for name, weight in module.named_parameters()
+        }
+
+    loaded, seen = addresses(), []
+    output = sd15.model.model.diffusion_model.out
+    handle = output.register_forward_pre_hook(lambda module, args: seen.append(addresses()))
+    run(sd15)
+    handle.remove()
+    assert seen == [loaded] and addresses() == loaded
+
+
 class OutOfLuck(Exception):
     pass
 

@@ -1,0 +1,99 @@
+"""Operations of a frozen network that keep little for the backward pass, and give the results that torch's own give.
+
+Torch keeps what the gradient of every argument could need. Of a frozen layer only the gradient of its input is asked
+for; that takes the weight, which is there anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
+
+
+class CastBuffer:
+    """Casts one weight after the other into the same memory: the next cast overwrites the last.
+
+    Fresh memory for each would come to lie between the tensors that are kept, and leave holes that fit nothing.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def cast(self, weight: Tensor, like: Tensor) -> Tensor:
+        """The weight in the type of `like`; itself when it has that type."""
+        if weight.dtype == like.dtype:
+            return weight
+        memory = self._memory
+        if memory.dtype != like.dtype or memory.device != like.device or memory.numel() < weight.numel():
+            memory = self._memory = like.new_empty(weight.numel())
+        return memory[: weight.numel()].view(weight.shape).copy_(weight)
+
+
+def lean_linear(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBuffer) -> Tensor:
+    """F.linear in the type of x, for frozen weights of any. x (..., in), weight (out, in) -> (..., out)
+
+    Nothing is kept but the weight as it is stored.
+    """
+    return _Linear.apply(x, weight, bias, buffer)
+
+
+def lean_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBuffer, stride: Any, padding: Any, *settings: Any
+) -> Tensor:
+    """F.conv2d in the type of x, for frozen weights of any; `settings` are dilation and groups. (b, c, h, w)
+
+    Nothing is kept but the weight as it is stored.
+    """
+    return _Convolution.apply(x, weight, bias, buffer, (stride, padding, *settings))
+
+
+def recomputed(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """run(x), of which nothing is kept but x. `run` must be a frozen function: nothing but x gets a gradient."""
+    return _Recomputed.apply(run, x)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBuffer) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.buffer = buffer
+        return F.linear(x, buffer.cast(weight, x), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), (gradient,) = ctx.saved_tensors, gradients
+        return gradient @ ctx.buffer.cast(weight, gradient), None, None, None
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBuffer, how: tuple) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.buffer, ctx.size, ctx.how = buffer, x.shape, how
+        return F.conv2d(x, buffer.cast(weight, x), None if bias is None else bias.to(x.dtype), *how)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), (gradient,) = ctx.saved_tensors, gradients
+        return conv2d_input(ctx.size, ctx.buffer.cast(weight, gradient), gradient, *ctx.how), None, None, None, None
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.run = run
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            out = ctx.run(x)
+        return None, torch.autograd.grad(out, x, gradients)[0]
