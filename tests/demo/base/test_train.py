@@ -116,8 +116,8 @@ def test_the_average_lags_behind_the_unet_on_its_way_from_the_start(start, runs)
 def test_every_weight_has_learned(start, runs):
     """That is, has moved further than weight decay alone would have moved it."""
     learned = runs.unpaused.unet.state_dict()
-    moved = {name: (learned[name] - value).norm() for name, value in start.items()}
-    assert [name for name, value in start.items() if moved[name] <= 1e-4 * value.norm()] == []
+    decay = {name: (2e-5 if value.ndim == 1 else 1e-4) * value.norm() for name, value in start.items()}  # twice that
+    assert [name for name, value in start.items() if (learned[name] - value).norm() <= decay[name]] == []
 
 
 def test_the_loss_on_what_was_learned_falls(module, pool, runs):
@@ -141,6 +141,32 @@ def test_what_is_exported_is_the_average_and_the_autoencoder(module, runs, autoe
     assert exported.keys() == expected.keys()
     assert all(torch.equal(value, expected[name].half()) for name, value in exported.items())
     path.unlink()
+
+
+def test_a_run_that_adopts_the_shipped_weights_begins_with_them(module, new_training, start, tmp_path, monkeypatch):
+    from sa_inject.demo.base import weights
+
+    shipped = weights.write_weights(start, {"vae_scale": torch.tensor(0.25)}, tmp_path / "weights.safetensors")
+    monkeypatch.setattr(weights, "read_parts", functools.partial(weights.read_parts, shipped))
+    module.adopt(tmp_path)
+    training = new_training()
+    for part in (training.unet, training.average):
+        torch.nn.init.zeros_(part.get_parameter("time_embed.0.weight"))
+    training.folder = tmp_path
+    training.load()
+    assert training.step == 0
+    for part in (training.unet, training.average):
+        assert all(torch.equal(value, start[name].half().float()) for name, value in part.state_dict().items())
+    assert torch.load(tmp_path / "autoencoder.pt", weights_only=True) == {"vae_scale": torch.tensor(0.25)}
+    (tmp_path / "unet.pt").unlink()
+    shipped.unlink()
+
+
+def test_a_folder_with_a_run_in_it_adopts_nothing(module, tmp_path):
+    (tmp_path / "unet.pt").write_bytes(b"hours of work")
+    with pytest.raises(SystemExit, match="holds a run already.*another folder"):
+        module.adopt(tmp_path)
+    assert (tmp_path / "unet.pt").read_bytes() == b"hours of work"
 
 
 # --- The learning rate
