@@ -25,7 +25,6 @@ from torchvision.transforms import functional as transforms
 METRICS = ("DINO", "CLIP-I", "CLIP-T")
 PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
 BATCH = 16
-RESAMPLES = 10_000
 DINO_RESIZE, DINO_SIDE = 256, 224
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -188,14 +187,3 @@ def score(encoders: Encoders, subject: Subject) -> dict[str, float]:
         (clip_image * clip_text).sum(dim=1),  # (generated,)
     )
     return {metric: value.mean().item() for metric, value in zip(METRICS, values, strict=True)}
-
-
-def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
-    """The 95 % interval of the mean by the percentile bootstrap. One value has none."""
-    if len(values) < 2:
-        return None
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    means = torch.tensor(values, dtype=torch.float64)[drawn].mean(dim=1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from _interval import interval
 from _subjects import Subject, factors
 from PIL import Image
 from torch import Tensor
@@ -13,9 +14,6 @@ from torch.nn import functional as F
 
 from demo.base.judge import Judge, measure
 from demo.base.world import Scene, render
-
-BOOTSTRAPS = 10_000
-INTERVAL = (2.5, 97.5)
 
 
 class Scored(NamedTuple):
@@ -78,12 +76,10 @@ def base_fidelity(judge: Judge, images: Sequence[Image.Image], scenes: Sequence[
     return float(np.mean([all(verdict) for verdict in judge.verdicts(list(images), list(scenes))]))
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """Mean over subjects, and its 95 % interval when subjects are drawn again with replacement."""
-    data = np.asarray(values, dtype=float)
-    drawn = np.random.RandomState(seed).randint(len(data), size=(BOOTSTRAPS, len(data)))
-    low, high = np.percentile(data[drawn].mean(axis=1), INTERVAL)
-    return float(data.mean()), float(low), float(high)
+def bootstrap(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean over subjects and its 95 % interval; of one subject, the value alone."""
+    mean = sum(values) / len(values)
+    return mean, *(interval(values) or (mean, mean))
 
 
 def paired(ours: dict[str, float], theirs: dict[str, float]) -> tuple[float, float, float]:

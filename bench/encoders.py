@@ -16,8 +16,9 @@ import logging
 import sys
 from pathlib import Path
 
-from _encoders import METRICS, Encoders, Subject, bootstrap, find_subjects, score
+from _encoders import METRICS, Encoders, Subject, find_subjects, score
 from _host import start_host
+from _interval import interval
 from _report import Row, device_slug, environment, print_json, publish
 
 COLUMNS = ("method", "subjects", "pictures", *(name for metric in METRICS for name in (metric, f"{metric} 95 %")))
@@ -78,10 +79,10 @@ def row(method: str, by_subject: dict[str, dict[str, float]], subjects: list[Sub
     found: Row = {"method": method, "subjects": len(by_subject), "pictures": pictures}
     for metric in METRICS:
         values = [of_subject[metric] for of_subject in by_subject.values()]
-        interval = bootstrap(values)
+        ends = interval(values)
         found[metric] = sum(values) / len(values)
-        found[f"{metric} interval"] = interval
-        found[f"{metric} 95 %"] = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "one subject"
+        found[f"{metric} interval"] = ends
+        found[f"{metric} 95 %"] = f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else "one subject"
     return found
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import _encoders
+import _interval
 import _report
 import encoders as bench
 import pytest
@@ -181,12 +182,12 @@ def test_scores_are_means_over_all_pairs():
 
 def test_the_interval_holds_the_mean_and_is_the_same_every_time():
     values = torch.rand(30, generator=torch.Generator().manual_seed(0)).tolist()
-    interval = _encoders.bootstrap(values)
-    assert interval == _encoders.bootstrap(values)
+    interval = _interval.interval(values)
+    assert interval == _interval.interval(values)
     low, high = interval
     error = torch.tensor(values).std().item() / 30**0.5
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1) and low < sum(values) / 30 < high
-    assert _encoders.bootstrap([0.5]) is None
+    assert _interval.interval([0.5]) is None
 
 
 MISSING = {
