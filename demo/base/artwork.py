@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -63,8 +64,10 @@ def _fetch(vendor: str, folder: Path) -> Path:
     if npm is None:
         raise RuntimeError(f"npm is needed to fetch {package}@{VERSION}. Install it, or put its archive at {archive}.")
     folder.mkdir(parents=True, exist_ok=True)
-    command = [npm, "pack", f"{package}@{VERSION}", "--silent", "--pack-destination", str(folder)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        command = [npm, "pack", f"{package}@{VERSION}", "--silent", "--pack-destination", unfinished]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        (Path(unfinished) / archive.name).replace(archive)
     return archive
 
 

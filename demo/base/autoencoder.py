@@ -69,14 +69,28 @@ def _crop(rng: np.random.RandomState) -> Image.Image:
 
 
 def train_autoencoder(path: Path, *, steps: int, seed: int, device: str) -> None:
-    """Train and write the TAESD state dict to `path`. An interrupted run's weights, beside it, are where it starts."""
-    rng = np.random.RandomState(seed)
-    torch.manual_seed(seed)
-    model = new_autoencoder(seed)
-    partial = path.with_suffix(".part")
+    """Train and write the TAESD state dict to `path`. An interrupted run, kept beside it, goes on where it was."""
+    _train(new_autoencoder(seed), path, steps=steps, seed=seed, device=device, encoder_learns=True)
+
+
+def train_decoder(path: Path, *, steps: int, seed: int, device: str) -> None:
+    """Go on with the decoder alone. Latents stay what they are, so a UNet that was trained on them stays right."""
+    model = TAESD(latent_channels=4)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    _train(model, path, steps=steps, seed=seed, device=device, encoder_learns=False)
+
+
+def _train(model: TAESD, path: Path, *, steps: int, seed: int, device: str, encoder_learns: bool) -> None:
+    partial = path.with_suffix(".part" if encoder_learns else ".decoder-part")
+    done = 0
     if partial.exists():
-        model.load_state_dict(torch.load(partial, weights_only=True))
+        state = torch.load(partial, weights_only=True)
+        model.load_state_dict(state["weights"])
+        done = state["step"]
+    rng = np.random.RandomState(seed + done)
+    torch.manual_seed(seed + done)
     model.to(device, memory_format=torch.channels_last)
+    model.taesd_encoder.requires_grad_(encoder_learns)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = [
         Muon([p for p in parameters if p.ndim > 1], lr=LEARNING_RATE),
@@ -84,7 +98,7 @@ def train_autoencoder(path: Path, *, steps: int, seed: int, device: str) -> None
     ]
     started = time.monotonic()
     cores = FreeCores()
-    for step in range(1, steps + 1):
+    for step in range(done + 1, steps + 1):
         cores.adjust()
         pixels = to_tensor([_crop(rng) for _ in range(BATCH)]).to(device, memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16):
@@ -102,10 +116,15 @@ def train_autoencoder(path: Path, *, steps: int, seed: int, device: str) -> None
             optimizer.step()
         if step % 50 == 0 or step == steps:
             psnr = -10 * error.detach().square().mean().log10().item()
-            figures = (loss.item(), psnr, std.mean().item(), step * BATCH / (time.monotonic() - started))
+            figures = (loss.item(), psnr, std.mean().item(), (step - done) * BATCH / (time.monotonic() - started))
             log.info("autoencoder %d/%d loss %.4f psnr %.1f std %.2f images/s %.1f", step, steps, *figures)
-            torch.save({name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}, partial)
+            torch.save({"step": step, "weights": _weights(model)}, partial)
+    torch.save(_weights(model), partial)
     partial.replace(path)
+
+
+def _weights(model: TAESD) -> dict[str, Tensor]:
+    return {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
 
 
 def load_autoencoder(path: Path, device: str = "cpu") -> TAESD:

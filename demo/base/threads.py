@@ -14,11 +14,11 @@ STAT: Path = Path("/proc/stat")
 
 
 class FreeCores:
-    """Gives PyTorch as many threads as cores are left by programs that are not `nice`."""
+    """Gives PyTorch a thread for each core that programs at ordinary priority leave, up to OMP_NUM_THREADS."""
 
     def __init__(self, interval: float = 2.0):
         self._interval = interval
-        self._cores = os.cpu_count() or 1
+        self._cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         self._previous = (time.monotonic(), self._busy())
         torch.set_num_threads(self._cores)
 

@@ -1,6 +1,7 @@
 """Trains the demo's base model: autoencoder, then UNet on 64 px scenes, then on 128 px scenes.
 
     python -m demo.base.train run        start, or go on from the last checkpoint
+    python -m demo.base.train decoder    then sharpen the autoencoder's decoder, which the UNet does not see
     python -m demo.base.train status     how far it is
     python -m demo.base.train export     write what has been learned so far to demo/base/weights.safetensors
 
@@ -22,7 +23,7 @@ MALLOC: dict[str, str] = {
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
-if __name__ == "__main__" and sys.argv[1:2] == ["run"] and not MALLOC.keys() <= os.environ.keys():
+if __name__ == "__main__" and sys.argv[1:2] in (["run"], ["decoder"]) and not MALLOC.keys() <= os.environ.keys():
     os.execve(sys.executable, [sys.executable, "-m", "demo.base.train", *sys.argv[1:]], {**os.environ, **MALLOC})
 
 import numpy as np  # noqa: E402
@@ -31,7 +32,7 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from .artwork import objects, user_cache  # noqa: E402
-from .autoencoder import decode, load_autoencoder, train_autoencoder  # noqa: E402
+from .autoencoder import decode, load_autoencoder, train_autoencoder, train_decoder  # noqa: E402
 from .muon import Muon  # noqa: E402
 from .pool import Pool, make_pool  # noqa: E402
 from .text_encoder import CaptionEncoder  # noqa: E402
@@ -43,6 +44,7 @@ log = logging.getLogger("train")
 
 SEED: int = 7
 AUTOENCODER_STEPS: int = 1500
+DECODER_STEPS: int = 5000
 
 
 class Stage(NamedTuple):
@@ -250,21 +252,25 @@ def adopt(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "status", "export", "adopt"))
+    parser.add_argument("command", choices=("run", "decoder", "status", "export", "adopt"))
     parser.add_argument("--state", type=Path, default=user_cache() / "base", help="folder for logs and checkpoints")
     parser.add_argument(
         "--steps", type=int, nargs=2, default=[s.steps for s in STAGES], help="UNet steps at 64 and 128 px"
     )
     parser.add_argument("--autoencoder-steps", type=int, default=AUTOENCODER_STEPS)
+    parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
     arguments = parser.parse_args()
     arguments.state.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if arguments.command == "run":
+    if arguments.command in ("run", "decoder"):
         handlers.append(logging.FileHandler(arguments.state / "train.log"))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers, force=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.command == "status":
         status(arguments.state)
+    elif arguments.command == "decoder":
+        steps = arguments.decoder_steps
+        train_decoder(arguments.state / "autoencoder.pt", steps=steps, seed=SEED + 1, device=device)
     elif arguments.command == "export":
         export(arguments.state)
     elif arguments.command == "adopt":

@@ -30,7 +30,11 @@ def write_weights(unet: dict[str, Tensor], autoencoder: dict[str, Tensor], path:
 
 def read_weights(path: Path = WEIGHTS) -> dict[str, Tensor]:
     """The shipped tensors, by their checkpoint names."""
-    expected = path.with_suffix(".sha256").read_text().split()[0]
+    checksum = path.with_suffix(".sha256")
+    for needed in (path, checksum):
+        if not needed.exists():
+            raise FileNotFoundError(f"{needed.name} is missing from {needed.parent}. Fetch the repository again.")
+    expected = checksum.read_text().split()[0]
     found = sha256(path)
     if found != expected:
         raise ValueError(f"{path.name} is damaged: its SHA-256 is {found}, expected {expected}. Fetch it again.")

@@ -1,6 +1,7 @@
 """The catalogue keeps what the base model learns apart from what it never sees, and every drawing in it can be had."""
 
 import io
+import subprocess
 import tarfile
 
 import pytest
@@ -92,3 +93,14 @@ def test_without_npm_the_error_says_where_the_archive_would_have_to_be(tmp_path,
     with pytest.raises(RuntimeError, match="npm.*emoji-datasource-google@16.0.0.*Install it") as failure:
         module._drawings.__wrapped__("google")
     assert str(tmp_path / "sa-inject" / "artwork" / "emoji-datasource-google-16.0.0.tgz") in str(failure.value)
+
+
+def test_a_download_that_breaks_off_leaves_no_archive_that_is_taken_for_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    npm = tmp_path / "npm"
+    npm.write_text('#!/bin/sh\nprintf half > "$5/emoji-datasource-google-16.0.0.tgz"\nexit 1\n')
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(subprocess.CalledProcessError):
+        module._drawings.__wrapped__("google")
+    assert not list((tmp_path / "cache").rglob("*.tgz"))

@@ -28,6 +28,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(threads, "STAT", stat)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(os, "cpu_count", lambda: CORES)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return advance
 
 
@@ -63,3 +64,11 @@ def test_between_two_looks_nothing_changes(machine):
     machine(1, user=4)
     cores.adjust()
     assert torch.get_num_threads() == CORES
+
+
+def test_never_more_threads_than_the_environment_allows(machine, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    cores = threads.FreeCores()
+    machine(10)
+    cores.adjust()
+    assert torch.get_num_threads() == 2

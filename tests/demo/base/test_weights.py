@@ -44,3 +44,11 @@ def test_a_damaged_file_is_refused_by_name_and_with_both_checksums(tmp_path, dam
     digests = [hashlib.sha256(data).hexdigest() for data in (damaged, whole)]
     with pytest.raises(ValueError, match=f"weights.safetensors is damaged.*{digests[0]}.*{digests[1]}.*Fetch it again"):
         read_weights(path)
+
+
+@pytest.mark.parametrize("missing", ["weights.safetensors", "weights.sha256"])
+def test_a_missing_file_is_named(tmp_path, missing):
+    path = write_weights(UNET, AUTOENCODER, tmp_path / "weights.safetensors")
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{missing} is missing.*Fetch the repository again"):
+        read_weights(path)
