@@ -125,7 +125,7 @@ def classroom(
         base = patcher.model
         make_differentiable(base)
         make_differentiable(models.clip.cond_stage_model)
-        undo.enter_context(out_of_place_text_encoder(models.clip))
+        undo.enter_context(out_of_place_text_encoder(models.clip, recompute=False))
         undo.enter_context(weights_kept(base.diffusion_model))
         lora, tokens, taught = training._trainables(
             models.clip, description, initial, subject.placeholder, config, patcher

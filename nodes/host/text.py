@@ -6,13 +6,15 @@ skip work as they do for any embedding, and one tokenizer serves training and sa
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from comfy.sd1_clip import SDClipModel
 from torch import Tensor
 
 from ...core.image_prompt import ReferenceText
@@ -141,20 +143,53 @@ def encode_text(clip: Any, texts: Sequence[str]) -> ReferenceText:
 
     Shorter texts are repeated up to the longest's length, which does not change what cross-attention makes of them.
     """
-    encoded = [_encode_one(clip, text) for text in texts]
+    tokens = [clip.tokenize(text) for text in texts]
+    lengths = {len(chunks) for of_text in tokens for chunks in of_text.values()}
+    # Texts of one length are one batch: every weight is read, and cast if need be, once for all of them.
+    batches = [tokens] if len(lengths) == 1 else [[of_text] for of_text in tokens]
+    encoded = [_encode_batch(clip, batch) for batch in batches]
     length = math.lcm(*(cross_attn.shape[1] for cross_attn, _ in encoded))
     cross_attn = torch.cat([c.repeat(1, length // c.shape[1], 1) for c, _ in encoded])  # (b, tokens, width)
     pooled = [p for _, p in encoded]
     return ReferenceText(cross_attn, None if any(p is None for p in pooled) else torch.cat(pooled))
 
 
-def _encode_one(clip: Any, text: str) -> tuple[Tensor, Tensor | None]:
+def _encode_batch(clip: Any, tokens: Sequence[Mapping[str, list]]) -> tuple[Tensor, Tensor | None]:
+    """Texts that have equally many chunks. -> (b, tokens, width), (b, pooled width)
+
+    ComfyUI takes the chunks of one long prompt, joins what they give, and returns the first one's pooled vector.
+    """
+    rows = len(tokens)
     stage = clip.cond_stage_model
     stage.reset_clip_options()
     if clip.layer_idx is not None:
         stage.set_clip_options({"layer": clip.layer_idx})
-    cross_attn, pooled = stage.encode_token_weights(clip.tokenize(text))[:2]
-    return cross_attn, pooled
+    chunks = {name: [chunk for of_text in tokens for chunk in of_text[name]] for name in tokens[0]}
+    with _pooled_vectors(stage) as pooled_of_chunks:
+        cross_attn, pooled = stage.encode_token_weights(chunks)[:2]
+    cross_attn = cross_attn.reshape(rows, -1, cross_attn.shape[-1])
+    if pooled is None or rows == 1:
+        return cross_attn, pooled
+    per_text = len(next(iter(chunks.values()))) // rows
+    firsts = [of_chunks[: rows * per_text : per_text].to(pooled) for of_chunks in pooled_of_chunks]  # one per encoder
+    return cross_attn, next(p for p in firsts if p.shape[1] == pooled.shape[1] and torch.equal(p[:1], pooled))
+
+
+@contextlib.contextmanager
+def _pooled_vectors(stage: Any) -> Iterator[list[Tensor]]:
+    """Collect what each text encoder inside `stage` pools of every chunk, (chunks, width)."""
+    found: list[Tensor] = []
+
+    def collect(module: Any, inputs: Any, outputs: tuple) -> None:
+        if outputs[1] is not None:
+            found.append(outputs[1])
+
+    handles = [m.register_forward_hook(collect) for m in stage.modules() if isinstance(m, SDClipModel)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _token_ids(tokenizer: Any, word: str) -> list[int]:

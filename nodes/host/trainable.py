@@ -90,14 +90,14 @@ def training_mode() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def out_of_place_text_encoder(clip: Any) -> Iterator[None]:
+def out_of_place_text_encoder(clip: Any, recompute: bool) -> Iterator[None]:
     """Let gradients through the text encoder, whose layers add to their input in place.
 
     ComfyUI offers no hook for this, so the layers of this one encoder get a forward of their own, and lose it again.
-    Each is computed once more in the backward pass: the UNet's own activations are in memory at the same time.
+    recompute: keep the input of every layer alone, and compute it once more in the backward pass.
     """
     layers = [m for m in clip.cond_stage_model.modules() if isinstance(m, CLIPLayer)]
-    with _own_forward(layers, _clip_layer_forward):
+    with _own_forward(layers, _recomputed_clip_layer if recompute else _clip_layer):
         yield
 
 
@@ -158,12 +158,14 @@ def _own_forward(modules: list[Any], forward: Any) -> Iterator[None]:
                 module.__dict__["forward"] = forward_before
 
 
-def _clip_layer_forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    def run(x: Tensor) -> Tensor:
-        x = x + layer.self_attn(layer.layer_norm1(x), *args, **kwargs)
-        return x + layer.mlp(layer.layer_norm2(x))
+def _clip_layer(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    x = x + layer.self_attn(layer.layer_norm1(x), *args, **kwargs)
+    mlp = layer.mlp
+    return x + mlp.fc2(recomputed(mlp.activation, mlp.fc1(layer.layer_norm2(x))))
 
-    return recomputed(run, x)
+
+def _recomputed_clip_layer(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return recomputed(lambda x: _clip_layer(layer, original, x, *args, **kwargs), x)
 
 
 def _lean_linear(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def train_adapter(
             make_differentiable(base)
             make_differentiable(clip.cond_stage_model)
             undo.enter_context(lean_layers(base.diffusion_model, clip.cond_stage_model))
-            undo.enter_context(out_of_place_text_encoder(clip))
+            undo.enter_context(out_of_place_text_encoder(clip, recompute=checkpointing))
             spare_activations = recomputed_activations if checkpointing else lean_activations
             undo.enter_context(spare_activations(base.diffusion_model))
 

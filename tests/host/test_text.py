@@ -245,7 +245,7 @@ def assert_gradients_reach(clip: Any, tokens: dict[str, Tensor], prompt: str, la
         model_management.load_models_gpu([clip.patcher])
         make_differentiable(clip.cond_stage_model)
         expected = encode_text(taught, [prompt])
-        with out_of_place_text_encoder(clip):
+        with out_of_place_text_encoder(clip, recompute=layer is None):
             text = encode_text(taught, [prompt, "a dog"])
             text.cross_attn.square().sum().backward()
         assert torch.allclose(text.cross_attn[:1], expected.cross_attn, atol=1e-5)
@@ -254,3 +254,28 @@ def assert_gradients_reach(clip: Any, tokens: dict[str, Tensor], prompt: str, la
         assert vector.grad is not None and vector.grad.isfinite().all() and vector.grad.norm() > 0
     assert [name for name, weight in clip.cond_stage_model.named_parameters() if weight.grad is not None] == []
     assert [m for m in clip.cond_stage_model.modules() if "forward" in vars(m)] == []
+
+
+TEXTS = ("a photo of sainj toy", "a (sainj:1.3) toy", "", "a dog")
+
+
+@pytest.mark.parametrize("texts", [TEXTS, (*TEXTS, "sainj " + "very " * 90), ("sainj " + "very " * 90,) * 2])
+def test_texts_that_are_encoded_together_come_out_as_they_do_alone(sd15_clip, texts):
+    assert_together_as_alone(teach(sd15_clip, vectors()), texts, pooled_width=768)
+
+
+def test_texts_that_sdxl_encodes_together_keep_their_pooled_vectors(sdxl):
+    assert_together_as_alone(teach(sdxl[1], vectors("clip_l", "clip_g")), TEXTS, pooled_width=1280)
+
+
+@torch.inference_mode()
+def assert_together_as_alone(clip: Any, texts: tuple[str, ...], pooled_width: int) -> None:
+    from sa_inject.nodes.host.text import encode_text
+
+    together = encode_text(clip, texts)
+    assert together.pooled.shape == (len(texts), pooled_width)
+    for row, text in enumerate(texts):
+        alone = encode_text(clip, [text])
+        repeats = together.cross_attn.shape[1] // alone.cross_attn.shape[1]
+        assert torch.allclose(together.cross_attn[row], alone.cross_attn[0].repeat(repeats, 1), atol=1e-5)
+        assert torch.allclose(together.pooled[row], alone.pooled[0], atol=1e-5)
