@@ -90,14 +90,16 @@ def training_mode() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def out_of_place_text_encoder(clip: Any, recompute: bool) -> Iterator[None]:
+def out_of_place_text_encoder(clip: Any, recompute: bool, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Let gradients through the text encoder, whose layers add to their input in place.
 
     ComfyUI offers no hook for this, so the layers of this one encoder get a forward of their own, and lose it again.
     recompute: keep the input of every layer alone, and compute it once more in the backward pass.
+    dtype: what its products are computed in. Their sum, which runs through all layers, stays in float32.
     """
     layers = [m for m in clip.cond_stage_model.modules() if isinstance(m, CLIPLayer)]
-    with _own_forward(layers, _recomputed_clip_layer if recompute else _clip_layer):
+    forward = _recomputed_clip_layer if recompute else _clip_layer
+    with _own_forward(layers, functools.partial(forward, dtype)):
         yield
 
 
@@ -158,14 +160,15 @@ def _own_forward(modules: list[Any], forward: Any) -> Iterator[None]:
                 module.__dict__["forward"] = forward_before
 
 
-def _clip_layer(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    x = x + layer.self_attn(layer.layer_norm1(x), *args, **kwargs)
+def _clip_layer(dtype: torch.dtype, layer: Any, original: Any, x: Tensor, mask: Tensor | None, attend: Any) -> Tensor:
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+    x = x + layer.self_attn(layer.layer_norm1(x).to(dtype), mask, attend)
     mlp = layer.mlp
-    return x + mlp.fc2(recomputed(mlp.activation, mlp.fc1(layer.layer_norm2(x))))
+    return x + mlp.fc2(recomputed(mlp.activation, mlp.fc1(layer.layer_norm2(x).to(dtype))))
 
 
-def _recomputed_clip_layer(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return recomputed(lambda x: _clip_layer(layer, original, x, *args, **kwargs), x)
+def _recomputed_clip_layer(dtype: torch.dtype, layer: Any, original: Any, x: Tensor, *args: Any) -> Tensor:
+    return recomputed(lambda x: _clip_layer(dtype, layer, original, x, *args), x)
 
 
 def _lean_linear(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:

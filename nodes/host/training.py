@@ -98,11 +98,13 @@ def train_adapter(
             make_differentiable(base)
             make_differentiable(clip.cond_stage_model)
             undo.enter_context(lean_layers(base.diffusion_model, clip.cond_stage_model))
-            undo.enter_context(out_of_place_text_encoder(clip, recompute=checkpointing))
             spare_activations = recomputed_activations if checkpointing else lean_activations
             undo.enter_context(spare_activations(base.diffusion_model))
 
             dtype = compute_dtype(base)
+            # Not float16, which cannot hold what some text encoders compute.
+            text_dtype = dtype if dtype == torch.bfloat16 else torch.float32
+            undo.enter_context(out_of_place_text_encoder(clip, checkpointing, text_dtype))
             config = dataclasses.replace(config, loss_scaling=dtype == torch.float16)
             lora, tokens, taught = _trainables(clip, description, initial, subject.placeholder, config, patcher)
             denoiser = ComfyDenoiser(

@@ -232,6 +232,30 @@ def test_gradients_reach_the_word_in_both_encoders_of_sdxl(sdxl):
     assert_gradients_reach(sdxl[1], vectors("clip_l", "clip_g"), "a photo of sainj toy", None)
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+def test_gradients_of_the_word_in_bfloat16_are_those_in_float32_but_for_rounding(sd15_clip, recompute):
+    exact = gradient_of_the_word(sd15_clip, recompute, torch.float32)
+    rounded = gradient_of_the_word(sd15_clip, recompute, torch.bfloat16)
+    assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def gradient_of_the_word(clip: Any, recompute: bool, dtype: torch.dtype) -> Tensor:
+    import comfy.model_management as model_management
+
+    from sa_inject.nodes.host.text import encode_text
+    from sa_inject.nodes.host.trainable import make_differentiable, out_of_place_text_encoder, training_mode
+
+    with torch.inference_mode(), training_mode():
+        word = torch.nn.Parameter(vectors()["clip_l"].clone())
+        model_management.load_models_gpu([clip.patcher])
+        make_differentiable(clip.cond_stage_model)
+        with out_of_place_text_encoder(clip, recompute, dtype):
+            encoded = encode_text(teach(clip, {"clip_l": word}), ["a photo of sainj toy"]).cross_attn
+            assert encoded.dtype == torch.float32
+            encoded.square().sum().backward()
+    return word.grad
+
+
 def assert_gradients_reach(clip: Any, tokens: dict[str, Tensor], prompt: str, layer: int | None) -> None:
     import comfy.model_management as model_management
 
