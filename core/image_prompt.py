@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,16 +36,3 @@ class ImagePrompt:
 
     def __add__(self, other: ImagePrompt) -> ImagePrompt:
         return ImagePrompt(self.pictures + other.pictures)
-
-    def fingerprint(self) -> str:
-        """A hash of everything that can change the picture, stable over processes."""
-        digest = hashlib.sha256()
-        for picture in self.pictures:
-            text = picture.text or ReferenceText(picture.latent[:0])
-            for tensor in (picture.latent, picture.mask, text.cross_attn, text.pooled):
-                digest.update(b"none" if tensor is None else _bytes(tensor))
-        return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return str(tuple(tensor.shape)).encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes()
