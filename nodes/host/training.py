@@ -176,6 +176,7 @@ def _training_set(
         cover(picture, mask, bucket_size(picture.shape[-2], picture.shape[-1], subject.resolution))
         for picture, mask in zip(subject.pictures, subject.masks, strict=True)
     ]
+    fitted, captions = _without_repeats(fitted, captions)
     examples = [
         _example(model, vae, picture, mask, caption) for (picture, mask), caption in zip(fitted, captions, strict=True)
     ]
@@ -185,6 +186,25 @@ def _training_set(
     generator = torch.Generator().manual_seed(seed)
     views = augmented_views(*fitted[0], VIEWS, generator)
     return TrainingSet(examples, [_example(model, vae, picture, mask, captions[0]) for picture, mask in views])
+
+
+def _without_repeats(
+    fitted: Sequence[tuple[Tensor, Tensor | None]], captions: Sequence[tuple[str, ...]]
+) -> tuple[list[tuple[Tensor, Tensor | None]], list[tuple[str, ...]]]:
+    """Let identical pictures be one, with the captions of all: as each other's image prompts they teach to copy."""
+    distinct: list[tuple[Tensor, Tensor | None]] = []
+    said: list[tuple[str, ...]] = []
+    for (picture, mask), caption in zip(fitted, captions, strict=True):
+        for place, (known, _) in enumerate(distinct):
+            if torch.equal(known, picture):
+                said[place] = tuple(dict.fromkeys((*said[place], *caption)))
+                break
+        else:
+            distinct.append((picture, mask))
+            said.append(caption)
+    if len(distinct) < len(fitted):
+        log.info("%d of %d pictures are there more than once and count once.", len(fitted) - len(distinct), len(fitted))
+    return distinct, said
 
 
 def _example(model: Any, vae: Any, picture: Tensor, mask: Tensor | None, captions: tuple[str, ...]) -> Example:

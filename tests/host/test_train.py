@@ -511,6 +511,17 @@ def test_one_picture_works_through_augmented_views(sd15, run, caplog):
     assert torch.isfinite(torch.tensor(found.losses)).all() and found.adapter.info.training["pictures"] == 1
 
 
+def test_a_picture_that_is_there_twice_counts_once_and_keeps_both_captions(sd15, run, caplog):
+    captions = ["a sainj toy", "sainj toy on grass", "a photo of sainj toy"]
+    with caplog.at_level(logging.INFO):
+        repeated = run(sd15, images=pictures(3)[[0, 1, 1]], captions=captions, batch_size=8)
+    assert any("1 of 3 pictures are there more than once" in message for message in caplog.messages)
+    once = run(sd15, images=pictures(3)[:2], captions=captions[:2], batch_size=8)
+    assert repeated.losses != once.losses  # for the third caption is drawn, too
+    all_alike = run(sd15, images=pictures(3)[[0, 0, 0]])
+    assert all_alike.losses == run(sd15, images=pictures(3)[:1]).losses
+
+
 def test_matched_mode_noises_the_reference(sd15, trained, run):
     found = run(sd15, steps=2, reference_mode="matched", gradient_checkpointing=True)
     assert found.adapter.info.reference_mode == found.metadata["reference_mode"] == "matched"
