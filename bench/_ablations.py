@@ -12,15 +12,15 @@ from unittest import mock
 
 import torch
 from _learn import Room, classroom, with_word
-from _methods import PLACEHOLDER, Lesson, Taught, ours, taught_by
-from _subjects import make_subject
+from _methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, taught_by
+from _subjects import REFERENCES, make_subject
 from torch import Tensor
 
 from sa_inject.core.attention import Attention, differentiable_attention
 from sa_inject.core.injection import Reference, inject
 from sa_inject.core.kv import KV
 from sa_inject.core.lora import Deltas, SelfAttentionLoRA
-from sa_inject.core.reference import Recorded, ReferenceRecorder, block_key
+from sa_inject.core.reference import HIDDEN, Recorded, ReferencePassComplete, ReferenceRecorder, block_key
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.trainable import differentiable_options
 from sa_inject.nodes.host.unet import model_conditions
@@ -74,6 +74,25 @@ class BaseProjections(ReferenceRecorder):
             height, width = extra_options["activations_shape"][-2:]
             self.bank.setdefault(key, Recorded(KV(k, v), height, width))
         return super()._attention(q, k, v, extra_options)
+
+
+class FrozenTrunk(ReferenceRecorder):
+    """Adapts the keys and values that are handed over, and nothing on the way there: no gradient runs through the pass,
+    and what it computes of a picture does not change while the LoRA learns."""
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        key = block_key(extra_options)
+        if key in self._wanted:
+            hidden = extra_options[HIDDEN].detach()
+            height, width = extra_options["activations_shape"][-2:]
+            adapted = KV(self._adapted(k.detach(), hidden, key, "to_k"), self._adapted(v.detach(), hidden, key, "to_v"))
+            self.bank.setdefault(key, Recorded(adapted, height, width))
+        if self._stop_early and key == self._last:
+            raise ReferencePassComplete
+        return self._attend(q, k, v, extra_options["n_heads"])
+
+    def _adapt_output(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        return out
 
 
 def decoupled(q: Tensor, own: KV, references: list[Reference], heads: int, attend: Attention) -> Tensor:
@@ -171,41 +190,55 @@ def with_references(count: int) -> Callable[[Lesson], Taught]:
     return teach
 
 
-def with_guidance(cfg: float, **changes: Any) -> Callable[[Lesson], Taught]:
+def drawn_with(cfg: float | None = None, **changes: Any) -> Callable[[Lesson], Taught]:
+    """The adapter as it is, applied otherwise; so it is learned only once for a subject."""
+
     def teach(lesson: Lesson) -> Taught:
-        lesson.settings = lesson.settings._replace(cfg=cfg)
-        return ours(lesson, **changes)
+        adapter, clip = learned_once(lesson)
+        lesson.settings = lesson.settings._replace(cfg=cfg or lesson.settings.cfg)
+        return taught_by(lesson, adapter, clip, **changes)
 
     return teach
 
 
+_learned: dict[tuple, tuple[Any, Any]] = {}
+
+
+def learned_once(lesson: Lesson) -> tuple[Any, Any]:
+    """Adapter and CLIP; those of the last subject are kept."""
+    key = (lesson.subject, lesson.settings, lesson.rate, lesson.word_rate)
+    if key not in _learned:
+        _learned.clear()
+        _learned[key] = learned_adapter(lesson)
+    return _learned[key]
+
+
 ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
-    "as it is": ours,
+    "as it is": drawn_with(),
     "K and V only": only_keys_and_values,
+    "K and V only, frozen trunk": ours,
     **{f"rank {rank}": lambda lesson, rank=rank: ours(lesson, rank=rank) for rank in (1, 4, 64)},
     "word not learned": lambda lesson: learned(lesson, word_learns=False),
     "no LoRA": lambda lesson: learned(lesson, lora_learning_rate=0.0),
-    "projected by the base": lambda lesson: ours(lesson),
-    "decoupled": lambda lesson: ours(lesson),
-    "encoder only": lambda lesson: ours(lesson, blocks="encoder"),
-    "middle and decoder only": lambda lesson: ours(lesson, blocks="middle and decoder"),
+    "projected by the base": ours,
+    "decoupled": ours,
+    "encoder only": drawn_with(blocks="encoder"),
+    "middle and decoder only": drawn_with(blocks="middle and decoder"),
     "LoRA on both": lora_on_both,
     "identical pairs": identical_pairs,
-    "both rows": lambda lesson: ours(lesson, rows="both"),
+    "both rows": drawn_with(rows="both"),
     "no reference dropout": lambda lesson: learned(lesson, reference_dropout=0.0),
     "reference dropout 0.3": lambda lesson: learned(lesson, reference_dropout=0.3),
     **{f"{count} references": with_references(count) for count in (1, 2, 8)},
-    "references add up": lambda lesson: ours(lesson, strength=float(len(lesson.subject.references))),
-    **{
-        f"strength {strength}": lambda lesson, strength=strength: ours(lesson, strength=strength)
-        for strength in (0.5, 2.0)
-    },
-    **{f"cfg {cfg}": with_guidance(cfg) for cfg in (2.0, 4.5, 7.0)},
-    **{f"cfg {cfg}, both rows": with_guidance(cfg, rows="both") for cfg in (4.5, 7.0)},
+    "references add up": drawn_with(strength=float(REFERENCES)),
+    **{f"strength {strength}": drawn_with(strength=strength) for strength in (0.5, 2.0)},
+    **{f"cfg {cfg}": drawn_with(cfg) for cfg in (2.0, 4.5, 7.0)},
+    **{f"cfg {cfg}, both rows": drawn_with(cfg, rows="both") for cfg in (4.5, 7.0)},
 }
 
 # What has to be in place while teaching and while drawing.
 REPLACED: dict[str, tuple[tuple[str, ...], Any]] = {
+    "K and V only, frozen trunk": (RECORDER, FrozenTrunk),
     "projected by the base": (RECORDER, BaseProjections),
     "decoupled": (INJECT, decoupled),
 }

@@ -212,8 +212,12 @@ def fine_tuned(lesson: Lesson, prior: Sequence[tuple[Tensor, str]]) -> Taught:
 
 
 def ours(lesson: Lesson, **changes: Any) -> Taught:
-    """The pack's own nodes, with their defaults and the swept rates; `changes` are inputs of any of them."""
-    trained = {name: changes.pop(name) for name in ("rank", "reference_mode", "token_learning_rate") if name in changes}
+    """The pack's own nodes, with their defaults and the swept rates; `changes` are inputs of the training node."""
+    return taught_by(lesson, *learned_adapter(lesson, **changes))
+
+
+def learned_adapter(lesson: Lesson, **changes: Any) -> tuple[Adapter, Any]:
+    """What TrainSAInjectAdapter hands over: adapter and CLIP."""
     host, models = lesson.host, lesson.models
     chosen: dict[str, Any] = {
         "placeholder_token": PLACEHOLDER,
@@ -229,7 +233,7 @@ def ours(lesson: Lesson, **changes: Any) -> Taught:
         "file_name": "bench",
         "previews": 0,
     }
-    chosen |= {**trained, **({"alpha": float(trained["rank"])} if "rank" in trained else {})}
+    chosen |= {**changes, **({"alpha": float(changes["rank"])} if "rank" in changes else {})}
     adapter, clip, *_ = host.execute(
         "TrainSAInjectAdapter",
         model=models.model,
@@ -239,7 +243,7 @@ def ours(lesson: Lesson, **changes: Any) -> Taught:
         captions=lesson.subject.captions(lesson.subject.phrase),
         **chosen,
     )
-    return taught_by(lesson, adapter, clip, **changes)
+    return adapter, clip
 
 
 def ours_matched(lesson: Lesson) -> Taught:
@@ -247,6 +251,7 @@ def ours_matched(lesson: Lesson) -> Taught:
 
 
 def taught_by(lesson: Lesson, adapter: Adapter, clip: Any, **changes: Any) -> Taught:
+    """`changes` are inputs of ApplySelfAttnInjection."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         save_adapter(adapter, path)
@@ -287,8 +292,8 @@ def sample(lesson: Lesson, taught: Taught, text: str, pictures: int, seed: int) 
         seed=seed,
         steps=settings.sampler_steps,
         cfg=settings.cfg,
-        sampler_name="euler",
-        scheduler="normal",
+        sampler_name=settings.sampler,
+        scheduler=settings.scheduler,
         denoise=1.0,
     )[0]["samples"]
 

@@ -27,6 +27,8 @@ class Settings(NamedTuple):
     batch: int
     sampler_steps: int
     cfg: float
+    sampler: str = "euler"
+    scheduler: str = "normal"
     seed: int = 0
 
 

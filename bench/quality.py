@@ -61,6 +61,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of every method")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sampler-steps", type=int, default=20)
+    parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--scheduler", default="normal")
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--report", action="store_true", help="measure nothing")
@@ -91,7 +93,9 @@ class Bench:
         self.models = Models(model, clip, vae, getattr(torch, options.dtype))
         self.judge = Judge()
         self.base = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]
-        self.settings = Settings(options.steps, options.batch, options.sampler_steps, options.cfg)
+        self.settings = Settings(
+            options.steps, options.batch, options.sampler_steps, options.cfg, options.sampler, options.scheduler
+        )
         self.kind = "cuda" if torch.cuda.is_available() else "cpu"
 
     def rates(self) -> None:
