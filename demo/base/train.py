@@ -5,7 +5,7 @@
     python -m demo.base.train status     how far it is
     python -m demo.base.train export     write what has been learned so far to demo/base/weights.safetensors
 
-State lives in the user's cache folder. Two CPU cores need about two and a half hours, a large GPU minutes.
+State lives in the user's cache folder. Two CPU cores need about three hours, a large GPU minutes.
 """
 
 import argparse
@@ -44,7 +44,7 @@ log = logging.getLogger("train")
 
 SEED: int = 7
 AUTOENCODER_STEPS: int = 1500
-DECODER_STEPS: int = 5000
+DECODER_STEPS: int = 2200
 
 
 class Stage(NamedTuple):
@@ -56,7 +56,7 @@ class Stage(NamedTuple):
     steps: int
 
 
-STAGES: tuple[Stage, ...] = (Stage(64, 12288, 32, 1000), Stage(128, 6144, 24, 1350))
+STAGES: tuple[Stage, ...] = (Stage(64, 12288, 32, 1000), Stage(128, 6144, 24, 2000))
 ADAM_ONLY: tuple[str, ...] = ("input_blocks.0.", "out.", "time_embed.")  # first and last layers; the costliest matrix
 ADAM_RATE: float = 4e-4
 MUON_RATE: float = 1.5e-3
