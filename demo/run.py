@@ -36,10 +36,10 @@ PLACEHOLDER, CLASS_WORD = "sainj", "toy"
 SIDE = 128
 TRAINING = {
     "resolution": SIDE,
-    "steps": 60,
+    "steps": 100,
     "batch_size": 2,
-    "lora_learning_rate": 1e-3,
-    "token_learning_rate": 5e-3,
+    "lora_learning_rate": 3e-3,
+    "token_learning_rate": 2e-3,
     "placeholder_token": PLACEHOLDER,
     "class_word": CLASS_WORD,
     "file_name": "robot",
