@@ -318,14 +318,16 @@ def timed(lesson: Lesson, method: Method) -> tuple[Taught, float, int]:
 
 
 WORD = 2e-3
+FULL_RATES = ((1e-6, WORD), (3e-6, WORD), (1e-5, WORD))
+OUR_RATES = ((3e-4, WORD), (1e-3, WORD), (3e-3, WORD))
 METHODS: dict[str, Method] = {
     "base": Method(base_model),
     "textual inversion": Method(textual_inversion, ((0.0, 1e-3), (0.0, 3e-3), (0.0, 1e-2))),
     "reference attention, untrained": Method(fresh_reference),
     "TrainLoraNode": Method(host_lora, ((1e-4, 0.0), (3e-4, 0.0), (1e-3, 0.0))),
     "PEFT LoRA": Method(peft_lora, ((1e-4, WORD), (3e-4, WORD), (1e-3, WORD))),
-    "full fine-tune": Method(full_fine_tune, ((1e-6, WORD), (3e-6, WORD), (1e-5, WORD))),
-    "full fine-tune, prior": Method(full_fine_tune_with_prior, ((1e-6, WORD), (3e-6, WORD), (1e-5, WORD))),
-    "ours, clean": Method(ours, ((3e-4, WORD), (1e-3, WORD), (3e-3, WORD))),
-    "ours, matched": Method(ours_matched, ((3e-4, WORD), (1e-3, WORD), (3e-3, WORD))),
+    "full fine-tune": Method(full_fine_tune, FULL_RATES),
+    "full fine-tune, prior": Method(full_fine_tune_with_prior, FULL_RATES),
+    "ours, clean": Method(ours, OUR_RATES),
+    "ours, matched": Method(ours_matched, OUR_RATES),
 }

@@ -70,18 +70,18 @@ def _crop(rng: np.random.RandomState) -> Image.Image:
 
 def train_autoencoder(path: Path, *, steps: int, seed: int, device: str) -> None:
     """Train and write the TAESD state dict to `path`. An interrupted run, kept beside it, goes on where it was."""
-    _train(new_autoencoder(seed), path, steps=steps, seed=seed, device=device, encoder_learns=True)
+    _train(new_autoencoder(seed).to(device), path, path.with_suffix(".part"), steps=steps, seed=seed, device=device)
 
 
 def train_decoder(path: Path, *, steps: int, seed: int, device: str) -> None:
     """Go on with the decoder alone. Latents stay what they are, so a UNet that was trained on them stays right."""
-    model = TAESD(latent_channels=4)
-    model.load_state_dict(torch.load(path, weights_only=True))
-    _train(model, path, steps=steps, seed=seed, device=device, encoder_learns=False)
+    model = load_autoencoder(path, device)
+    model.taesd_decoder.requires_grad_(True)
+    _train(model, path, path.with_suffix(".decoder-part"), steps=steps, seed=seed, device=device)
 
 
-def _train(model: TAESD, path: Path, *, steps: int, seed: int, device: str, encoder_learns: bool) -> None:
-    partial = path.with_suffix(".part" if encoder_learns else ".decoder-part")
+def _train(model: TAESD, path: Path, partial: Path, *, steps: int, seed: int, device: str) -> None:
+    """Train whatever of the model requires gradients; `partial` is kept until `path` is written."""
     done = 0
     if partial.exists():
         state = torch.load(partial, weights_only=True)
@@ -89,8 +89,7 @@ def _train(model: TAESD, path: Path, *, steps: int, seed: int, device: str, enco
         done = state["step"]
     rng = np.random.RandomState(seed + done)
     torch.manual_seed(seed + done)
-    model.to(device, memory_format=torch.channels_last)
-    model.taesd_encoder.requires_grad_(encoder_learns)
+    model.to(memory_format=torch.channels_last)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = [
         Muon([p for p in parameters if p.ndim > 1], lr=LEARNING_RATE),
