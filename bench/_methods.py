@@ -96,6 +96,7 @@ class Taught(NamedTuple):
 class Method(NamedTuple):
     teach: Callable[[Lesson], Taught]
     rates: tuple[tuple[float, float], ...] = ((0.0, 0.0),)  # (rate, word's rate), of which a sweep chooses one
+    swept_as: str | None = None  # the method whose sweep chooses for this one too
 
 
 def base_model(lesson: Lesson) -> Taught:
@@ -318,16 +319,14 @@ def timed(lesson: Lesson, method: Method) -> tuple[Taught, float, int]:
 
 
 WORD = 2e-3
-FULL_RATES = ((1e-6, WORD), (3e-6, WORD), (1e-5, WORD))
-OUR_RATES = ((3e-4, WORD), (1e-3, WORD), (3e-3, WORD))
 METHODS: dict[str, Method] = {
     "base": Method(base_model),
     "textual inversion": Method(textual_inversion, ((0.0, 1e-3), (0.0, 3e-3), (0.0, 1e-2))),
     "reference attention, untrained": Method(fresh_reference),
     "TrainLoraNode": Method(host_lora, ((1e-4, 0.0), (3e-4, 0.0), (1e-3, 0.0))),
     "PEFT LoRA": Method(peft_lora, ((1e-4, WORD), (3e-4, WORD), (1e-3, WORD))),
-    "full fine-tune": Method(full_fine_tune, FULL_RATES),
-    "full fine-tune, prior": Method(full_fine_tune_with_prior, FULL_RATES),
-    "ours, clean": Method(ours, OUR_RATES),
-    "ours, matched": Method(ours_matched, OUR_RATES),
+    "full fine-tune": Method(full_fine_tune, ((1e-6, WORD), (3e-6, WORD), (1e-5, WORD))),
+    "full fine-tune, prior": Method(full_fine_tune_with_prior, swept_as="full fine-tune"),
+    "ours, clean": Method(ours, ((3e-4, WORD), (1e-3, WORD), (3e-3, WORD))),
+    "ours, matched": Method(ours_matched, swept_as="ours, clean"),
 }

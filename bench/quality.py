@@ -27,6 +27,7 @@ from _report import print_json
 
 log = logging.getLogger("quality")
 
+SWEEP_SUBJECTS = {"cpu": 2, "cuda": 3}
 TABLE_SUBJECTS = {"cpu": 12, "cuda": 40}
 ABLATION_SUBJECTS = {"cpu": 6, "cuda": 20}
 PICTURES = 4  # of every prompt; ablations and rates draw one
@@ -64,12 +65,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sampler", default="dpmpp_2m")
     parser.add_argument("--scheduler", default="karras")
     parser.add_argument("--cfg", type=float, default=3.0)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16; on a CPU float32")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.quick:
         options.steps, options.sampler_steps, options.subjects = 3, 3, 1
+    # Only some processors can multiply in bfloat16; the others are a hundred times slower with it.
+    options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     return options
 
 
@@ -99,19 +102,26 @@ class Bench:
         self.kind = "cuda" if torch.cuda.is_available() else "cpu"
 
     def rates(self) -> None:
-        """Every method at each of its rates, on subjects of their own."""
+        """Every method at each of its rates, on subjects of their own, in whatever precision."""
+        from _quality_report import cells_of
         from _subjects import make_subject, sweep_artworks
 
-        artworks = sweep_artworks()[: 1 if self.options.quick else None]
-        for artwork in artworks:
+        known = {
+            (cell["key"]["method"], cell["key"]["subject"], tuple(cell["key"]["rates"]))
+            for cell in cells_of(self.cells, "rates", self.base, self.settings)
+        }
+        for artwork in sweep_artworks()[: 1 if self.options.quick else SWEEP_SUBJECTS[self.kind]]:
             for name, method in self.methods().items():
                 for rates in method.rates if len(method.rates) > 1 else ():
+                    if (name, artwork.word, rates) in known:
+                        continue
                     subject = make_subject(artwork, prompts=2 if self.options.quick else SWEEP_PROMPTS)
                     self.cell("rates", name, rates, method.teach, subject, pictures=1, bystanders=0)
 
     def main(self) -> None:
         """The table: every method at its best rate, all prompts, all seeds. Subject by subject, so that a run that is
         cut short has compared all methods on fewer subjects."""
+        from _methods import METHODS
         from _subjects import make_subject, table_artworks
 
         count = self.options.subjects or TABLE_SUBJECTS[self.kind]
@@ -119,7 +129,7 @@ class Bench:
             subject = make_subject(artwork, prompts=2 if self.options.quick else 25)
             self.ceiling(subject)
             for name, method in self.methods().items():
-                rates = self.best_rates(name, method.rates)
+                rates = self.best_rates(method.swept_as or name, METHODS[method.swept_as or name].rates)
                 pictures, bystanders = (1, 2) if self.options.quick else (PICTURES, BYSTANDERS)
                 self.cell("main", name, rates, method.teach, subject, pictures, bystanders)
 
