@@ -6,6 +6,7 @@ Import only once the host is started.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -20,12 +21,13 @@ from sa_inject.core.attention import Attention, differentiable_attention
 from sa_inject.core.injection import Reference, inject
 from sa_inject.core.kv import KV
 from sa_inject.core.lora import Deltas, SelfAttentionLoRA
-from sa_inject.core.reference import HIDDEN, Recorded, ReferencePassComplete, ReferenceRecorder, block_key
+from sa_inject.core.reference import HIDDEN, ReferenceRecorder, block_key
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.trainable import differentiable_options
 from sa_inject.nodes.host.unet import model_conditions
 from sa_inject.trainer.examples import Pair, TrainingSet
 
+ATTENDED = "bench_attended"
 INJECT = ("sa_inject.nodes.host.patch.inject", "sa_inject.nodes.host.denoiser.inject")
 RECORDER = ("sa_inject.nodes.host.bank.ReferenceRecorder", "sa_inject.nodes.host.denoiser.ReferenceRecorder")
 
@@ -43,12 +45,15 @@ def learned(
     return taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER))
 
 
-def only_keys_and_values(lesson: Lesson) -> Taught:
-    def freeze(room: Room) -> None:
-        for name, parameter in room.lora.named_parameters():
-            parameter.requires_grad_("to_k" in name or "to_v" in name)
+def whole_lora(lesson: Lesson) -> Taught:
+    """LoRA on all four projections; what they do is up to the recorder."""
 
-    return learned(lesson, freeze)
+    def replace(room: Room) -> None:
+        generator = torch.Generator().manual_seed(room.config.seed)
+        room.lora = WholeLoRA(room.description.layers, room.config.rank, room.config.alpha, generator)
+        room.lora.to(room.device)
+
+    return learned(lesson, replace)
 
 
 def identical_pairs(lesson: Lesson) -> Taught:
@@ -65,34 +70,53 @@ def identical_pairs(lesson: Lesson) -> Taught:
     return learned(lesson, replace)
 
 
-class BaseProjections(ReferenceRecorder):
+class WholeLoRA(SelfAttentionLoRA):
+    projections = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class WholePass(ReferenceRecorder):
+    """Adapts what a layer passes on to the next as well: by `own`, or else by what adapts the keys and values."""
+
+    def __init__(
+        self,
+        wanted: Any,
+        last: Any,
+        deltas: Deltas,
+        attend: Attention,
+        stop_early: bool = True,
+        own: Deltas | None = None,
+    ) -> None:
+        super().__init__(wanted, last, {} if own is None else deltas, attend, stop_early)
+        self._own = deltas if own is None else own
+
+    def transformer_options(self, blocks: Any) -> dict[str, Any]:
+        options = super().transformer_options(blocks)
+        options["patches"]["attn1_output_patch"] = [self._adapt_output]
+        return options
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        projected = {"to_q": q, "to_k": k, "to_v": v}
+        q, k, v = (self._own_share(x, extra_options[HIDDEN], name, extra_options) for name, x in projected.items())
+        attended = extra_options[ATTENDED] = super()._attention(q, k, v, extra_options)
+        return attended
+
+    def _adapt_output(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        return self._own_share(out, extra_options[ATTENDED], "to_out.0", extra_options)
+
+    def _own_share(self, projected: Tensor, x: Tensor, projection: str, extra_options: dict[str, Any]) -> Tensor:
+        delta = self._own.get((block_key(extra_options), projection))
+        return projected if delta is None else projected + delta(x)
+
+
+class BaseProjections(WholePass):
     """Hands over what the frozen weights project, from hidden states that the LoRA has changed (as BootPIG tried)."""
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        key = block_key(extra_options)
-        if key in self._wanted:
-            height, width = extra_options["activations_shape"][-2:]
-            self.bank.setdefault(key, Recorded(KV(k, v), height, width))
-        return super()._attention(q, k, v, extra_options)
-
-
-class FrozenTrunk(ReferenceRecorder):
-    """Adapts the keys and values that are handed over, and nothing on the way there: no gradient runs through the pass,
-    and what it computes of a picture does not change while the LoRA learns."""
-
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        key = block_key(extra_options)
-        if key in self._wanted:
-            hidden = extra_options[HIDDEN].detach()
-            height, width = extra_options["activations_shape"][-2:]
-            adapted = KV(self._adapted(k.detach(), hidden, key, "to_k"), self._adapted(v.detach(), hidden, key, "to_v"))
-            self.bank.setdefault(key, Recorded(adapted, height, width))
-        if self._stop_early and key == self._last:
-            raise ReferencePassComplete
-        return self._attend(q, k, v, extra_options["n_heads"])
-
-    def _adapt_output(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        return out
+        try:
+            return super()._attention(q, k, v, extra_options)
+        finally:
+            key = block_key(extra_options)
+            self.bank[key] = self.bank[key]._replace(kv=KV(k, v))
 
 
 def decoupled(q: Tensor, own: KV, references: list[Reference], heads: int, attend: Attention) -> Tensor:
@@ -118,30 +142,22 @@ class AdaptedUnet(ComfyDenoiser):
     own: SelfAttentionLoRA
 
     def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
-        shared = self.own.deltas(latent.device, torch.float32)
-        both: Any = {address: _Sum(delta, shared[address]) for address, delta in deltas.items()}
-        return super().read_reference(latent, sigma, text, mask, both)
+        own = self.own.deltas(latent.device, torch.float32)
+        with replaced(RECORDER, functools.partial(WholePass, own=own)):
+            return super().read_reference(latent, sigma, text, mask, deltas)
 
     def denoise(self, noisy: Tensor, sigma: Tensor, text: Any, references: Any) -> Tensor:
-        recorder = _Adapts((), self._blocks[-1], self.own.deltas(noisy.device, torch.float32), references)
+        recorder = _Injecting(self._blocks[-1], self.own.deltas(noisy.device, torch.float32), references)
         options = {**differentiable_options(), **recorder.transformer_options(self._blocks)}
         conditions = model_conditions(self._base, noisy, text)
         return self._base.apply_model(noisy, sigma, transformer_options=options, **conditions)
 
 
-class _Sum:
-    def __init__(self, *products: Any) -> None:
-        self._products = products
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return sum(product(x) for product in self._products)  # type: ignore[return-value]
-
-
-class _Adapts(ReferenceRecorder):
+class _Injecting(WholePass):
     """Adapts every self-attention of a whole UNet call, and injects where there is something to inject."""
 
-    def __init__(self, wanted: Any, last: Any, deltas: Deltas, references: Any) -> None:
-        super().__init__(wanted, last, deltas, differentiable_attention, stop_early=False)
+    def __init__(self, last: Any, own: Deltas, references: Any) -> None:
+        super().__init__((), last, {}, differentiable_attention, stop_early=False, own=own)
         self._references = references
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
@@ -154,7 +170,7 @@ class _Adapts(ReferenceRecorder):
 def lora_on_both(lesson: Lesson) -> Taught:
     """A second LoRA on the frozen UNet's self-attention, merged into its weights for drawing."""
     with classroom(lesson.models, lesson.training_subject(), lesson.config(), denoiser_class=AdaptedUnet) as room:
-        own = room.denoiser.own = SelfAttentionLoRA(room.description.layers, room.config.rank, room.config.alpha)  # type: ignore[attr-defined]
+        own = room.denoiser.own = WholeLoRA(room.description.layers, room.config.rank, room.config.alpha)  # type: ignore[attr-defined]
         own.to(room.device)
         both = _Both(room.lora, own)
         room.learn(both)
@@ -215,12 +231,12 @@ def learned_once(lesson: Lesson) -> tuple[Any, Any]:
 
 ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "as it is": drawn_with(),
-    "K and V only": only_keys_and_values,
-    "K and V only, frozen trunk": ours,
+    "LoRA in the whole pass": whole_lora,
+    "K and V, in the whole pass": ours,
     **{f"rank {rank}": lambda lesson, rank=rank: ours(lesson, rank=rank) for rank in (1, 4, 64)},
     "word not learned": lambda lesson: learned(lesson, word_learns=False),
     "no LoRA": lambda lesson: learned(lesson, lora_learning_rate=0.0),
-    "projected by the base": ours,
+    "projected by the base": whole_lora,
     "decoupled": ours,
     "encoder only": drawn_with(blocks="encoder"),
     "middle and decoder only": drawn_with(blocks="middle and decoder"),
@@ -238,7 +254,8 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
 
 # What has to be in place while teaching and while drawing.
 REPLACED: dict[str, tuple[tuple[str, ...], Any]] = {
-    "K and V only, frozen trunk": (RECORDER, FrozenTrunk),
+    "LoRA in the whole pass": (RECORDER, WholePass),
+    "K and V, in the whole pass": (RECORDER, WholePass),
     "projected by the base": (RECORDER, BaseProjections),
     "decoupled": (INJECT, decoupled),
 }

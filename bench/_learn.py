@@ -22,7 +22,7 @@ from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.text import class_word_vectors, clip_with_token, word_pattern
 from sa_inject.nodes.host.trainable import make_differentiable, normal_tensor, out_of_place_text_encoder, training_mode
 from sa_inject.nodes.host.unet import UnetDescription, describe
-from sa_inject.trainer.captions import captions_for, subject_phrase
+from sa_inject.trainer.captions import captions_for
 from sa_inject.trainer.config import TrainConfig
 from sa_inject.trainer.examples import Example, TrainingSet
 from sa_inject.trainer.loop import train
@@ -77,17 +77,16 @@ class Room:
     def learn(self, trainables: Any, **changes: Any) -> list[float]:
         """Run the loop; the loss of every step."""
         tokens = list(self.tokens.values())
-        phrase = subject_phrase(self.subject.placeholder, self.subject.class_word)
+        read = self.subject.class_word
         config = replace(self.config, **changes)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            steps = train(self.denoiser, self.data, trainables, tokens, phrase, config, device=self.device)
+            steps = train(self.denoiser, self.data, trainables, tokens, read, config, device=self.device)
             return [step.loss for step in steps]
 
     def adapter(self) -> Adapter:
         """What the pack would save."""
-        phrase = subject_phrase(self.subject.placeholder, self.subject.class_word)
         with torch.no_grad():
-            text = self.denoiser.encode([phrase])
+            text = self.denoiser.encode([self.subject.class_word])
         return training._finished(
             "bench", self.description, self.subject, self.config, self.lora, self.tokens, text, self.base
         )

@@ -40,7 +40,7 @@ class Adapter:
     """A learned subject.
 
     `tokens` holds the learned word's vectors for every text encoder: "clip_l" -> (vectors, width).
-    `text` is the encoded subject phrase, what the reference pass reads unless the image prompt brings its own.
+    `text` is the encoded class word, what the reference pass reads unless the image prompt brings its own.
     """
 
     name: str

@@ -20,7 +20,7 @@ class Picture:
     """One image prompt.
 
     latent (1, c, h, w) as the VAE gave it; mask (h_px, w_px) in 0..1, white where the subject is; `text` is what the
-    reference pass reads, the adapter's own subject phrase when None.
+    reference pass reads, the adapter's own class word when None.
     """
 
     latent: Tensor

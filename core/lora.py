@@ -1,7 +1,7 @@
 """The trainable part of the copy: LoRA on the projections of its self-attention, carried by PEFT.
 
 PEFT never sees the live UNet. It adapts a skeleton: a tree of empty Linear layers on the `meta` device that has the
-names and sizes of the UNet's self-attention projections. The reference pass then adds the low-rank products to what
+names and sizes of the UNet's key and value projections. The reference pass then adds the low-rank products to what
 the frozen projections return, so that no weight of the model is ever touched.
 """
 
@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from .kv import BlockKey
 from .layers import SelfAttentionLayer
 
-PROJECTIONS: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-LAST_PROJECTIONS: tuple[str, ...] = ("to_k", "to_v")  # nothing after the last injected keys and values can learn
+PROJECTIONS: tuple[str, ...] = ("to_k", "to_v")  # of what a layer hands over; the pass itself stays the frozen UNet's
 KEY_PREFIX = "base_model.model."  # PEFT's prefix in the files it writes
 ADAPTER_NAME = "default"
 
@@ -41,6 +40,8 @@ Deltas = dict[tuple[BlockKey, str], LowRank]
 class SelfAttentionLoRA:
     """LoRA for every self-attention layer of one UNet; a fresh one changes nothing, for its `lora_B` is zero."""
 
+    projections = PROJECTIONS
+
     def __init__(
         self, layers: Sequence[SelfAttentionLayer], rank: int, alpha: float, generator: torch.Generator | None = None
     ) -> None:
@@ -51,9 +52,7 @@ class SelfAttentionLoRA:
         self.rank = rank
         self.alpha = alpha
         self._addresses = {
-            f"{layer.path}.{projection}": (layer.key, projection)
-            for place, layer in enumerate(layers)
-            for projection in (LAST_PROJECTIONS if place == len(layers) - 1 else PROJECTIONS)
+            f"{layer.path}.{projection}": (layer.key, projection) for layer in layers for projection in self.projections
         }
         self.skeleton = _skeleton(layers, self._addresses)
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(self._addresses))
@@ -113,12 +112,9 @@ class SelfAttentionLoRA:
 def _skeleton(layers: Sequence[SelfAttentionLayer], addresses: dict[str, tuple[BlockKey, str]]) -> nn.Module:
     sizes = {layer.key: layer for layer in layers}
     root = nn.Module()
-    for path, (key, projection) in addresses.items():
+    for path, (key, _) in addresses.items():
         layer = sizes[key]
-        # to_q, to_k and to_v read the hidden states and to_out writes them back.
-        wide, inner = layer.query_dim, layer.inner_dim
-        ends = (inner, wide) if projection == "to_out.0" else (wide, inner)
-        _graft(root, path, nn.Linear(*ends, bias=False, device="meta"))
+        _graft(root, path, nn.Linear(layer.query_dim, layer.inner_dim, bias=False, device="meta"))
     return root
 
 

@@ -52,8 +52,8 @@ class EncodeImagePrompt(io.ComfyNode):
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="Text that the model reads beside these pictures. Left open, the adapter's own subject "
-                    "phrase is used, which it was trained with.",
+                    tooltip="Text that the model reads beside these pictures. Left open, the class word that "
+                    "the adapter was trained with.",
                 ),
                 IMAGE_PROMPT.Input(
                     "image_prompt",

@@ -106,8 +106,8 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     default=16,
                     min=1,
                     max=128,
-                    tooltip="Rank of the LoRA. 4 to 64 is useful; the file is about 0.2 MB for each rank with SD1.x "
-                    "and 1.3 MB with SDXL. Higher can hold more detail and overfits sooner.",
+                    tooltip="Rank of the LoRA. 4 to 64 is useful; the file is about 0.1 MB for each rank with SD1.x "
+                    "and 0.7 MB with SDXL. Higher can hold more detail and overfits sooner.",
                 ),
                 io.Float.Input(
                     "alpha",

@@ -17,7 +17,7 @@ TEMPLATES: tuple[str, ...] = (
 
 
 def subject_phrase(placeholder: str, class_word: str) -> str:
-    """What the reference pass reads: the learned word and what kind of thing it is."""
+    """How the subject is named where nothing else is said: the learned word and what kind of thing it is."""
     return f"{placeholder} {class_word}".strip()
 
 

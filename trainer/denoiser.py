@@ -16,7 +16,7 @@ References = Mapping[BlockKey, Reference]  # row-aligned: kv (b, m, heads*d)
 
 
 class Denoiser(Protocol):
-    """A frozen diffusion model, seen from the training loop. Everything but the two tables is differentiable."""
+    """A frozen diffusion model, seen from the training loop. Gradients reach the learned word and the deltas."""
 
     sigmas: Tensor  # (t,) every noise level of the model's schedule, ascending
 
@@ -37,7 +37,7 @@ class Denoiser(Protocol):
     ) -> References:
         """Run the reference pass on latents (b, c, h, w), at sigma (b,) or free of noise when None.
 
-        mask (b, h, w) in 0..1 hides reference tokens.
+        mask (b, h, w) in 0..1 hides reference tokens. Gradients reach the deltas, and nothing before them.
         """
         ...
 

@@ -33,15 +33,18 @@ def train(
     data: TrainingSet,
     lora: SelfAttentionLoRA,
     tokens: Sequence[nn.Parameter],
-    subject_phrase: str,
+    reference_caption: str,
     config: TrainConfig,
     device: torch.device,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Iterator[Step]:
     """Train in place and yield after every optimizer step; stopping early leaves a usable adapter.
 
-    `subject_phrase` is what the reference pass reads. Raises Diverged at the first loss that is not finite.
+    `reference_caption` is what the reference pass reads: without the learned word, so that it is encoded only once.
+    Raises Diverged at the first loss that is not finite.
     """
+    with torch.no_grad():
+        reference_text = denoiser.encode([reference_caption])
     generator = torch.Generator().manual_seed(config.seed)
     pairs = data.pairs(config.reference_dropout, generator)
     optimizer = torch.optim.AdamW(
@@ -59,7 +62,7 @@ def train(
             for group in group_by_shape(batch):
                 share = len(group) / len(batch) / config.accumulation
                 deltas = lora.deltas(device, compute_dtype)
-                loss = share * _group_loss(denoiser, group, deltas, subject_phrase, config, generator, device)
+                loss = share * _group_loss(denoiser, group, deltas, reference_text, config, generator, device)
                 scaler.scale(loss).backward()
                 total += loss.item()
         if not torch.isfinite(torch.tensor(total)):
@@ -80,7 +83,7 @@ def _group_loss(
     denoiser: Denoiser,
     group: Sequence[Pair],
     deltas: Deltas,
-    subject_phrase: str,
+    reference_text: ReferenceText,
     config: TrainConfig,
     generator: torch.Generator,
     device: torch.device,
@@ -94,18 +97,15 @@ def _group_loss(
     sigma = _draw_sigma(denoiser, rows, generator, device)  # (b,)
     noisy = denoiser.add_noise(latent, _noise_like(latent, generator), sigma)
 
+    bank = None
     if references:
-        text = denoiser.encode([*captions, subject_phrase])
-        text, reference_text = _split(text, rows)
         bank = denoiser.read_reference(
             *_reference_input(denoiser, references, sigma, config, generator, device),
             text=_repeat(reference_text, rows),
             mask=_stack_masks(references, device),
             deltas=deltas,
         )
-    else:
-        text, bank = denoiser.encode(captions), None
-    denoised = denoiser.denoise(noisy, sigma, text, bank)
+    denoised = denoiser.denoise(noisy, sigma, denoiser.encode(captions), bank)
     mask = _stack_masks(targets, device)
     return network_loss(denoised, latent, denoiser.output_scale(sigma), None if mask is None else mask[:, None]).mean()
 
@@ -145,13 +145,6 @@ def _stack_masks(examples: Sequence[Example], device: torch.device) -> Tensor | 
         return None
     masks = [torch.ones(example.latent.shape[-2:]) if example.mask is None else example.mask for example in examples]
     return torch.stack(masks).to(device, torch.float32)
-
-
-def _split(text: ReferenceText, rows: int) -> tuple[ReferenceText, ReferenceText]:
-    cross_attn, pooled = text
-    if pooled is None:
-        return ReferenceText(cross_attn[:rows]), ReferenceText(cross_attn[rows:])
-    return ReferenceText(cross_attn[:rows], pooled[:rows]), ReferenceText(cross_attn[rows:], pooled[rows:])
 
 
 def _repeat(text: ReferenceText, rows: int) -> ReferenceText:

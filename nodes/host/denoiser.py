@@ -62,12 +62,11 @@ class ComfyDenoiser:
     def read_reference(
         self, latent: Tensor, sigma: Tensor | None, text: ReferenceText, mask: Tensor | None, deltas: Deltas
     ) -> References:
-        last = self._blocks[-1]
-        recorder = ReferenceRecorder(self._blocks, last, deltas, differentiable_attention)
+        recorder = ReferenceRecorder(self._blocks, self._blocks[-1], deltas, differentiable_attention)
         if sigma is None:
             sigma = torch.full((latent.shape[0],), float(self._sampling.sigma_min), device=latent.device)
         inputs = network_inputs(self._base, latent, sigma, text, self._dtype)
-        options = {**differentiable_options(not_recomputed=last), **recorder.transformer_options(self._blocks)}
+        options = {**differentiable_options(), **recorder.transformer_options(self._blocks)}
         bank = run_to_last_layer(lambda: self._base.diffusion_model(*inputs, None, options), recorder)
         return {
             key: Reference(kv, key_mask=None if mask is None else _key_mask(mask, height, width))

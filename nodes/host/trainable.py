@@ -22,13 +22,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...core.attention import differentiable_attention
-from ...core.kv import BlockKey
 from ...trainer.lean import CastBuffer, lean_conv2d, lean_linear, recomputed
 
 # The layers whose forward is known; fp8 and quantized ones scale, too.
 LINEARS = (disable_weight_init.Linear, manual_cast.Linear)
 CONVOLUTIONS = (disable_weight_init.Conv2d, manual_cast.Conv2d)
-NOT_RECOMPUTED = "sa_inject_not_recomputed"  # option that names a block which must run outside a checkpoint
 
 
 def make_differentiable(module: nn.Module) -> None:
@@ -213,11 +211,11 @@ def _lean_gate(layer: Any, original: Any, x: Tensor) -> Tensor:
 
 
 def _recomputed_forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())):
+        return original(*args, **kwargs)  # nothing would be kept: the reference pass, and what precedes all gradients
     options = kwargs.get("transformer_options")
     if options is None:
         return checkpoint(original, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-    if options.get(NOT_RECOMPUTED) == (*options["block"], options["block_index"]):
-        return original(*args, **kwargs)
     snapshot = dict(options)
 
     def run(*inputs: Any) -> Tensor:
@@ -226,13 +224,10 @@ def _recomputed_forward(module: nn.Module, original: Any, *args: Any, **kwargs: 
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def differentiable_options(not_recomputed: BlockKey | None = None) -> dict[str, Any]:
+def differentiable_options() -> dict[str, Any]:
     """Options for a UNet call with a backward pass: torch's own attention, whatever the host would choose."""
 
     def attend(original: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         return differentiable_attention(q, k, v, heads)
 
-    options: dict[str, Any] = {"optimized_attention_override": attend}
-    if not_recomputed is not None:
-        options[NOT_RECOMPUTED] = tuple(not_recomputed)
-    return options
+    return {"optimized_attention_override": attend}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ...core.adapter import Adapter, AdapterInfo
 from ...core.image_prompt import ReferenceText
 from ...core.lora import SelfAttentionLoRA
-from ...trainer.captions import captions_for, subject_phrase
+from ...trainer.captions import captions_for
 from ...trainer.config import TrainConfig
 from ...trainer.examples import Example, TrainingSet
 from ...trainer.loop import Step, train
@@ -115,13 +115,12 @@ def train_adapter(
                 patcher.load_device,
                 dtype,
             )
-            phrase = subject_phrase(subject.placeholder, subject.class_word)
             steps = train(
                 denoiser,
                 _normal(data),
                 lora,
                 list(tokens.values()),
-                phrase,
+                subject.class_word,
                 config,
                 device=patcher.load_device,
                 compute_dtype=dtype,
@@ -130,7 +129,8 @@ def train_adapter(
                 losses.append(step.loss)
                 on_step(step)
             with torch.no_grad():
-                adapter = _finished(name, description, subject, config, lora, tokens, denoiser.encode([phrase]), base)
+                text = denoiser.encode([subject.class_word])
+                adapter = _finished(name, description, subject, config, lora, tokens, text, base)
     finally:
         if PRECISIONS[precision] is not None:
             # After a full load unpatching would leave the forced casts on, and the next partial load would take those

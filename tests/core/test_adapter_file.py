@@ -17,7 +17,7 @@ from sa_inject.core.adapter import Adapter
 from sa_inject.core.adapter_file import AdapterFileError, load_adapter, save_adapter
 from tests.core.tiny_adapter import random_adapter
 
-FIRST_B = "base_model.model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_B.weight"
+FIRST_B = "base_model.model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.lora_B.weight"
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
@@ -225,7 +225,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, Tensor | None], str]] = {
         {"token_embedding.clip_l": None, "token_embedding.clip_g": None},
         "lacks token_embedding.<encoder>. ",
     ),
-    "two missing": ({FIRST_B: None, FIRST_B.replace("to_q", "to_v"): None}, f"lacks {FIRST_B} and 1 more. "),
+    "two missing": ({FIRST_B: None, FIRST_B.replace("to_k", "to_v"): None}, f"lacks {FIRST_B} and 1 more. "),
     "surplus": ({"lora_te.weight": torch.ones(2)}, "holds lora_te.weight, which an adapter of format 1 does not have"),
     "misshapen": ({FIRST_B: torch.ones(8, 4)}, f"{FIRST_B} has shape (8, 4), expected (8, 3)"),
     "token without vectors": ({"token_embedding.clip_l": torch.tensor(1.0)}, "clip_l has 0 dimensions, expected 2"),

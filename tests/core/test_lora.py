@@ -18,16 +18,13 @@ def fresh(seed: int = 0, rank: int = RANK) -> SelfAttentionLoRA:
     return SelfAttentionLoRA(LAYERS, rank, ALPHA, torch.Generator().manual_seed(seed))
 
 
-def test_every_projection_is_adapted_but_those_after_the_last_keys_and_values():
-    *others, last = LAYERS
-    expected = [f"{layer.path}.{name}" for layer in others for name in ("to_q", "to_k", "to_v", "to_out.0")]
-    expected += [f"{last.path}.to_k", f"{last.path}.to_v"]
+def test_keys_and_values_of_every_layer_are_adapted():
+    expected = [f"{layer.path}.{name}" for layer in LAYERS for name in ("to_k", "to_v")]
     assert lora_paths(fresh().state_dict()) == expected
 
 
 def test_number_of_parameters_is_that_of_the_formula():
-    per_layer = [4 * RANK * (layer.query_dim + layer.inner_dim) for layer in LAYERS]
-    per_layer[-1] //= 2
+    per_layer = [2 * RANK * (layer.query_dim + layer.inner_dim) for layer in LAYERS]
     lora = fresh()
     assert sum(parameter.numel() for parameter in lora.parameters()) == sum(per_layer)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in lora.parameters())
@@ -85,9 +82,9 @@ def test_deltas_are_the_scaled_products():
     lora = random_lora(TinyUNet())
     tensors = lora.state_dict()
     deltas = lora.deltas(torch.device("cpu"), torch.float32)
-    assert len(deltas) == 4 * len(LAYERS) - 2
+    assert len(deltas) == 2 * len(LAYERS)
     layer = LAYERS[2]
-    for projection in ("to_q", "to_k", "to_v", "to_out.0"):
+    for projection in ("to_k", "to_v"):
         a, b = (tensors[f"base_model.model.{layer.path}.{projection}.{m}.weight"] for m in ("lora_A", "lora_B"))
         x = torch.randn(2, 3, a.shape[1])
         torch.testing.assert_close(deltas[layer.key, projection](x), ALPHA / RANK * x @ a.T @ b.T)

@@ -26,7 +26,7 @@ def random_lora(unet: nn.Module, seed: int = 0, rank: int = RANK, alpha: float =
 
 
 def merged(unet: nn.Module, lora: SelfAttentionLoRA) -> nn.Module:
-    """A deep copy with W + alpha/r B A for weights: the trainable copy that the reference pass saves us."""
+    """A deep copy with W + alpha/r B A for weights: its projections are those of the trainable copy."""
     unet = copy.deepcopy(unet)
     tensors = lora.state_dict()
     with torch.no_grad():
@@ -37,7 +37,7 @@ def merged(unet: nn.Module, lora: SelfAttentionLoRA) -> nn.Module:
 
 
 def lora_paths(tensors: dict[str, Tensor]) -> list[str]:
-    """`base_model.model.middle_block.1....to_q.lora_A.weight` -> `middle_block.1....to_q`, each once"""
+    """`base_model.model.middle_block.1....to_k.lora_A.weight` -> `middle_block.1....to_k`, each once"""
     return [key.removeprefix(KEY_PREFIX).removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key]
 
 

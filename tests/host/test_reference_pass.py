@@ -1,7 +1,7 @@
-"""The reference pass against a UNet whose weights have the LoRA merged in, and the injection against its formula.
+"""The reference pass against projections that have the LoRA merged in, and the injection against its formula.
 
-The merged UNet is a copy that ComfyUI calls as it calls any model; nothing of the pack runs in it but the addresses of
-the self-attention layers.
+What they read comes from a copy of the UNet that ComfyUI calls as it calls any model; nothing of the pack runs in it
+but the addresses of the self-attention layers.
 """
 
 import copy
@@ -36,10 +36,17 @@ SIGMA = 3.0
 
 
 @torch.inference_mode()
-def merged_model(model: Any, adapter: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A copy of the loaded BaseModel in `dtype`, with alpha / r * B A added to its weights."""
-    merged = copy.deepcopy(model.model).to(dtype)
-    merged.manual_cast_dtype = dtype
+def frozen_copy(model: Any) -> Any:
+    """A copy of the loaded BaseModel in float32."""
+    frozen = copy.deepcopy(model.model).to(torch.float32)
+    frozen.manual_cast_dtype = torch.float32
+    return frozen
+
+
+@torch.inference_mode()
+def merged_copy(model: Any, adapter: Any) -> Any:
+    """A copy of the loaded BaseModel with alpha / r * B A added to its weights."""
+    merged = frozen_copy(model)
     tensors = adapter.lora.state_dict()
     scaling = adapter.info.alpha / adapter.info.rank
     for name in [name for name in tensors if ".lora_A." in name]:
@@ -51,15 +58,16 @@ def merged_model(model: Any, adapter: Any, dtype: torch.dtype = torch.float32) -
 
 
 @torch.inference_mode()
-def keys_and_values(merged: Any, adapter: Any, latent: Tensor, sigma: float) -> dict[BlockKey, KV]:
-    """What the self-attentions of the merged UNet compute when ComfyUI calls it on one latent (1, 4, h, w)."""
+def keys_and_values(model: Any, adapter: Any, latent: Tensor, sigma: float) -> dict[BlockKey, KV]:
+    """What merged projections make of what the self-attentions read when ComfyUI calls the UNet on one latent."""
     import comfy.sampler_helpers
     import comfy.samplers
 
+    frozen, merged = frozen_copy(model), merged_copy(model, adapter)
     text = adapter.text
     entry = {} if text.pooled is None else {"pooled_output": text.pooled}
     (cond,) = comfy.samplers.encode_model_conds(
-        merged.extra_conds,
+        frozen.extra_conds,
         comfy.sampler_helpers.convert_cond([[text.cross_attn, entry]]),
         latent,
         latent.device,
@@ -68,24 +76,20 @@ def keys_and_values(merged: Any, adapter: Any, latent: Tensor, sigma: float) -> 
         denoise_mask=None,
     )
     conds = {name: cond.process_cond(batch_size=1, area=None).cond for name, cond in cond["model_conds"].items()}
-    found: dict[BlockKey, list[Tensor]] = {}
-    hooks = []
+    read: dict[BlockKey, Tensor] = {}
     for layer in adapter.info.layers:
-        attention = merged.diffusion_model.get_submodule(layer.path)
-        for projection in (attention.to_k, attention.to_v):
-            keep = found.setdefault(layer.key, []).append
-            hooks.append(projection.register_forward_hook(lambda module, inputs, out, keep=keep: keep(out)))
-    merged.apply_model(latent, torch.tensor([sigma]), **conds)
-    for hook in hooks:
-        hook.remove()
-    return {key: KV(*both) for key, both in found.items()}
+        projection = frozen.diffusion_model.get_submodule(layer.path).to_k
+        projection.register_forward_pre_hook(lambda module, inputs, key=layer.key: read.update({key: inputs[0]}))
+    frozen.apply_model(latent, torch.tensor([sigma]), **conds)
+    attentions = {layer.key: merged.diffusion_model.get_submodule(layer.path) for layer in adapter.info.layers}
+    return {key: KV(attentions[key].to_k(hidden), attentions[key].to_v(hidden)) for key, hidden in read.items()}
 
 
 def expected_bank(model: Any, adapter: Any, prompt: Any) -> dict[BlockKey, KV]:
     """What a clean reference pass hands over: every picture alone, in order."""
-    merged = merged_model(model, adapter)
-    lowest = float(merged.model_sampling.sigma_min)
-    banks = [keys_and_values(merged, adapter, merged.process_latent_in(p.latent), lowest) for p in prompt.pictures]
+    lowest = float(model.model.model_sampling.sigma_min)
+    latents = [model.model.process_latent_in(picture.latent) for picture in prompt.pictures]
+    banks = [keys_and_values(model, adapter, latent, lowest) for latent in latents]
     return {
         key: KV(torch.cat([bank[key].k for bank in banks], 1), torch.cat([bank[key].v for bank in banks], 1))
         for key in adapter.blocks()
@@ -134,7 +138,7 @@ def truth(comfy_host):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reference_pass_equals_a_unet_with_the_lora_merged(comfy_host, truth, kind):
+def test_reference_pass_equals_merged_projections_of_the_frozen_pass(comfy_host, truth, kind):
     true = truth(kind)
     found = call_once(load(apply(comfy_host, true.model, true.adapter, true.prompt)))
     assert worst_error(found, true.bank) < EXACT
@@ -273,7 +277,6 @@ def test_matched_mode_reads_the_picture_noised_to_the_step(comfy_host, kind):
     assert relative_error(noises[0], noises[1]) < 1e-4  # every step sees the same picture, noised further
     assert (noises[0] - noises[2]).std() > 0.5  # another seed, another noise
     assert 0.8 < noises[0].std() < 1.2
-    merged = merged_model(model, adapter)
     for sigma, bank in zip(sigmas, banks, strict=True):
         noisy = clean + sigma * noises[0]
-        assert worst_error(bank, keys_and_values(merged, adapter, noisy, sigma)) < 1e-4
+        assert worst_error(bank, keys_and_values(model, adapter, noisy, sigma)) < 1e-4

@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sa_inject.core.image_prompt import ReferenceText
 from sa_inject.trainer.config import TrainConfig
 from sa_inject.trainer.examples import Example, Pair, TrainingSet, group_by_shape
 from sa_inject.trainer.loop import Diverged, Step, train
 from sa_inject.trainer.objective import network_loss
-from tests.trainer.tiny_denoiser import CPU, PHRASE, Subject, TinyDenoiser, example, fresh_subject
+from tests.trainer.tiny_denoiser import CPU, REFERENCE_CAPTION, Subject, TinyDenoiser, example, fresh_subject
 
 FAST = {"lora_learning_rate": 1e-2, "token_learning_rate": 1e-2, "reference_dropout": 0.0}
 
 
 def run(subject: Subject, data: TrainingSet, **settings) -> Iterator[Step]:
     config = TrainConfig(**FAST | settings)
-    return train(subject.denoiser, data, subject.lora, subject.tokens, PHRASE, config, CPU)
+    return train(subject.denoiser, data, subject.lora, subject.tokens, REFERENCE_CAPTION, config, CPU)
 
 
 def losses(subject: Subject, data: TrainingSet, **settings) -> list[float]:
@@ -108,7 +109,7 @@ def test_without_any_reference_the_word_learns_alone():
     before = values(subject)
     losses(subject, pictures(), steps=2, batch_size=2, reference_dropout=1.0, weight_decay=0.0)
     assert subject.denoiser.read == []
-    assert subject.denoiser.captions == [("a photo of sks teapot",) * 2] * 2  # no subject phrase to encode
+    assert subject.denoiser.captions[1:] == [("a photo of sks teapot",) * 2] * 2
     for name, tensor in values(subject).items():
         assert torch.equal(tensor, before[name]) == (name != "token"), name
 
@@ -185,6 +186,7 @@ class Noised(NamedTuple):
 class Read(NamedTuple):
     latent: Tensor
     sigma: Tensor | None
+    text: ReferenceText
     mask: Tensor | None
 
 
@@ -206,7 +208,7 @@ class Recording(TinyDenoiser):
         return super().add_noise(latent, noise, sigma)
 
     def read_reference(self, latent, sigma, text, mask, deltas):
-        self.read.append(Read(latent, sigma, mask))
+        self.read.append(Read(latent, sigma, text, mask))
         return super().read_reference(latent, sigma, text, mask, deltas)
 
 
@@ -223,7 +225,7 @@ def naive_loss(
         bank = model.read_reference(
             latent,
             None if reference_noise is None else sigma,
-            model.encode([PHRASE]),
+            model.encode([REFERENCE_CAPTION]),
             None if reference.mask is None else reference.mask[None],
             subject.lora.deltas(CPU, torch.float32),
         )
@@ -361,10 +363,12 @@ def test_references_without_masks_hide_nothing():
     assert subject.denoiser.read[0].mask is None
 
 
-def test_reference_pass_reads_the_subject_phrase_and_not_the_caption():
+def test_reference_pass_reads_its_own_caption_which_is_encoded_once():
     subject = fresh_subject(Recording)
-    losses(subject, GivenPairs([Pair(A, "a red sks", B), Pair(B, "sks in snow", A)]), batch_size=2, steps=1)
-    assert subject.denoiser.captions == [("a red sks", "sks in snow", PHRASE)]
+    losses(subject, GivenPairs([Pair(A, "a red sks", B), Pair(B, "sks in snow", A)]), batch_size=2, steps=2)
+    assert subject.denoiser.captions == [(REFERENCE_CAPTION,), *[("a red sks", "sks in snow")] * 2]
+    expected = subject.denoiser.encode([REFERENCE_CAPTION] * 2).cross_attn
+    assert all(torch.equal(read.text.cross_attn, expected) for read in subject.denoiser.read)
 
 
 # --- Runs that go wrong, or end early

@@ -20,7 +20,7 @@ from sa_inject.trainer.examples import Example
 from tests.tiny_unet import CONTEXT_DIM, IN_CHANNELS, TinyUNet
 
 PLACEHOLDER = "sks"
-PHRASE = "sks teapot"
+REFERENCE_CAPTION = "teapot"
 TEXT_LENGTH = 6
 CPU = torch.device("cpu")
 
