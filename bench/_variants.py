@@ -5,6 +5,7 @@ Import only once the host is started.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,6 +58,16 @@ VARIANTS = (
     Variant("outside start to end", is_outside=True, at_most=1.005),
 )
 SHORT = ("clean", "clean, quarter mask", "clean, 4 references, quarter masks", "matched", VARIANTS[9].name)
+
+
+def choose_variants(names: Sequence[str]) -> list[Variant]:
+    """The variants of these names, in their own order; "all" and "short" stand for several. Raises ValueError."""
+    groups = {"all": [variant.name for variant in VARIANTS], "short": list(SHORT)}
+    wanted = {name for given in names for name in groups.get(given, [given])}
+    unknown = wanted - set(groups["all"])
+    if unknown:
+        raise ValueError(f"There is no variant {', '.join(sorted(unknown))}. Choose from: {'; '.join(groups['all'])}.")
+    return [variant for variant in VARIANTS if variant.name in wanted]
 
 
 class Clocked(NamedTuple):

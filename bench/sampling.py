@@ -71,7 +71,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warm-ups", type=int, help="pairs that do not count, 1; 0 on a CPU")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16; on a CPU float32")
     parser.add_argument("--attention", choices=("host", "pytorch"), default="host", help="the kernel: host's choice")
-    parser.add_argument("--variants", choices=("all", "short"), default="all")
+    parser.add_argument(
+        "--variants", nargs="+", default=["all"], metavar="NAME", help="all, short, or names of variants"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, a process a variant on a CPU")
     parser.add_argument("--graph", action="store_true", help="also time whole graphs through the server")
     parser.add_argument("--quick", action="store_true")
@@ -103,11 +105,11 @@ def set_up(host: Any, geometry: str, options: argparse.Namespace) -> Any:
 
 def bench(host: Any, geometry: str, options: argparse.Namespace) -> dict[str, Any]:
     from _limit import Limit
-    from _variants import PLAIN, SEED, SHORT, VARIANTS
+    from _variants import PLAIN, SEED, choose_variants
 
     sampling = set_up(host, geometry, options)
     limit = Limit(sampling.scene)
-    chosen = [variant for variant in VARIANTS if options.variants == "all" or variant.name in SHORT]
+    chosen = choose_variants(options.variants)
     sampling.run(None)  # whatever is done once is done here
     memory = memory_ratios(sampling, geometry, chosen, options)
     is_target = geometry == "sd15"
