@@ -24,9 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.importmode = "importlib"  # the only mode that leaves sys.path alone
     config.pluginmanager.register(RootIsNoTestPackage())
     leave_sys_path()
-    for name, folder in (("sa_inject", ROOT), ("tests", TESTS)):
-        if name not in sys.modules or name == "tests":
-            import_folder(name, folder)
+    if "sa_inject" not in sys.modules:
+        import_folder("sa_inject", ROOT)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -87,3 +86,6 @@ def why_no_cuda(items: list[pytest.Item]) -> str | None:
     import torch
 
     return None if torch.cuda.is_available() else "no CUDA device"
+
+
+import_folder("tests", TESTS)  # at once: the conftest files of the folders below are loaded before pytest_configure
