@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,6 @@ class Bench:
     def main(self) -> None:
         """The table: every method at its best rate, all prompts, all seeds. Subject by subject, so that a run that is
         cut short has compared all methods on fewer subjects."""
-        from _methods import METHODS
         from _subjects import make_subject, table_artworks
 
         count = self.options.subjects or TABLE_SUBJECTS[self.kind]
@@ -130,18 +129,17 @@ class Bench:
             subject = make_subject(artwork, prompts=2 if self.options.quick else 25)
             self.ceiling(subject)
             for name, method in self.methods().items():
-                rates = self.best_rates(method.swept_as or name, METHODS[method.swept_as or name].rates)
+                rates = self.best_rates(method.swept_as or name)
                 pictures, bystanders = (1, 2) if self.options.quick else (PICTURES, BYSTANDERS)
                 self.cell("main", name, rates, method.teach, subject, pictures, bystanders)
 
     def ablations(self) -> None:
         """Ours with one thing changed, fewer subjects and one seed."""
         from _ablations import ABLATIONS, as_changed
-        from _methods import METHODS
         from _subjects import make_subject, table_artworks
 
         count = 1 if self.options.quick else ABLATION_SUBJECTS[self.kind]
-        rates = self.best_rates("ours, clean", METHODS["ours, clean"].rates)
+        rates = self.best_rates("ours, clean")
         for artwork in table_artworks(count):
             subject = make_subject(artwork, prompts=2 if self.options.quick else 25)
             for name, teach in ABLATIONS.items():
@@ -156,8 +154,9 @@ class Bench:
         wanted = self.options.methods or list(METHODS)
         return {name: METHODS[name] for name in wanted}
 
-    def best_rates(self, name: str, rates: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    def best_rates(self, name: str) -> tuple[float, float]:
         """The pair with the highest harmonic mean over the sweep's subjects; the middle one where nothing is known."""
+        from _methods import METHODS
         from _quality_report import cells_of
 
         found: dict[tuple, list[float]] = {}
@@ -165,6 +164,7 @@ class Bench:
             if cell["key"]["method"] == name:
                 found.setdefault(tuple(cell["key"]["rates"]), []).append(cell["scores"]["harmonic"])
         if not found:
+            rates = METHODS[name].rates
             return rates[len(rates) // 2]
         return max(found, key=lambda pair: sum(found[pair]) / len(found[pair]))  # type: ignore[return-value]
 

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from .kv import BlockKey
 from .layers import SelfAttentionLayer
 
-PROJECTIONS: tuple[str, ...] = ("to_k", "to_v")  # of what a layer hands over; the pass itself stays the frozen UNet's
 KEY_PREFIX = "base_model.model."  # PEFT's prefix in the files it writes
 ADAPTER_NAME = "default"
 
@@ -40,7 +39,7 @@ Deltas = dict[tuple[BlockKey, str], LowRank]
 class SelfAttentionLoRA:
     """LoRA for every self-attention layer of one UNet; a fresh one changes nothing, for its `lora_B` is zero."""
 
-    projections = PROJECTIONS
+    projections: tuple[str, ...] = ("to_k", "to_v")  # what a layer hands over; the pass itself is the frozen UNet's
 
     def __init__(
         self, layers: Sequence[SelfAttentionLayer], rank: int, alpha: float, generator: torch.Generator | None = None

@@ -58,12 +58,11 @@ def merged_copy(model: Any, adapter: Any) -> Any:
 
 
 @torch.inference_mode()
-def keys_and_values(model: Any, adapter: Any, latent: Tensor, sigma: float) -> dict[BlockKey, KV]:
+def keys_and_values(frozen: Any, merged: Any, adapter: Any, latent: Tensor, sigma: float) -> dict[BlockKey, KV]:
     """What merged projections make of what the self-attentions read when ComfyUI calls the UNet on one latent."""
     import comfy.sampler_helpers
     import comfy.samplers
 
-    frozen, merged = frozen_copy(model), merged_copy(model, adapter)
     text = adapter.text
     entry = {} if text.pooled is None else {"pooled_output": text.pooled}
     (cond,) = comfy.samplers.encode_model_conds(
@@ -77,19 +76,24 @@ def keys_and_values(model: Any, adapter: Any, latent: Tensor, sigma: float) -> d
     )
     conds = {name: cond.process_cond(batch_size=1, area=None).cond for name, cond in cond["model_conds"].items()}
     read: dict[BlockKey, Tensor] = {}
+    hooks = []
     for layer in adapter.info.layers:
         projection = frozen.diffusion_model.get_submodule(layer.path).to_k
-        projection.register_forward_pre_hook(lambda module, inputs, key=layer.key: read.update({key: inputs[0]}))
+        keep = functools.partial(read.__setitem__, layer.key)
+        hooks.append(projection.register_forward_pre_hook(lambda module, inputs, keep=keep: keep(inputs[0])))
     frozen.apply_model(latent, torch.tensor([sigma]), **conds)
+    for hook in hooks:
+        hook.remove()
     attentions = {layer.key: merged.diffusion_model.get_submodule(layer.path) for layer in adapter.info.layers}
     return {key: KV(attentions[key].to_k(hidden), attentions[key].to_v(hidden)) for key, hidden in read.items()}
 
 
 def expected_bank(model: Any, adapter: Any, prompt: Any) -> dict[BlockKey, KV]:
     """What a clean reference pass hands over: every picture alone, in order."""
-    lowest = float(model.model.model_sampling.sigma_min)
-    latents = [model.model.process_latent_in(picture.latent) for picture in prompt.pictures]
-    banks = [keys_and_values(model, adapter, latent, lowest) for latent in latents]
+    frozen, merged = frozen_copy(model), merged_copy(model, adapter)
+    lowest = float(frozen.model_sampling.sigma_min)
+    latents = [frozen.process_latent_in(picture.latent) for picture in prompt.pictures]
+    banks = [keys_and_values(frozen, merged, adapter, latent, lowest) for latent in latents]
     return {
         key: KV(torch.cat([bank[key].k for bank in banks], 1), torch.cat([bank[key].v for bank in banks], 1))
         for key in adapter.blocks()
@@ -277,6 +281,7 @@ def test_matched_mode_reads_the_picture_noised_to_the_step(comfy_host, kind):
     assert relative_error(noises[0], noises[1]) < 1e-4  # every step sees the same picture, noised further
     assert (noises[0] - noises[2]).std() > 0.5  # another seed, another noise
     assert 0.8 < noises[0].std() < 1.2
+    frozen, merged = frozen_copy(model), merged_copy(model, adapter)
     for sigma, bank in zip(sigmas, banks, strict=True):
         noisy = clean + sigma * noises[0]
-        assert worst_error(bank, keys_and_values(model, adapter, noisy, sigma)) < 1e-4
+        assert worst_error(bank, keys_and_values(frozen, merged, adapter, noisy, sigma)) < 1e-4
