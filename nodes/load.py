@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from comfy_api.latest import io
 
 from .host.files import adapter_names, adapter_path, read_adapter, save_embedding
@@ -46,10 +48,11 @@ class LoadSAInjectAdapter(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, adapter_name, **kwargs) -> str:
         try:
-            status = adapter_path(adapter_name).stat()
+            content = adapter_path(adapter_name).read_bytes()
         except FileNotFoundError:
             return "missing"
-        return f"{status.st_mtime_ns} {status.st_size}"
+        # A file's time is too coarse: two saves in quick succession may share it.
+        return hashlib.sha256(content).hexdigest()
 
     @classmethod
     def execute(cls, adapter_name, write_embedding=False, clip=None) -> io.NodeOutput:
