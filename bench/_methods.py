@@ -323,7 +323,7 @@ METHODS: dict[str, Method] = {
     "base": Method(base_model),
     "textual inversion": Method(textual_inversion, ((0.0, 1e-3), (0.0, 3e-3), (0.0, 1e-2))),
     "reference attention, untrained": Method(fresh_reference),
-    "TrainLoraNode": Method(host_lora, ((3e-4, 0.0), (1e-3, 0.0), (3e-3, 0.0))),
+    "TrainLoraNode": Method(host_lora, ((1e-3, 0.0), (3e-3, 0.0), (1e-2, 0.0))),
     "PEFT LoRA": Method(peft_lora, ((1e-4, WORD), (3e-4, WORD), (1e-3, WORD))),
     "full fine-tune": Method(full_fine_tune, ((1e-6, WORD), (3e-6, WORD), (1e-5, WORD))),
     "full fine-tune, prior": Method(full_fine_tune_with_prior, swept_as="full fine-tune"),

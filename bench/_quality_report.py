@@ -50,9 +50,9 @@ def cells_of(cells: Cells, part: str, base: str, settings: Any) -> list[Cell]:
 
 def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) -> dict[str, Any]:
     """Write tables, plots and grids to the folder; the object that is the bench's last line."""
-    found = {part: cells_of(cells, part, base, settings) for part in ("rates", "main", "ablations")}
+    found = {part: cells_of(cells, part, base, settings) for part in ("rates", "choices", "main", "ablations")}
     rows = main_rows(found["main"])
-    changes = ablation_rows(found["ablations"])
+    changes, choices = (ablation_rows(found[part]) for part in ("ablations", "choices"))
     verdict = judged(found["main"])
     result = {
         "bench": "quality",
@@ -61,6 +61,7 @@ def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) ->
         "environment": environment(),
         "rows": rows,
         "ablations": changes,
+        "choices": choices,
         "rates": rate_rows(found["rates"]),
         "verdict": verdict,
     }
@@ -71,6 +72,7 @@ def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) ->
             table(verdict, tuple(verdict[0]) if verdict else ()),
         ),
         ("Ours with one thing changed", table(changes, CHANGE_COLUMNS)),
+        ("Ours with one thing changed, on the subjects that defaults are chosen on", table(choices, CHANGE_COLUMNS)),
         (
             "Learning rates: harmonic mean on subjects of their own",
             table(result["rates"], ("method", "rates", "subjects", "harmonic")),

@@ -1,8 +1,8 @@
 """Is ours as good as a full fine-tune? Every method learns the same subjects from the same pictures, and a judge
 that never saw a generated picture says what came out.
 
-    python bench/quality.py                 everything: learning rates, main table, ablations; for hours, and goes on
-    python bench/quality.py --part main     one part: rates, main or ablations
+    python bench/quality.py                 everything, for hours; goes on where it was stopped
+    python bench/quality.py --part main     one part: rates, choices, main or ablations
     python bench/quality.py --quick         minutes: one subject, few steps and pictures
     python bench/quality.py --report        tables and plots of what has been measured so far
 
@@ -53,10 +53,10 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("rates", "main", "ablations")
+    parts = ("rates", "choices", "main", "ablations")
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--methods", nargs="+", help="only these of the table")
-    parser.add_argument("--ablations", nargs="+", help="only these of the ablations")
+    parser.add_argument("--ablations", nargs="+", help="only these of the ablations and choices")
     parser.add_argument("--subjects", type=int, help="of the main table: 12, on CUDA 40")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of every method")
     parser.add_argument("--batch", type=int, default=2)
@@ -133,20 +133,30 @@ class Bench:
                 pictures, bystanders = (1, 2) if self.options.quick else (PICTURES, BYSTANDERS)
                 self.cell("main", name, rates, method.teach, subject, pictures, bystanders)
 
+    def choices(self) -> None:
+        """The ablations on the sweep's subjects: defaults are chosen by these, and the tables' subjects stay unseen."""
+        from _subjects import sweep_artworks
+
+        self.changed("choices", sweep_artworks())
+
     def ablations(self) -> None:
         """Ours with one thing changed, fewer subjects and one seed."""
-        from _ablations import ABLATIONS, as_changed
-        from _subjects import make_subject, table_artworks
+        from _subjects import table_artworks
 
-        count = 1 if self.options.quick else ABLATION_SUBJECTS[self.kind]
+        self.changed("ablations", table_artworks(ABLATION_SUBJECTS[self.kind]))
+
+    def changed(self, part: str, artworks: list[Any]) -> None:
+        from _ablations import ABLATIONS, as_changed
+        from _subjects import make_subject
+
         rates = self.best_rates("ours, clean")
-        for artwork in table_artworks(count):
+        for artwork in artworks[: 1 if self.options.quick else None]:
             subject = make_subject(artwork, prompts=2 if self.options.quick else 25)
             for name, teach in ABLATIONS.items():
                 if self.options.ablations and name not in self.options.ablations:
                     continue
                 with as_changed(name):
-                    self.cell("ablations", name, rates, teach, subject, pictures=1, bystanders=0)
+                    self.cell(part, name, rates, teach, subject, pictures=1, bystanders=0)
 
     def methods(self) -> dict[str, Any]:
         from _methods import METHODS
