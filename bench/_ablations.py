@@ -136,6 +136,22 @@ def replaced(places: tuple[str, ...], by: Any) -> Iterator[None]:
         yield
 
 
+class MiddleAndDecoder(ComfyDenoiser):
+    """Injects nowhere else while it learns; the LoRA of the encoder's layers stays as it began, which is nothing."""
+
+    def read_reference(self, *args: Any, **kwargs: Any) -> Any:
+        return {key: found for key, found in super().read_reference(*args, **kwargs).items() if key.stage != "input"}
+
+
+def decoder_from_the_start(lesson: Lesson) -> Taught:
+    """Middle and decoder in training as well as in drawing."""
+    with classroom(lesson.models, lesson.training_subject(), lesson.config(), denoiser_class=MiddleAndDecoder) as room:
+        room.learn(room.lora)
+        adapter = room.adapter()
+    clip = with_word(lesson.models, adapter.tokens, PLACEHOLDER)
+    return taught_by(lesson, adapter, clip, blocks="middle and decoder")
+
+
 class AdaptedUnet(ComfyDenoiser):
     """The frozen UNet's own self-attention gets a LoRA of its own too, which the copy shares."""
 
@@ -240,14 +256,17 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "decoupled": ours,
     "encoder only": drawn_with(blocks="encoder"),
     "middle and decoder only": drawn_with(blocks="middle and decoder"),
+    "middle and decoder only, trained so": decoder_from_the_start,
     "LoRA on both": lora_on_both,
     "identical pairs": identical_pairs,
     "both rows": drawn_with(rows="both"),
+    "both rows, middle and decoder": drawn_with(rows="both", blocks="middle and decoder"),
+    "strength 0.5, middle and decoder": drawn_with(strength=0.5, blocks="middle and decoder"),
     "no reference dropout": lambda lesson: learned(lesson, reference_dropout=0.0),
     "reference dropout 0.3": lambda lesson: learned(lesson, reference_dropout=0.3),
     **{f"{count} references": with_references(count) for count in (1, 2, 8)},
     "references add up": drawn_with(strength=float(REFERENCES)),
-    **{f"strength {strength}": drawn_with(strength=strength) for strength in (0.5, 2.0)},
+    **{f"strength {strength}": drawn_with(strength=strength) for strength in (0.25, 0.5, 2.0)},
     **{f"cfg {cfg}": drawn_with(cfg) for cfg in (2.0, 4.5, 7.0)},
     **{f"cfg {cfg}, both rows": drawn_with(cfg, rows="both") for cfg in (4.5, 7.0)},
 }

@@ -79,7 +79,8 @@ class Room:
         tokens = list(self.tokens.values())
         read = self.subject.class_word
         config = replace(self.config, **changes)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        # Without its cache, which would keep the weights of the first step for as long as the context lasts.
+        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False):
             steps = train(self.denoiser, self.data, trainables, tokens, read, config, device=self.device)
             return [step.loss for step in steps]
 

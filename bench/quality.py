@@ -165,7 +165,10 @@ class Bench:
         return {name: METHODS[name] for name in wanted}
 
     def best_rates(self, name: str) -> tuple[float, float]:
-        """The pair with the highest harmonic mean over the sweep's subjects; the middle one where nothing is known."""
+        """The pair with the highest harmonic mean over the sweep's subjects; the middle one where nothing is known.
+
+        A pair that has been tried on fewer subjects than another does not count.
+        """
         from _methods import METHODS
         from _quality_report import cells_of
 
@@ -176,7 +179,9 @@ class Bench:
         if not found:
             rates = METHODS[name].rates
             return rates[len(rates) // 2]
-        return max(found, key=lambda pair: sum(found[pair]) / len(found[pair]))  # type: ignore[return-value]
+        most = max(map(len, found.values()))
+        complete = {pair: sum(values) / most for pair, values in found.items() if len(values) == most}
+        return max(complete, key=complete.__getitem__)  # type: ignore[return-value]
 
     def cell(
         self,

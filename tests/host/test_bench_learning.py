@@ -1,0 +1,84 @@
+"""The quality bench teaches through a loop around the pack's own, which has to learn what the node learns."""
+
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, import_folder
+from tests.host.test_train import pictures
+
+STEPS = 8
+RATE = 1e-2  # large: what was learned has to matter to the next step
+
+
+@pytest.fixture(scope="module")
+def bench(comfy_host, pack_nodes):
+    """The bench's modules importable by their plain names, as they import each other."""
+    sys.path.append(str(ROOT / "bench"))
+    if "demo" not in sys.modules:
+        import_folder("demo", ROOT / "demo")
+    yield
+    sys.path.remove(str(ROOT / "bench"))
+
+
+@pytest.fixture(scope="module")
+def lesson(bench, load_checkpoint):
+    """`lesson(dtype)` opens a classroom on a tiny SD1.5."""
+    from _learn import Models, classroom
+
+    from sa_inject.nodes.host import training
+    from sa_inject.nodes.host.images import pictures_of
+    from sa_inject.trainer.config import TrainConfig
+
+    loaded = load_checkpoint("sd15")
+
+    def open_room(dtype: torch.dtype):
+        taken = pictures_of([pictures(3)], "bench")
+        subject = training.Subject(taken, [None] * 3, [], "sainj", "toy", 64)
+        config = TrainConfig(
+            steps=STEPS, lora_learning_rate=RATE, token_learning_rate=1e-3, rank=2, alpha=2.0, seed=1, batch_size=1
+        )
+        return classroom(Models(*loaded, dtype), subject, config)
+
+    return open_room
+
+
+def learned(lesson, dtype: torch.dtype) -> torch.Tensor:
+    """All numbers of the LoRA after training. -> (n,)"""
+    with lesson(dtype) as room:
+        room.learn(room.lora)
+        return torch.cat([tensor.detach().flatten() for tensor in room.lora.state_dict().values()])
+
+
+def test_a_lesson_ends_with_the_nodes_adapter(lesson, comfy_host, load_checkpoint):
+    model, clip, vae = load_checkpoint("sd15")
+    adapter, *_ = comfy_host.execute(
+        "TrainSAInjectAdapter",
+        model=model,
+        clip=clip,
+        vae=vae,
+        images=pictures(3),
+        placeholder_token="sainj",
+        class_word="toy",
+        resolution=64,
+        steps=STEPS,
+        lora_learning_rate=RATE,
+        token_learning_rate=1e-3,
+        rank=2,
+        alpha=2.0,
+        seed=1,
+        precision="fp32",
+        previews=0,
+        file_name="test_bench_learning",
+    )
+    by_node = torch.cat([tensor.flatten() for tensor in adapter.lora.state_dict().values()])
+    torch.testing.assert_close(learned(lesson, torch.float32), by_node, atol=1e-3, rtol=1e-2)
+
+
+def test_half_precision_learns_the_same(lesson):
+    """It did not while autocast kept its copies of the first step's weights."""
+    exact, rounded = (learned(lesson, dtype) for dtype in (torch.float32, torch.bfloat16))
+    with lesson(torch.float32) as room:
+        start = torch.cat([tensor.flatten() for tensor in room.lora.state_dict().values()])
+    assert torch.nn.functional.cosine_similarity(exact - start, rounded - start, dim=0) > 0.95
