@@ -117,7 +117,7 @@ def classroom(
             subject.class_word,
             word_pattern(subject.placeholder),
         )
-        initial = class_word_vectors(models.clip, subject.class_word)
+        initial = class_word_vectors(models.clip, subject.class_word, config.token_vectors)
         data = training._training_set(models.model, models.vae, subject, captions, config.seed)
     patcher = models.model.clone()
     with training_mode(), contextlib.ExitStack() as undo:

@@ -86,6 +86,14 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     "too high makes the word ignore the rest of the prompt.",
                 ),
                 io.Int.Input(
+                    "token_vectors",
+                    default=4,
+                    min=1,
+                    max=16,
+                    tooltip="How many tokens of a prompt the learned word takes. 1 learns least and leaves most room; "
+                    "4 hold far more of a subject; above 8 the rest of the prompt begins to be ignored.",
+                ),
+                io.Int.Input(
                     "batch_size",
                     default=1,
                     min=1,
@@ -210,6 +218,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
             accumulation=chosen["gradient_accumulation"],
             lora_learning_rate=chosen["lora_learning_rate"],
             token_learning_rate=chosen["token_learning_rate"],
+            token_vectors=chosen["token_vectors"],
             rank=chosen["rank"],
             alpha=chosen["alpha"],
             reference_mode=chosen["reference_mode"],

@@ -17,6 +17,7 @@ class TrainConfig:
     accumulation: int = 1  # batches per optimizer step
     lora_learning_rate: float = 1e-4
     token_learning_rate: float = 5e-4
+    token_vectors: int = 4  # the learned word's length in tokens
     rank: int = 16
     alpha: float = 16.0
     reference_mode: ReferenceMode = "clean"
@@ -27,7 +28,7 @@ class TrainConfig:
     loss_scaling: bool = False  # for float16 compute, whose small gradients underflow
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "rank"):
+        for name in ("steps", "batch_size", "accumulation", "token_vectors", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("lora_learning_rate", "token_learning_rate", "weight_decay"):

@@ -125,8 +125,11 @@ def check_placeholder(clip: Any, placeholder: str) -> None:
             )
 
 
-def class_word_vectors(clip: Any, class_word: str) -> dict[str, Tensor]:
-    """The embedding that the class word has now, the mean over its tokens: {encoder: (1, width)}, float32."""
+def class_word_vectors(clip: Any, class_word: str, count: int) -> dict[str, Tensor]:
+    """The embedding that the class word has now, the mean over its tokens, so many times: {encoder: (count, width)}.
+
+    In float32. Equal vectors part while they learn, for each has a place of its own in the text.
+    """
     vectors = {}
     for name, tokenizer in encoder_tokenizers(clip).items():
         ids = _token_ids(tokenizer, class_word)
@@ -134,7 +137,7 @@ def class_word_vectors(clip: Any, class_word: str) -> dict[str, Tensor]:
             raise ValueError("The class word is empty. Say what the subject is in a word, such as 'dog' or 'toy'.")
         table = getattr(clip.cond_stage_model, name).transformer.get_input_embeddings()
         rows = table(torch.tensor([ids], device=table.weight.device), out_dtype=torch.float32)
-        vectors[name] = rows[0].mean(dim=0, keepdim=True)
+        vectors[name] = rows[0].mean(dim=0).repeat(count, 1)
     return vectors
 
 

@@ -85,7 +85,7 @@ def train_adapter(
         subject.class_word,
         word_pattern(subject.placeholder),
     )
-    initial = class_word_vectors(clip, subject.class_word)
+    initial = class_word_vectors(clip, subject.class_word, config.token_vectors)
     data = _training_set(model, vae, subject, captions, config.seed)
     patcher = _training_clone(model, PRECISIONS[precision])
     losses: list[float] = []

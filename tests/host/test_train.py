@@ -24,8 +24,8 @@ SMALL = {
     "seed": 1,
     "file_name": "test_train",
 }
-STEPS = 3  # lora_A moves from the second step on, for lora_B is zero during the first
-LEARNING_STEPS = {"sd15": 8, "sd15_inpaint": 1, "sd2": 1, "sd2_v": 4, "sdxl": 6}
+STEPS = 4  # the last to move is lora_A of the keys, from the third step on
+LEARNING_STEPS = {"sd15": 8, "sd15_inpaint": 2, "sd2": 2, "sd2_v": 4, "sdxl": 6}
 
 
 class Checkpoint(NamedTuple):
@@ -313,7 +313,7 @@ def test_every_lora_matrix_and_the_token_have_learned(sd15, trained):
     assert [key for key in learned if torch.equal(learned[key], half[key])] == []
     assert [key for key in learned if key.endswith("lora_B.weight") and (learned[key] == 0).all(dim=1).any()] == []
 
-    word = class_word_vectors(sd15.clip, "toy")
+    word = class_word_vectors(sd15.clip, "toy", 4)
     assert trained.adapter.tokens.keys() == word.keys() == {"clip_l"}
     assert not torch.equal(trained.adapter.tokens["clip_l"], word["clip_l"].half().float())
 
@@ -358,7 +358,7 @@ def test_learning_rate_zero_freezes(sd15, run):
     no_lora = run(sd15, lora_learning_rate=0.0).adapter
     assert all((t == 0).all() for key, t in no_lora.lora.state_dict().items() if key.endswith("lora_B.weight"))
     no_token = run(sd15, token_learning_rate=0.0).adapter
-    assert torch.equal(no_token.tokens["clip_l"], class_word_vectors(sd15.clip, "toy")["clip_l"].half().float())
+    assert torch.equal(no_token.tokens["clip_l"], class_word_vectors(sd15.clip, "toy", 4)["clip_l"].half().float())
 
 
 class Family(NamedTuple):
@@ -393,7 +393,7 @@ def test_every_family_trains_and_stays_as_it_was(family):
     assert_unchanged(family.after, family.before)
 
 
-@pytest.mark.parametrize("family", [kind for kind, steps in LEARNING_STEPS.items() if steps > 1], indirect=True)
+@pytest.mark.parametrize("family", [kind for kind, steps in LEARNING_STEPS.items() if steps > 2], indirect=True)
 def test_loss_on_held_out_noise_falls(family):
     before, after = held_out_losses(family.checkpoint, family.trained.adapter)
     assert after < 0.95 * before
@@ -432,7 +432,7 @@ def held_out_losses(checkpoint: Checkpoint, adapter: Any) -> tuple[float, float]
         return torch.stack(losses).mean().item()
 
     fresh = SelfAttentionLoRA(info.layers, info.rank, info.alpha, torch.Generator().manual_seed(0))
-    return mean_loss(fresh, class_word_vectors(clip, "toy")), mean_loss(adapter.lora, adapter.tokens)
+    return mean_loss(fresh, class_word_vectors(clip, "toy", 4)), mean_loss(adapter.lora, adapter.tokens)
 
 
 # --- what it learns from ----------------------------------------------------------------------------------------------
@@ -525,7 +525,7 @@ def test_a_picture_that_is_there_twice_counts_once_and_keeps_both_captions(sd15,
 def test_matched_mode_noises_the_reference(sd15, trained, run):
     found = run(sd15, steps=2, reference_mode="matched", gradient_checkpointing=True)
     assert found.adapter.info.reference_mode == found.metadata["reference_mode"] == "matched"
-    assert found.losses[0] != trained.losses[0]
+    assert found.losses[1] != trained.losses[1]  # the first still draws the base model's picture
     assert [k for k, t in found.adapter.lora.state_dict().items() if k.endswith("B.weight") and not t.any()] == []
 
 
