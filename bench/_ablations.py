@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -15,11 +16,13 @@ import torch
 from _learn import Room, classroom, with_word
 from _methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, taught_by
 from _subjects import REFERENCES, make_subject
+from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 from sa_inject.core.attention import Attention, differentiable_attention
 from sa_inject.core.injection import Reference, inject
-from sa_inject.core.kv import KV
+from sa_inject.core.kv import KV, BlockKey
 from sa_inject.core.lora import Deltas, SelfAttentionLoRA
 from sa_inject.core.reference import HIDDEN, ReferenceRecorder, block_key
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
@@ -28,7 +31,7 @@ from sa_inject.nodes.host.unet import model_conditions
 from sa_inject.trainer.examples import Pair, TrainingSet
 
 ATTENDED = "bench_attended"
-INJECT = ("sa_inject.nodes.host.patch.inject", "sa_inject.nodes.host.denoiser.inject")
+Replacements = tuple[tuple[tuple[str, ...], Any], ...]
 RECORDER = ("sa_inject.nodes.host.bank.ReferenceRecorder", "sa_inject.nodes.host.denoiser.ReferenceRecorder")
 
 
@@ -86,7 +89,7 @@ class WholePass(ReferenceRecorder):
         stop_early: bool = True,
         own: Deltas | None = None,
     ) -> None:
-        super().__init__(wanted, last, {} if own is None else deltas, attend, stop_early)
+        super().__init__(wanted, last, deltas, attend, stop_early)
         self._own = deltas if own is None else own
 
     def transformer_options(self, blocks: Any) -> dict[str, Any]:
@@ -95,15 +98,19 @@ class WholePass(ReferenceRecorder):
         return options
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        self._record(k, v, extra_options)
         projected = {"to_q": q, "to_k": k, "to_v": v}
-        q, k, v = (self._own_share(x, extra_options[HIDDEN], name, extra_options) for name, x in projected.items())
-        attended = extra_options[ATTENDED] = super()._attention(q, k, v, extra_options)
+        q, k, v = (self._adapted(x, extra_options[HIDDEN], name, extra_options) for name, x in projected.items())
+        attended = extra_options[ATTENDED] = self._attend_to(q, k, v, extra_options)
         return attended
 
-    def _adapt_output(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        return self._own_share(out, extra_options[ATTENDED], "to_out.0", extra_options)
+    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        return self._attend(q, k, v, extra_options["n_heads"])
 
-    def _own_share(self, projected: Tensor, x: Tensor, projection: str, extra_options: dict[str, Any]) -> Tensor:
+    def _adapt_output(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        return self._adapted(out, extra_options[ATTENDED], "to_out.0", extra_options)
+
+    def _adapted(self, projected: Tensor, x: Tensor, projection: str, extra_options: dict[str, Any]) -> Tensor:
         delta = self._own.get((block_key(extra_options), projection))
         return projected if delta is None else projected + delta(x)
 
@@ -111,28 +118,56 @@ class WholePass(ReferenceRecorder):
 class BaseProjections(WholePass):
     """Hands over what the frozen weights project, from hidden states that the LoRA has changed (as BootPIG tried)."""
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        try:
-            return super()._attention(q, k, v, extra_options)
-        finally:
-            key = block_key(extra_options)
-            self.bank[key] = self.bank[key]._replace(kv=KV(k, v))
+    def _handed_over(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
+        return KV(k, v)
 
 
-def decoupled(q: Tensor, own: KV, references: list[Reference], heads: int, attend: Attention) -> Tensor:
-    """Two softmaxes that are added, in place of one over both (IP-Adapter's way)."""
-    out = attend(q, own.k, own.v, heads)
-    for reference in references:
-        k, v = (x.expand(q.shape[0], *x.shape[1:]).to(q) for x in reference.kv)
-        out = out + attend(q, k, v, heads) / len(references)
+class WholeValues(ReferenceRecorder):
+    """Hands over values of the frozen weights and the LoRA together: untrained, they are not silent."""
+
+    def _handed_over(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
+        return KV(k + self._deltas[key, "to_k"](hidden), v + self._deltas[key, "to_v"](hidden))
+
+
+class ConcatenatedInTraining:
+    """One softmax over own and reference tokens, in place of denoiser._Injected."""
+
+    def __init__(self, references: Any) -> None:
+        self._references = references
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        return in_one_softmax(q, KV(k, v), [self._references[block_key(extra_options)]], extra_options["n_heads"])
+
+
+def concatenated(q: Tensor, k: Tensor, v: Tensor, given: Any, heads: int, attend: Attention) -> Tensor:
+    """The same while sampling, in place of patch.attend_and_inject."""
+    out = attend(q, k, v, heads)
+    for rows, references in given:
+        if references:
+            out[rows] = in_one_softmax(q[rows], KV(k[rows], v[rows]), references, heads)
     return out
 
 
+def in_one_softmax(q: Tensor, own: KV, references: list[Reference], heads: int) -> Tensor:
+    """Tokens of a reference weigh together as much as our own do, however many pictures they come from."""
+    keys, values, biases = [own.k], [own.v], [q.new_zeros(own.k.shape[1])]
+    for reference in references:
+        k, v = (x.expand(q.shape[0], *x.shape[1:]).to(q) for x in reference.kv)
+        keys.append(k)
+        values.append(v)
+        biases.append(q.new_full((k.shape[1],), math.log(reference.weight * own.k.shape[1] / k.shape[1])))
+    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, torch.cat(keys, 1), torch.cat(values, 1)))
+    out = F.scaled_dot_product_attention(q, k, v, torch.cat(biases).expand(1, 1, 1, -1))
+    return rearrange(out, "b h n d -> b n (h d)")
+
+
 @contextlib.contextmanager
-def replaced(places: tuple[str, ...], by: Any) -> Iterator[None]:
+def replaced(*changes: tuple[tuple[str, ...], Any]) -> Iterator[None]:
+    """Other objects at the given places, for as long as this lasts."""
     with contextlib.ExitStack() as undo:
-        for place in places:
-            undo.enter_context(mock.patch(place, by))
+        for places, by in changes:
+            for place in places:
+                undo.enter_context(mock.patch(place, by))
         yield
 
 
@@ -159,7 +194,7 @@ class AdaptedUnet(ComfyDenoiser):
 
     def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
         own = self.own.deltas(latent.device, torch.float32)
-        with replaced(RECORDER, functools.partial(WholePass, own=own)):
+        with replaced((RECORDER, functools.partial(WholePass, own=own))):
             return super().read_reference(latent, sigma, text, mask, deltas)
 
     def denoise(self, noisy: Tensor, sigma: Tensor, text: Any, references: Any) -> Tensor:
@@ -176,11 +211,12 @@ class _Injecting(WholePass):
         super().__init__((), last, {}, differentiable_attention, stop_early=False, own=own)
         self._references = references
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        if self._references is not None:
-            reference = self._references[block_key(extra_options)]
-            self._attend = lambda q, k, v, heads: inject(q, KV(k, v), [reference], heads, differentiable_attention)
-        return super()._attention(q, k, v, extra_options)
+    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        attended = super()._attend_to(q, k, v, extra_options)
+        if self._references is None:
+            return attended
+        reference = self._references[block_key(extra_options)]
+        return inject(attended, q, [reference], extra_options["n_heads"], differentiable_attention)
 
 
 def lora_on_both(lesson: Lesson) -> Taught:
@@ -250,10 +286,12 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "LoRA in the whole pass": whole_lora,
     "K and V, in the whole pass": ours,
     **{f"rank {rank}": lambda lesson, rank=rank: ours(lesson, rank=rank) for rank in (1, 4, 64)},
+    **{f"word of {n} tokens": lambda lesson, n=n: ours(lesson, token_vectors=n) for n in (1, 2, 8)},
     "word not learned": lambda lesson: learned(lesson, word_learns=False),
     "no LoRA": lambda lesson: learned(lesson, lora_learning_rate=0.0),
     "projected by the base": whole_lora,
-    "decoupled": ours,
+    "concatenated": ours,
+    "whole values, added": ours,
     "encoder only": drawn_with(blocks="encoder"),
     "middle and decoder only": drawn_with(blocks="middle and decoder"),
     "middle and decoder only, trained so": decoder_from_the_start,
@@ -272,13 +310,19 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
 }
 
 # What has to be in place while teaching and while drawing.
-REPLACED: dict[str, tuple[tuple[str, ...], Any]] = {
-    "LoRA in the whole pass": (RECORDER, WholePass),
-    "K and V, in the whole pass": (RECORDER, WholePass),
-    "projected by the base": (RECORDER, BaseProjections),
-    "decoupled": (INJECT, decoupled),
+CONCATENATED: Replacements = (
+    (("sa_inject.nodes.host.denoiser._Injected",), ConcatenatedInTraining),
+    (("sa_inject.nodes.host.patch.attend_and_inject",), concatenated),
+)
+REPLACED: dict[str, Replacements] = {
+    "LoRA in the whole pass": ((RECORDER, WholePass),),
+    "K and V, in the whole pass": ((RECORDER, WholePass),),
+    "projected by the base": ((RECORDER, BaseProjections), *CONCATENATED),
+    "concatenated": ((RECORDER, WholeValues), *CONCATENATED),
+    "no LoRA": ((RECORDER, WholeValues), *CONCATENATED),
+    "whole values, added": ((RECORDER, WholeValues),),
 }
 
 
 def as_changed(name: str) -> contextlib.AbstractContextManager[None]:
-    return replaced(*REPLACED[name]) if name in REPLACED else contextlib.nullcontext()
+    return replaced(*REPLACED.get(name, ()))

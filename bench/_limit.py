@@ -1,7 +1,7 @@
 """The least that an injection can cost: multiply-adds counted from the shapes, on tensors without storage.
 
-Counted are the UNet call with the longer keys in the rows that see the reference, and one reference pass with its
-LoRA that ends at the last injected keys and values. How fast a device gets through them is not part of it.
+Counted are the UNet call with the rows that see the reference attending to its tokens too, and one reference pass with
+its LoRA that ends at the last injected keys and values. How fast a device gets through them is not part of it.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ class Limit:
         return references * numbers * bytes_per_number
 
     def injected(self, shape: Shape) -> int:
-        """Multiply-adds of one step with the longer keys."""
+        """Multiply-adds of one step whose rows attend to the reference's tokens too."""
         key = shape[:3]  # how often the reference is read changes nothing here
         if key not in self._injected:
             tokens = {block: shape.references * count for block, count in self.tokens(shape.masked).items()}
-            inject = _Longer(tokens, rows=2 if shape.rows == "both" else 1)
+            inject = _Injected(tokens, rows=2 if shape.rows == "both" else 1)
             options = {"patches_replace": {"attn1": dict.fromkeys(self._blocks, inject)}}
             self._injected[key] = self._count(lambda: self._call(2, options))
         return self._injected[key]
@@ -120,18 +120,16 @@ def _attend(original: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *_: Any,
     return differentiable_attention(q, k, v, heads)
 
 
-class _Longer:
-    """Self-attention in which the first `rows` rows have so many keys more."""
+class _Injected:
+    """Self-attention whose first `rows` rows attend to so many tokens more."""
 
     def __init__(self, tokens: dict[BlockKey, int], rows: int) -> None:
         self._tokens = tokens
         self._rows = rows
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        heads = options["n_heads"]
+        out = differentiable_attention(q, k, v, heads)
         more = k.new_empty(self._rows, self._tokens[block_key(options)], k.shape[-1])
-        seeing, rest = slice(0, self._rows), slice(self._rows, None)
-        longer_k, longer_v = (torch.cat([x[seeing], more], dim=1) for x in (k, v))
-        out = [differentiable_attention(q[seeing], longer_k, longer_v, options["n_heads"])]
-        if self._rows < len(q):
-            out.append(differentiable_attention(q[rest], k[rest], v[rest], options["n_heads"]))
-        return torch.cat(out)
+        out[: self._rows] += differentiable_attention(q[: self._rows], more, more, heads)
+        return out

@@ -17,16 +17,15 @@ import peft
 import torch
 from _learn import Models, Trainables, class_examples, classroom, with_differences, with_word
 from _measure import peak_memory
+from _peer import with_reference_every_step
 from _subjects import PLACEHOLDER, Settings, Subject
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from demo.base.world import IMAGE_SIZE, caption, random_scene
-from sa_inject.core.adapter import Adapter, AdapterInfo
+from sa_inject.core.adapter import Adapter
 from sa_inject.core.adapter_file import save_adapter
-from sa_inject.core.image_prompt import ReferenceText
-from sa_inject.core.lora import SelfAttentionLoRA
 from sa_inject.nodes.host import training
 from sa_inject.nodes.host.images import pictures_of
 from sa_inject.nodes.host.unet import describe
@@ -114,21 +113,12 @@ def textual_inversion(lesson: Lesson) -> Taught:
     )
 
 
-def fresh_reference(lesson: Lesson) -> Taught:
-    """Training-free reference attention: an adapter that has learned nothing, and the class word."""
-    architecture, layers = describe(lesson.models.model)
-    word = lesson.subject.artwork.class_word
-    with torch.inference_mode(False):
-        lora = SelfAttentionLoRA(layers, RANK, float(RANK))
-    encoded = lesson.host.execute("CLIPTextEncode", clip=lesson.models.clip, text=word)[0][0]
-    adapter = Adapter(
-        name="fresh",
-        info=AdapterInfo(architecture, layers, RANK, float(RANK), "clean", PLACEHOLDER, word),
-        lora=lora,
-        tokens={},
-        text=ReferenceText(encoded[0], encoded[1].get("pooled_output")),
-    )
-    return Taught(injected(lesson, adapter), lesson.models.clip, word)
+def untrained_reference(lesson: Lesson) -> Taught:
+    """Training-free reference attention as other packs do it, to the first picture, and the class word."""
+    blocks = [tuple(layer.key) for layer in describe(lesson.models.model).layers]
+    first = lesson.image_prompt().pictures[0].latent
+    model = with_reference_every_step(lesson.models.drawing, [first], blocks)
+    return Taught(model, lesson.models.clip, lesson.subject.artwork.class_word)
 
 
 def host_lora(lesson: Lesson) -> Taught:
@@ -322,11 +312,11 @@ WORD = 2e-3
 METHODS: dict[str, Method] = {
     "base": Method(base_model),
     "textual inversion": Method(textual_inversion, ((0.0, 1e-3), (0.0, 3e-3), (0.0, 1e-2))),
-    "reference attention, untrained": Method(fresh_reference),
+    "reference attention, untrained": Method(untrained_reference),
     "TrainLoraNode": Method(host_lora, ((1e-3, 0.0), (3e-3, 0.0), (1e-2, 0.0))),
     "PEFT LoRA": Method(peft_lora, ((3e-4, WORD), (1e-3, WORD), (3e-3, WORD))),
     "full fine-tune": Method(full_fine_tune, ((1e-5, WORD), (3e-5, WORD), (1e-4, WORD))),
     "full fine-tune, prior": Method(full_fine_tune_with_prior, swept_as="full fine-tune"),
-    "ours, clean": Method(ours, ((3e-4, WORD), (1e-3, WORD), (3e-3, WORD))),
+    "ours, clean": Method(ours, ((1e-3, WORD), (3e-3, WORD), (1e-2, WORD))),
     "ours, matched": Method(ours_matched, swept_as="ours, clean"),
 }

@@ -30,7 +30,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """One or more pictures that share the weight of one."""
+    """One or more pictures, whose tokens are attended to together: they count as much as one."""
 
     pictures: tuple[Picture, ...]
 

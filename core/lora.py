@@ -1,8 +1,8 @@
 """The trainable part of the copy: LoRA on the projections of its self-attention, carried by PEFT.
 
 PEFT never sees the live UNet. It adapts a skeleton: a tree of empty Linear layers on the `meta` device that has the
-names and sizes of the UNet's key and value projections. The reference pass then adds the low-rank products to what
-the frozen projections return, so that no weight of the model is ever touched.
+names and sizes of the UNet's key and value projections. The reference pass then applies the low-rank products beside
+the frozen projections, so that no weight of the model is ever touched.
 """
 
 from __future__ import annotations

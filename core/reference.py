@@ -6,6 +6,9 @@ set of weights, and whatever was done to the weights (a user's LoRA, offloading,
 The LoRA acts on what a layer hands over, not on what it passes on to the next: what the pass computes of a picture does
 not change while the LoRA learns, and no gradient has to go through it. Adapting the whole pass drew no better on the
 subjects that were tried (ablation "LoRA in the whole pass" of bench/quality.py), at a third more work for each step.
+
+Keys are those of the frozen UNet and the LoRA's share; values are the LoRA's share alone, so that a fresh adapter,
+whose `lora_B` is zero, adds nothing.
 """
 
 from __future__ import annotations
@@ -68,20 +71,20 @@ class ReferenceRecorder:
         return hidden, context, value
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        key = block_key(extra_options)
-        if key in self._wanted:
-            hidden = extra_options[HIDDEN]
-            height, width = extra_options["activations_shape"][-2:]
-            adapted = KV(self._adapted(k, hidden, key, "to_k"), self._adapted(v, hidden, key, "to_v"))
-            self.bank[key] = Recorded(adapted, height, width)
-        if self._stop_early and key == self._last:
-            raise ReferencePassComplete
+        self._record(k, v, extra_options)
         return self._attend(q, k, v, extra_options["n_heads"])
 
-    def _adapted(self, projected: Tensor, x: Tensor, key: BlockKey, projection: str) -> Tensor:
-        """Add (W + dW) x - W x, the LoRA's share, to what the frozen projection returned."""
-        delta = self._deltas.get((key, projection))
-        return projected if delta is None else projected + delta(x)
+    def _record(self, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> None:
+        key = block_key(extra_options)
+        if key in self._wanted:
+            height, width = extra_options["activations_shape"][-2:]
+            self.bank[key] = Recorded(self._handed_over(k, v, extra_options[HIDDEN], key), height, width)
+        if self._stop_early and key == self._last:
+            raise ReferencePassComplete
+
+    def _handed_over(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
+        """k_r = (W_k + dW_k) z_r and v_r = dW_v z_r; k and v are what the frozen projections made of z_r."""
+        return KV(k + self._deltas[key, "to_k"](hidden), self._deltas[key, "to_v"](hidden))
 
 
 def block_key(extra_options: dict[str, Any]) -> BlockKey:

@@ -27,8 +27,8 @@ class ApplySelfAttnInjection(io.ComfyNode):
                     min=0.0,
                     max=4.0,
                     step=0.05,
-                    tooltip="How much the reference counts beside the picture itself. 0 switches it off, exactly; 1 "
-                    "is what the adapter was trained with; 0.5 to 1.5 is useful; above 2 it copies the reference.",
+                    tooltip="How much of what the reference says is added, as a factor. 0 switches it off, exactly; 1 "
+                    "is what the adapter was trained with; 0.5 to 1.5 is useful; above 2 colours and shapes burn.",
                 ),
                 io.Float.Input(
                     "start_percent",

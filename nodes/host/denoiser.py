@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from ...core.attention import differentiable_attention
 from ...core.image_prompt import ReferenceText
 from ...core.injection import Reference, inject
-from ...core.kv import KV
 from ...core.layers import SelfAttentionLayer
 from ...core.lora import Deltas
+from ...core.masks import KEEP_ABOVE
 from ...core.reference import ReferenceRecorder, block_key, run_to_last_layer
 from ...trainer.denoiser import References
 from .text import encode_text
@@ -88,15 +88,16 @@ class _Injected:
         self._references = references
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        reference = self._references[block_key(extra_options)]
-        return inject(q, KV(k, v), [reference], extra_options["n_heads"], differentiable_attention)
+        heads = extra_options["n_heads"]
+        attended = differentiable_attention(q, k, v, heads)
+        return inject(attended, q, [self._references[block_key(extra_options)]], heads, differentiable_attention)
 
 
 def _key_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """mask (b, h, w) -> (b, height*width), hard as the token selection is when sampling"""
+    """mask (b, h, w) -> (b, height*width) bool, as the token selection is when sampling"""
     weights = F.adaptive_avg_pool2d(mask[:, None], (height, width)).flatten(1)
     best = weights == weights.amax(dim=1, keepdim=True)  # at least one token stays
-    return ((weights >= 0.5) | best).float()
+    return (weights >= KEEP_ABOVE) | best
 
 
 def _per_row(sigma: Tensor) -> Tensor:

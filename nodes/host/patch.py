@@ -16,9 +16,10 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...core.adapter import Adapter
+from ...core.attention import Attention
 from ...core.image_prompt import ImagePrompt
 from ...core.injection import Reference, inject
-from ...core.kv import KV, BlockKey, KVBank
+from ...core.kv import BlockKey, KVBank
 from ...core.lora import Deltas
 from ...core.masks import token_weights
 from ...core.reference import block_key
@@ -240,16 +241,12 @@ class _InjectedAttention:
         if q.shape[0] != k.shape[0]:
             # Tiling nodes fold tiles of q into the batch and leave k and v whole; the kernels would reshape them so.
             k, v = (x.reshape(q.shape[0], -1, x.shape[-1]) for x in (k, v))
-        attend = host_attention(extra_options)
-        heads = extra_options["n_heads"]
         rows = q.shape[0] // self._chunk_count
-        outputs = []
-        for chunks in _runs_of_equal_sources(self._sources, self._chunk_count):
-            part = slice(chunks.start * rows, chunks.stop * rows)
-            own = KV(k[part], v[part])
-            references = self._references(chunks.start, key, q, extra_options)
-            outputs.append(inject(q[part], own, references, heads, attend))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (b, n, heads*d)
+        given = [
+            (slice(chunks.start * rows, chunks.stop * rows), self._references(chunks.start, key, q, extra_options))
+            for chunks in _runs_of_equal_sources(self._sources, self._chunk_count)
+        ]
+        return attend_and_inject(q, k, v, given, extra_options["n_heads"], host_attention(extra_options))
 
     def _references(self, chunk: int, key: BlockKey, q: Tensor, extra_options: dict[str, Any]) -> list[Reference]:
         references = []
@@ -264,9 +261,24 @@ class _InjectedAttention:
                     self._run.step_aside("tokens were merged or tiled there, so the area mask cannot be placed", key)
                     continue
                 query_mask = self._run.area_weights(injection, height, width, q.device)
-            weight = injection.strength / len(injection.image_prompt.pictures)
-            references.append(Reference(source.bank[key], weight, query_mask=query_mask))
+            references.append(Reference(source.bank[key], injection.strength, query_mask=query_mask))
         return references
+
+
+def attend_and_inject(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    given: Sequence[tuple[slice, Sequence[Reference]]],
+    heads: int,
+    attend: Attention,
+) -> Tensor:
+    """One call for all rows as without us, and one more for the rows that are given references."""
+    out = attend(q, k, v, heads)  # (b, n, heads*d)
+    for rows, references in given:
+        if references:
+            out[rows] = inject(out[rows], q[rows], references, heads, attend)
+    return out
 
 
 def _runs_of_equal_sources(sources: Sequence[_Source], chunk_count: int) -> list[range]:

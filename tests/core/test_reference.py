@@ -1,4 +1,4 @@
-"""The reference pass against projections whose weights carry the LoRA."""
+"""The reference pass against projections whose weights carry the LoRA: keys are theirs, values what it changes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -82,21 +82,22 @@ def test_reference_pass_hands_over_what_merged_projections_make_of_the_frozen_pa
     recorder = recorder_for(lora, stop_early=False)
     output = call(unet, recorder.transformer_options(BLOCKS))
     hidden, expected_output = plain_pass(unet)
-    expected, unadapted = projected(merged(unet, lora), hidden), projected(unet, hidden)
+    adapted, frozen = projected(merged(unet, lora), hidden), projected(unet, hidden)
     assert tuple(recorder.bank) == BLOCKS
-    for key, recorded in recorder.bank.items():
-        for ours, truth, without in zip(recorded.kv, expected[key], unadapted[key], strict=True):
-            assert relative_error(ours, truth) <= 1e-5, key
-            assert relative_error(without, truth) > 0.05, key  # the LoRA is large enough to be missed
+    for key, ((k, v), *_) in recorder.bank.items():
+        assert relative_error(k, adapted[key].k) <= 1e-5, key
+        assert relative_error(v, adapted[key].v - frozen[key].v) <= 1e-5, key
+        assert relative_error(frozen[key].k, adapted[key].k) > 0.05, key  # the LoRA is large enough to be missed
     assert torch.equal(output, expected_output)
 
 
 @torch.no_grad()
-def test_fresh_adapter_hands_over_the_unadapted_keys_and_values_exactly():
+def test_fresh_adapter_hands_over_the_frozen_keys_and_values_of_zero():
     unet = TinyUNet()
     bank = reference_pass(unet, recorder_for(SelfAttentionLoRA(LAYERS, 2, 2.0)))
     expected = projected(unet, plain_pass(unet)[0])
-    assert all(torch.equal(x, y) for key in BLOCKS for x, y in zip(bank[key].kv, expected[key], strict=True))
+    assert all(torch.equal(bank[key].kv.k, expected[key].k) for key in BLOCKS)
+    assert not any(bank[key].kv.v.any() for key in BLOCKS)
 
 
 @torch.no_grad()

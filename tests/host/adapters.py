@@ -40,7 +40,7 @@ def conditioning(model: Any, seed: int, tokens: int = TEXT_TOKENS) -> list:
 
 
 def make_adapter(model: Any, mode: str = "clean", seed: int = 0) -> Adapter:
-    """An adapter that was never trained but changes keys and values by a third."""
+    """An adapter that was never trained, but whose share of the keys and values is plain to see."""
     from sa_inject.nodes.host.unet import describe  # pyright: ignore[reportMissingImports]
 
     architecture, layers = describe(model)
@@ -203,27 +203,21 @@ def load(model: Any) -> Any:
 def naive_attention(
     q: Tensor, own: KV, references: list[tuple[KV, Tensor | float]], heads: int, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """softmax(q [k, k_r]^T / sqrt(d) + [0, log(weight)]) [v, v_r], as method.md writes it and as slowly.
+    """softmax(q k^T / sqrt(d)) v + sum of weight * softmax(q k_r^T / sqrt(d)) v_r, written out.
 
     A weight is a number, or a tensor of one for each query (n,).
     """
     b, n, width = q.shape
-    d = width // heads
-    k = torch.cat([own.k, *(kv.k.expand(b, -1, -1) for kv, _ in references)], dim=1)
-    v = torch.cat([own.v, *(kv.v.expand(b, -1, -1) for kv, _ in references)], dim=1)
-    bias = torch.cat(
-        [
-            torch.zeros(n, own.k.shape[1], dtype=dtype),
-            *(
-                torch.as_tensor(weight, dtype=dtype).log().expand(n).unsqueeze(1).expand(n, kv.k.shape[1])
-                for kv, weight in references
-            ),
-        ],
-        dim=1,
-    )
-    q, k, v = (x.to(dtype).reshape(b, -1, heads, d).transpose(1, 2) for x in (q, k, v))
-    out = (q @ k.transpose(-1, -2) / d**0.5 + bias).softmax(dim=-1) @ v
-    return out.transpose(1, 2).reshape(b, n, width)
+
+    def split(x: Tensor) -> Tensor:
+        return x.to(dtype).expand(b, -1, -1).reshape(b, -1, heads, width // heads).transpose(1, 2)
+
+    out = torch.zeros(b, n, width, dtype=dtype)
+    for kv, weight in [(own, 1.0), *references]:
+        shares = (split(q) @ split(kv.k).transpose(-1, -2) / (width // heads) ** 0.5).softmax(dim=-1)
+        added = (shares @ split(kv.v)).transpose(1, 2).reshape(b, n, width)
+        out += torch.as_tensor(weight, dtype=dtype).expand(n)[:, None] * added
+    return out
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -29,6 +29,8 @@ from tests.host.adapters import (
 Node = Callable[[Any], Any]
 VISIBLE = 1e-3
 REPLACED = "another node replaces the self-attention there"
+# Of the calls of the kernel: four layers in the reference pass, then the picture's own keys, then the reference's.
+FIRST_BANK = 5
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +128,20 @@ def test_hypertile_maps_rows_of_a_batch(comfy_host, model, ours):
 
 def bank_of_first(host, model, ours) -> KV:
     """What the reference hands over at the first self-attention, taken from what the kernel gets."""
+    return KV(*given_to_kernel(host, model, ours)[FIRST_BANK])
+
+
+def given_to_kernel(host, model, ours, **inputs) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every call of the kernel for a step without guidance."""
     given = []
 
     def override(kernel, q, k, v, *args, **kwargs):
-        given.append((k, v))
+        if k.shape[1] in (64, 16):  # not the text
+            given.append((k, v))
         return kernel(q, k, v, *args, **kwargs)
 
-    patched = ours(with_override(model, override))
-    sample(host, patched, steps=1, cfg=1.0)
-    k, v = next(kv for kv in given if kv[0].shape[1] == 2 * 64)
-    return KV(k[:, 64:], v[:, 64:])
+    sample(host, ours(with_override(model, override)), steps=1, cfg=1.0, **inputs)
+    return given
 
 
 def with_override(model, override):
@@ -223,16 +229,6 @@ def test_control_net_stays_and_its_picture_is_not_given_to_the_reference(comfy_h
         )
         return dict(zip(texts, outputs, strict=True))
 
-    def first_keys(inputs) -> Tensor:
-        given = []
-
-        def override(kernel, q, k, v, *args, **kwargs):
-            given.append(k)
-            return kernel(q, k, v, *args, **kwargs)
-
-        sample(comfy_host, ours(with_override(model, override)), steps=1, cfg=1.0, **inputs)
-        return [k for k in given if k.shape[1] == 2 * 16][-1][:, 16:]
-
     with_control, without = controlled(1.0), controlled(0.0)
     plain, alone = (sample(comfy_host, model, **inputs) for inputs in (without, with_control))
     mine, both = (sample(comfy_host, ours(model), **inputs) for inputs in (without, with_control))
@@ -240,7 +236,12 @@ def test_control_net_stays_and_its_picture_is_not_given_to_the_reference(comfy_h
     assert relative_error(alone, plain) > VISIBLE
     assert relative_error(both, alone) > VISIBLE
     assert relative_error(both, mine) > VISIBLE
-    assert torch.equal(first_keys(with_control), first_keys(without))  # of the last layer below the skip connections
+    # Keys of the reference at the last layer below the skip connections: last of the calls at its size.
+    last = [
+        [k for k, _ in given_to_kernel(comfy_host, model, ours, **inputs) if k.shape[1] == 16][-1]
+        for inputs in (with_control, without)
+    ]
+    assert torch.equal(*last)
     assert log() == []
 
 
@@ -322,8 +323,8 @@ def test_attention_kernels_of_another_pack_serve_our_attention(comfy_host, model
         shapes.clear()
         assert torch.equal(sample(comfy_host, order()), injected)
         steps, layers = 2, 2  # two of the five have the size of the picture
-        assert shapes.count((1, 64, 128)) == steps * layers  # conditional
-        # Unconditional, and in the reference pass every layer but the last, which is not needed any more.
+        assert shapes.count((2, 64, 64)) == steps * layers
+        # The conditional row to the reference, and in the reference pass every layer but the last, which is not needed.
         assert shapes.count((1, 64, 64)) == steps * layers + 1
         assert not any(q == k for _, q, k in shapes if (q, k) not in {(64, 64), (16, 16)})
 

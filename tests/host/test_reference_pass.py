@@ -1,5 +1,7 @@
 """The reference pass against projections that have the LoRA merged in, and the injection against its formula.
 
+Keys are those of the merged projection, values what merging changes about the frozen one's.
+
 What they read comes from a copy of the UNet that ComfyUI calls as it calls any model; nothing of the pack runs in it
 but the addresses of the self-attention layers.
 """
@@ -59,7 +61,7 @@ def merged_copy(model: Any, adapter: Any) -> Any:
 
 @torch.inference_mode()
 def keys_and_values(frozen: Any, merged: Any, adapter: Any, latent: Tensor, sigma: float) -> dict[BlockKey, KV]:
-    """What merged projections make of what the self-attentions read when ComfyUI calls the UNet on one latent."""
+    """What the projections make of what the self-attentions read when ComfyUI calls the UNet on one latent."""
     import comfy.sampler_helpers
     import comfy.samplers
 
@@ -84,8 +86,17 @@ def keys_and_values(frozen: Any, merged: Any, adapter: Any, latent: Tensor, sigm
     frozen.apply_model(latent, torch.tensor([sigma]), **conds)
     for hook in hooks:
         hook.remove()
-    attentions = {layer.key: merged.diffusion_model.get_submodule(layer.path) for layer in adapter.info.layers}
-    return {key: KV(attentions[key].to_k(hidden), attentions[key].to_v(hidden)) for key, hidden in read.items()}
+    paths = {layer.key: layer.path for layer in adapter.info.layers}
+
+    def projections(key: BlockKey, name: str) -> list[Tensor]:
+        return [base.diffusion_model.get_submodule(f"{paths[key]}.{name}")(read[key]) for base in (merged, frozen)]
+
+    bank = {}
+    for key in paths:
+        k, _ = projections(key, "to_k")
+        v, without = projections(key, "to_v")
+        bank[key] = KV(k, v - without)
+    return bank
 
 
 def expected_bank(model: Any, adapter: Any, prompt: Any) -> dict[BlockKey, KV]:
@@ -152,7 +163,7 @@ def test_reference_pass_equals_merged_projections_of_the_frozen_pass(comfy_host,
 @pytest.mark.parametrize("kind", KINDS)
 def test_injection_equals_its_formula(comfy_host, truth, kind, strength):
     true = truth(kind)
-    prompt = true.prompt if strength != 1 else ImagePrompt(true.prompt.pictures[:1])  # 1 is plain concatenation
+    prompt = true.prompt if strength != 1 else ImagePrompt(true.prompt.pictures[:1])
     spy = Spy()
     call_once(load(spy.on(apply(comfy_host, true.model, true.adapter, prompt, strength=strength))))
     assert [a.key for a in spy.attended] == list(true.adapter.blocks())
@@ -161,7 +172,7 @@ def test_injection_equals_its_formula(comfy_host, truth, kind, strength):
         if strength == 1:
             tokens = a.k.shape[1]  # the first picture is as large as the one that is drawn
             reference = KV(reference.k[:, :tokens], reference.v[:, :tokens])
-        expected = naive_attention(a.q, KV(a.k, a.v), [(reference, strength / len(prompt.pictures))], a.heads)
+        expected = naive_attention(a.q, KV(a.k, a.v), [(reference, strength)], a.heads)
         assert relative_error(a.out, expected) < EXACT
         assert a.injected_rows() == [0]
 
@@ -241,11 +252,11 @@ def test_reference_pass_is_exact_over_fp8_storage(comfy_host, share):
 def test_reference_pass_and_injection_run_in_half_precision(comfy_host, own_model, truth, dtype, tolerance, has_area):
     adapter, prompt = make_adapter(own_model), ImagePrompt(truth("sd15").prompt.pictures[::2])
     area = None
-    weights: Tensor | float = 0.5
-    if has_area:  # the right half; black is where logarithms and half precision meet
+    weights: Tensor | float = 1.0
+    if has_area:  # the right half
         area = torch.zeros(1, 64, 64)
         area[:, :, 32:] = 1
-        weights = (0.5 * area[0, ::8, ::8]).flatten()
+        weights = area[0, ::8, ::8].flatten()
     spy = Spy(keys=(FIRST,))
     model = spy.on(apply(comfy_host, own_model, adapter, prompt, area=area, blocks="encoder"))
     model.set_model_compute_dtype(dtype)

@@ -209,23 +209,22 @@ def test_a_second_run_reads_the_picture_again(comfy_host, model):
 
 
 def test_chained_nodes_add_up_in_their_order(comfy_host, model):
-    """The formula with both references appended; what the kernel is given shows the order."""
+    """The formula with both references, each in a softmax of its own."""
     adapters = [make_adapter(model, seed=seed) for seed in (0, 50)]
     prompts = [make_prompt((8, 8), seed=0), make_prompt((8, 16), seed=50)]
     text = reference_text(model, 5).cross_attn
     x = random(1, 4, 8, 8) * SIGMA
     banks = []
     for adapter, prompt in zip(adapters, prompts, strict=True):
-        attended, given = first_attention(apply(comfy_host, model, adapter, prompt), x, text)
-        n = attended.k.shape[1]
-        banks.append(KV(given[0][:, n:], given[1][:, n:]))
+        _, (bank,) = first_attention(apply(comfy_host, model, adapter, prompt), x, text)
+        banks.append(bank)
     for first, second in ((0, 1), (1, 0)):
         once = apply(comfy_host, model, adapters[first], prompts[first])
-        attended, given = first_attention(apply(comfy_host, once, adapters[second], prompts[second]), x, text)
+        attended, found = first_attention(apply(comfy_host, once, adapters[second], prompts[second]), x, text)
         own = KV(attended.k, attended.v)
         references = [(banks[place], 1.0) for place in (first, second)]
         assert relative_error(attended.out, naive_attention(attended.q, own, references, attended.heads)) < 1e-5
-        assert torch.equal(given[0], torch.cat([own.k, banks[first].k, banks[second].k], dim=1))
+        assert [kv.k.shape for kv in found] == [banks[first].k.shape, banks[second].k.shape]
     weighted = apply(comfy_host, once, adapters[0], prompts[0], strength=0.5)
     attended, _ = first_attention(weighted, x, text)
     references = [(banks[1], 1.0), (banks[0], 0.5)]
@@ -234,18 +233,13 @@ def test_chained_nodes_add_up_in_their_order(comfy_host, model):
 
 
 def first_attention(patched, x, text):
-    """The first self-attention of one UNet call, and the keys and values that the kernel got there."""
-    spy, given = Spy(keys=(FIRST,)), []
+    """The first self-attention of one UNet call, and what every reference handed over there."""
+    from sa_inject.nodes.host.patch import RUN_KEY, SamplingRun  # pyright: ignore[reportMissingImports]
 
-    def override(kernel, q, k, v, *args, **kwargs):
-        if q.shape[1] == x.shape[-2] * x.shape[-1] < k.shape[1]:
-            given.append((k, v))
-        return kernel(q, k, v, *args, **kwargs)
-
-    spied = spy.on(patched)
-    call_unet(load(spied), x, SIGMA, text, [0], optimized_attention_override=override)
+    spy, run = Spy(keys=(FIRST,)), SamplingRun()
+    call_unet(load(spy.on(patched)), x, SIGMA, text, [0], **{RUN_KEY: run})
     (attended,) = spy.attended
-    return attended, given[0]
+    return attended, [bank[FIRST] for bank in run.banks.values()]
 
 
 def test_chained_nodes_act_in_their_own_rows_and_steps(comfy_host, model, positive, negative):
@@ -268,7 +262,7 @@ def test_pictures_of_one_prompt_share_the_weight_of_one(comfy_host, model):
         )
         for n, strength in ((1, 0.9), (3, 0.9), (3, 2.7))
     )
-    assert three[1][0].shape[1] - once[1][0].shape[1] == 2 * 64
+    assert [found[0].k.shape[1] for _, found in (once, three)] == [64, 3 * 64]
     assert relative_error(three[0].out, once[0].out) < 1e-5
     assert relative_error(stronger[0].out, once[0].out) > 1e-2
 
@@ -302,9 +296,7 @@ def test_queries_outside_the_area_see_nothing(comfy_host, model):
     area[:, 16:] = 1.0
     area[:, 16:, 16:] = 0.5
     x, text = random(2, 4, 8, 8) * SIGMA, reference_text(model, 5).cross_attn.expand(2, -1, -1)
-    whole, given = first_attention(apply(comfy_host, model), x, text)
-    n = whole.k.shape[1]
-    bank = KV(given[0][:, n:], given[1][:, n:])
+    _, (bank,) = first_attention(apply(comfy_host, model), x, text)
     masked, _ = first_attention(apply(comfy_host, model, area=area, strength=0.8), x, text)
     own = KV(masked.k, masked.v)
     weights = 0.8 * area[0, ::4, ::4].flatten()

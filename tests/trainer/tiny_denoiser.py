@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from sa_inject.core.attention import differentiable_attention
 from sa_inject.core.image_prompt import ReferenceText
 from sa_inject.core.injection import Reference, inject
-from sa_inject.core.kv import KV
 from sa_inject.core.layers import self_attention_layers
 from sa_inject.core.lora import Deltas, SelfAttentionLoRA
 from sa_inject.core.reference import ReferenceRecorder, block_key, run_to_last_layer
@@ -63,8 +62,9 @@ class TinyDenoiser:
 
     def denoise(self, noisy: Tensor, sigma: Tensor, text: ReferenceText, references: References | None) -> Tensor:
         def attention(q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
-            reference = references[block_key(extra_options)]
-            return inject(q, KV(k, v), [reference], extra_options["n_heads"], differentiable_attention)
+            heads = extra_options["n_heads"]
+            attended = differentiable_attention(q, k, v, heads)
+            return inject(attended, q, [references[block_key(extra_options)]], heads, differentiable_attention)
 
         replacements = dict.fromkeys(references or (), attention)
         epsilon = self._network(noisy, sigma, text, {"patches_replace": {"attn1": replacements}})
@@ -81,8 +81,8 @@ def word_vector(word: str) -> Tensor:
 
 
 def key_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """mask (b, h, w) -> (b, height*width)"""
-    return F.adaptive_avg_pool2d(mask[:, None], (height, width)).flatten(1)
+    """mask (b, h, w) -> (b, height*width) bool"""
+    return F.adaptive_avg_pool2d(mask[:, None], (height, width)).flatten(1) >= 0.5
 
 
 def per_row(sigma: Tensor) -> Tensor:
