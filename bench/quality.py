@@ -31,7 +31,7 @@ TABLE_SUBJECTS = {"cpu": 12, "cuda": 40}
 ABLATION_SUBJECTS = {"cpu": 6, "cuda": 20}
 PICTURES = 4  # of every prompt; ablations and rates draw one
 BYSTANDERS = 25
-SWEEP_PROMPTS = 10
+SWEEP_PROMPTS = 25
 SHOWN = 6  # prompts whose first picture is kept to look at
 
 
