@@ -10,19 +10,18 @@ from torch.nn import functional as F
 
 
 class Attention(Protocol):
-    """Multi-head attention, scaled by one over the root of the head width.
+    """Multi-head attention without a mask, scaled by one over the root of the head width.
 
-    q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d). key_mask (b, m) bool leaves tokens out; it is only
-    given in training, so a kernel for sampling need not know it.
+    q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d)
     """
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, key_mask: Tensor | None = None, /) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor: ...
 
 
 def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, key_mask: Tensor | None = None) -> Tensor:
     """Attend with torch's own kernel, which has a backward pass on every device.
 
-    q (b, n, heads*d), k and v (b, m, heads*d), key_mask (b, m) bool -> (b, n, heads*d)
+    q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d). key_mask (b, m) bool leaves tokens out.
     """
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, None if key_mask is None else key_mask[:, None, None])

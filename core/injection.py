@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .attention import Attention
+from .attention import Attention, differentiable_attention
 from .kv import KV
 
 
 class Reference(NamedTuple):
     """Tokens to attend to, and how much comes of it.
 
-    kv (1 or b, m, heads*d). `weight` multiplies what is added. key_mask (b, m) bool says which tokens are there at
-    all, at least one in a row; query_mask (n,) in 0..1 how much each query is given.
+    kv (1 or b, m, heads*d). `weight` multiplies what is added. query_mask (n,) in 0..1 says how much each query is
+    given; key_mask (b, m) bool, for training, which tokens are there at all, at least one in a row.
     """
 
     kv: KV
@@ -39,7 +39,10 @@ def inject(attended: Tensor, q: Tensor, references: Sequence[Reference], heads: 
     """
     for reference in references:
         k, v = (x.to(q).expand(q.shape[0], *x.shape[1:]) for x in reference.kv)
-        added = attend(q, k, v, heads) if reference.key_mask is None else attend(q, k, v, heads, reference.key_mask)
+        if reference.key_mask is None:
+            added = attend(q, k, v, heads)
+        else:
+            added = differentiable_attention(q, k, v, heads, reference.key_mask)
         if reference.query_mask is not None:
             added = added * reference.query_mask.to(q)[:, None]
         attended = attended + (added if reference.weight == 1 else reference.weight * added)
