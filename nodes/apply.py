@@ -28,7 +28,7 @@ class ApplySelfAttnInjection(io.ComfyNode):
                     max=4.0,
                     step=0.05,
                     tooltip="How much of what the reference says is added, as a factor. 0 switches it off, exactly; 1 "
-                    "is what the adapter was trained with; 0.5 to 1.5 is useful; above 2 colours and shapes burn.",
+                    "is what the adapter was trained with; 0.5 to 1.5 is useful; far above, colours and shapes burn.",
                 ),
                 io.Float.Input(
                     "start_percent",

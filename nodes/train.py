@@ -90,8 +90,8 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     default=4,
                     min=1,
                     max=16,
-                    tooltip="How many tokens of a prompt the learned word takes. 1 learns least and leaves most room; "
-                    "4 hold far more of a subject; above 8 the rest of the prompt begins to be ignored.",
+                    tooltip="How many of a prompt's 75 tokens the learned word takes. 1 learns least; 4 hold far more "
+                    "of a subject (likeness 0.53 against 0.34 where it was tried); 8 held no more than 4.",
                 ),
                 io.Int.Input(
                     "batch_size",
