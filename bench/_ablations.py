@@ -15,10 +15,8 @@ from unittest import mock
 import torch
 from _learn import Room, classroom, with_word
 from _methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, taught_by
-from _subjects import REFERENCES, make_subject
-from einops import rearrange
+from _subjects import make_subject
 from torch import Tensor
-from torch.nn import functional as F
 
 from sa_inject.core.attention import Attention, differentiable_attention
 from sa_inject.core.injection import Reference, inject
@@ -36,16 +34,24 @@ RECORDER = ("sa_inject.nodes.host.bank.ReferenceRecorder", "sa_inject.nodes.host
 
 
 def learned(
-    lesson: Lesson, before: Callable[[Room], None] = lambda room: None, word_learns: bool = True, **changes: Any
+    lesson: Lesson,
+    before: Callable[[Room], None] = lambda room: None,
+    word_learns: bool = True,
+    denoiser_class: type[ComfyDenoiser] = ComfyDenoiser,
+    blocks: str = "all",
+    **changes: Any,
 ) -> Taught:
-    """The same training as the node's, with something changed `before` it, or in its settings."""
+    """The same training as the node's, with something changed `before` it, in its denoiser or in its settings.
+
+    blocks: where the adapter is applied afterwards.
+    """
     if not word_learns:
         changes["token_learning_rate"] = 0.0
-    with classroom(lesson.models, lesson.training_subject(), lesson.config()) as room:
+    with classroom(lesson.models, lesson.training_subject(), lesson.config(), denoiser_class=denoiser_class) as room:
         before(room)
         room.learn(room.lora, **changes)
         adapter = room.adapter()
-    return taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER))
+    return taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER), blocks=blocks)
 
 
 def whole_lora(lesson: Lesson) -> Taught:
@@ -156,9 +162,7 @@ def in_one_softmax(q: Tensor, own: KV, references: list[Reference], heads: int) 
         keys.append(k)
         values.append(v)
         biases.append(q.new_full((k.shape[1],), math.log(reference.weight * own.k.shape[1] / k.shape[1])))
-    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, torch.cat(keys, 1), torch.cat(values, 1)))
-    out = F.scaled_dot_product_attention(q, k, v, torch.cat(biases).expand(1, 1, 1, -1))
-    return rearrange(out, "b h n d -> b n (h d)")
+    return differentiable_attention(q, torch.cat(keys, 1), torch.cat(values, 1), heads, torch.cat(biases)[None])
 
 
 @contextlib.contextmanager
@@ -180,11 +184,7 @@ class MiddleAndDecoder(ComfyDenoiser):
 
 def decoder_from_the_start(lesson: Lesson) -> Taught:
     """Middle and decoder in training as well as in drawing."""
-    with classroom(lesson.models, lesson.training_subject(), lesson.config(), denoiser_class=MiddleAndDecoder) as room:
-        room.learn(room.lora)
-        adapter = room.adapter()
-    clip = with_word(lesson.models, adapter.tokens, PLACEHOLDER)
-    return taught_by(lesson, adapter, clip, blocks="middle and decoder")
+    return learned(lesson, denoiser_class=MiddleAndDecoder, blocks="middle and decoder")
 
 
 class AdaptedUnet(ComfyDenoiser):
@@ -303,8 +303,7 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "no reference dropout": lambda lesson: learned(lesson, reference_dropout=0.0),
     "reference dropout 0.3": lambda lesson: learned(lesson, reference_dropout=0.3),
     **{f"{count} references": with_references(count) for count in (1, 2, 8)},
-    "references add up": drawn_with(strength=float(REFERENCES)),
-    **{f"strength {strength}": drawn_with(strength=strength) for strength in (0.25, 0.5, 2.0)},
+    **{f"strength {strength}": drawn_with(strength=strength) for strength in (0.25, 0.5, 2.0, 4.0)},
     **{f"cfg {cfg}": drawn_with(cfg) for cfg in (2.0, 4.5, 7.0)},
     **{f"cfg {cfg}, both rows": drawn_with(cfg, rows="both") for cfg in (4.5, 7.0)},
 }

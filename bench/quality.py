@@ -146,6 +146,7 @@ class Bench:
         self.changed("ablations", table_artworks(ABLATION_SUBJECTS[self.kind]))
 
     def changed(self, part: str, artworks: list[Any]) -> None:
+        """Every ablation on these subjects, as cells of the part."""
         from _ablations import ABLATIONS, as_changed
         from _subjects import make_subject
 

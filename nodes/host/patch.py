@@ -235,7 +235,7 @@ class _InjectedAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         key = block_key(extra_options)
         if self._earlier is not None:
-            # It may return v itself, or need a square attention map: longer keys and values would break it.
+            # What it returns may be meant to be wrong, as guidance nodes do it: nothing is added to that.
             self._run.step_aside("another node replaces the self-attention there", key)
             return self._earlier(q, k, v, extra_options)
         if q.shape[0] != k.shape[0]:
