@@ -6,6 +6,7 @@ knows no other; `ComfyHost.load_checkpoint` can leave out all but a few of their
 """
 
 import hashlib
+import os
 import shutil
 import zlib
 from dataclasses import dataclass, replace
@@ -78,7 +79,7 @@ def tiny_checkpoint(kind: str, cache: Path) -> Path:
     path = cache / f"tiny-{version}" / f"{kind}.ckpt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # benches start several hosts at once
         torch.save({"state_dict": state_dict(KINDS[kind])}, partial)
         partial.replace(path)
     return path
