@@ -38,12 +38,17 @@ def inject(attended: Tensor, q: Tensor, references: Sequence[Reference], heads: 
     out = attended + sum over references of weight * query_mask * softmax(q k_r^T / sqrt(d)) v_r
     """
     for reference in references:
-        k, v = (x.to(q).expand(q.shape[0], *x.shape[1:]) for x in reference.kv)
-        if reference.key_mask is None:
-            added = attend(q, k, v, heads)
-        else:
-            added = differentiable_attention(q, k, v, heads, reference.key_mask)
-        if reference.query_mask is not None:
-            added = added * reference.query_mask.to(q)[:, None]
-        attended = attended + (added if reference.weight == 1 else reference.weight * added)
+        attended = attended + added(q, reference, heads, attend)
     return attended
+
+
+def added(q: Tensor, reference: Reference, heads: int, attend: Attention) -> Tensor:
+    """One reference's term of that sum. -> (b, n, heads*d)"""
+    k, v = (x.to(q).expand(q.shape[0], *x.shape[1:]) for x in reference.kv)
+    if reference.key_mask is None:
+        out = attend(q, k, v, heads)
+    else:
+        out = differentiable_attention(q, k, v, heads, reference.key_mask)
+    if reference.query_mask is not None:
+        out = out * reference.query_mask.to(q)[:, None]
+    return out if reference.weight == 1 else reference.weight * out

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.attention import Attention
 from ...core.image_prompt import ImagePrompt
-from ...core.injection import Reference, inject
+from ...core.injection import Reference, added
 from ...core.kv import BlockKey, KVBank
 from ...core.lora import Deltas
 from ...core.masks import token_weights
@@ -50,6 +50,10 @@ class Injection:
     rows: Rows
     blocks: frozenset[BlockKey]
     area: Tensor | None  # (h, w) in 0..1: where in the picture the reference may act
+
+    @property
+    def asks_for_noise_level(self) -> bool:
+        return self.adapter.info.reference_mode == "matched" or self.start_percent > 0 or self.end_percent < 1
 
     def active_at(self, sigma: float | None, sampling: Any) -> bool:
         """Asked while sampling, for a node after ours may have changed the schedule."""
@@ -154,7 +158,8 @@ class SelfAttentionInjection:
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         positional, kwargs, options = _take_options(args, kwargs)
-        sigma = _sigma(options)
+        # Reading it lets the device finish first.
+        sigma = _sigma(options) if any(injection.asks_for_noise_level for injection in self.injections) else None
         run = options.get(RUN_KEY) or SamplingRun()
         chunk_count = len(options.get("cond_or_uncond") or [CONDITIONAL])
         conditional = run.conditional_chunks(options)
@@ -215,9 +220,10 @@ def _with_injection(
     """Copy the call's options and put the injection over every block that a bank covers."""
     replaced = options.get("patches_replace", {})
     attn1 = dict(replaced.get("attn1", {}))
+    runs = _runs_of_equal_sources(sources, chunk_count)
     for key in {key for source in sources for key in source.bank}:
         earlier = attn1.get(tuple(key)) or attn1.get((key.stage, key.index))
-        attn1[tuple(key)] = _InjectedAttention(sources, chunk_count, earlier, run)
+        attn1[tuple(key)] = _InjectedAttention(runs, chunk_count, earlier, run)
     return {**options, "patches_replace": {**replaced, "attn1": attn1}}
 
 
@@ -225,9 +231,13 @@ class _InjectedAttention:
     """The attention of one block while it is injected; lives for one UNet call."""
 
     def __init__(
-        self, sources: Sequence[_Source], chunk_count: int, earlier: AttentionPatch | None, run: SamplingRun
+        self,
+        runs: Sequence[tuple[range, list[_Source]]],
+        chunk_count: int,
+        earlier: AttentionPatch | None,
+        run: SamplingRun,
     ) -> None:
-        self._sources = sources
+        self._runs = runs
         self._chunk_count = chunk_count
         self._earlier = earlier
         self._run = run
@@ -243,15 +253,17 @@ class _InjectedAttention:
             k, v = (x.reshape(q.shape[0], -1, x.shape[-1]) for x in (k, v))
         rows = q.shape[0] // self._chunk_count
         given = [
-            (slice(chunks.start * rows, chunks.stop * rows), self._references(chunks.start, key, q, extra_options))
-            for chunks in _runs_of_equal_sources(self._sources, self._chunk_count)
+            (slice(chunks.start * rows, chunks.stop * rows), self._references(sources, key, q, extra_options))
+            for chunks, sources in self._runs
         ]
         return attend_and_inject(q, k, v, given, extra_options["n_heads"], host_attention(extra_options))
 
-    def _references(self, chunk: int, key: BlockKey, q: Tensor, extra_options: dict[str, Any]) -> list[Reference]:
+    def _references(
+        self, sources: Sequence[_Source], key: BlockKey, q: Tensor, extra_options: dict[str, Any]
+    ) -> list[Reference]:
         references = []
-        for source in self._sources:
-            if chunk not in source.chunks or key not in source.bank:
+        for source in sources:
+            if key not in source.bank:
                 continue
             injection = source.injection
             query_mask = None
@@ -276,22 +288,21 @@ def attend_and_inject(
     """One call for all rows as without us, and one more for the rows that are given references."""
     out = attend(q, k, v, heads)  # (b, n, heads*d)
     for rows, references in given:
-        if references:
-            out[rows] = inject(out[rows], q[rows], references, heads, attend)
+        for reference in references:
+            out[rows].add_(added(q[rows], reference, heads, attend))  # in place: nothing is copied
     return out
 
 
-def _runs_of_equal_sources(sources: Sequence[_Source], chunk_count: int) -> list[range]:
-    """Neighbouring chunks that see the same sources, so that each run of them is one attention call."""
-    runs: list[range] = []
-    seen_before = None
+def _runs_of_equal_sources(sources: Sequence[_Source], chunk_count: int) -> list[tuple[range, list[_Source]]]:
+    """Neighbouring chunks that see the same sources, so that each run of them is one call; those that see none are
+    left out."""
+    runs: list[tuple[range, list[_Source]]] = []
     for chunk in range(chunk_count):
-        seen = [chunk in source.chunks for source in sources]
-        if seen == seen_before:
-            runs[-1] = range(runs[-1].start, chunk + 1)
-        else:
-            runs.append(range(chunk, chunk + 1))
-        seen_before = seen
+        seen = [source for source in sources if chunk in source.chunks]
+        if runs and runs[-1][0].stop == chunk and runs[-1][1] == seen:
+            runs[-1] = range(runs[-1][0].start, chunk + 1), seen
+        elif seen:
+            runs.append((range(chunk, chunk + 1), seen))
     return runs
 
 
