@@ -95,8 +95,13 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 def publish(bench: str, title: str, stem: str, result: dict[str, Any], columns: Sequence[str], quick: bool) -> None:
     """Print the table of `result["rows"]` and write it with everything else that `result` holds."""
+    print(f"\n{title}\n\n{table(result['rows'], columns)}\n", flush=True)
+    keep(bench, title, stem, result, columns, quick)
+
+
+def keep(bench: str, title: str, stem: str, result: dict[str, Any], columns: Sequence[str], quick: bool) -> None:
+    """Write it alone, so that a run that is ended early leaves what it had."""
     shown = table(result["rows"], columns)
-    print(f"\n{title}\n\n{shown}\n", flush=True)
     folder = (CACHE if quick else RESULTS) / bench  # a smoke run measures nothing
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

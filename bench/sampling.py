@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from _host import start_host, weights_of
 from _measure import alternate, live_tensor_bytes, peak_memory, ratio, spread
-from _report import Row, device_slug, environment, not_measured, print_json, publish, run_script
+from _report import Row, device_slug, environment, keep, not_measured, print_json, publish, run_script
 
 STEPS = 20
 CPU_STEPS = {"sd15": 2}  # a step of the full-size UNet takes a CPU many seconds
@@ -114,20 +114,6 @@ def bench(host: Any, geometry: str, options: argparse.Namespace) -> dict[str, An
     memory = memory_ratios(sampling, geometry, chosen, options)
     is_target = geometry == "sd15"
     rows: list[Row] = [{"variant": PLAIN}]
-    for variant in chosen:
-        row = timed(sampling, variant, options)
-        least = 1.0 if variant.is_silent else limit.ratio(variant.shape, sampling.steps)
-        row |= {
-            "limit": least,
-            "ratio / limit": row["ratio"] / least,
-            "limit at 20": 1.0 if variant.is_silent else limit.ratio(variant.shape, STEPS),
-            "at most": variant.at_most if is_target or variant.is_silent else None,
-            "memory ratio": memory[variant.name],
-        }
-        rows.append(row)
-        print(f"  {geometry}: {variant.name}, {row['ratio']:.3f} of plain", flush=True)
-    rows[0]["seconds"] = statistics.median([second for row in rows[1:] for second in row["plain seconds"]])
-    rows[0]["UNet passes"] = rows[1]["plain UNet passes"]
     result = {
         "geometry": geometry,
         "side": sampling.scene.side,
@@ -145,7 +131,23 @@ def bench(host: Any, geometry: str, options: argparse.Namespace) -> dict[str, An
         "rows": rows,
     }
     title = f"Sampling: {geometry} at {sampling.scene.side} px, {sampling.steps} steps, cfg on, {options.dtype}"
-    publish("sampling", title, f"{geometry}-{device_slug()}", result, COLUMNS, options.quick)
+    file = ("sampling", title, f"{geometry}-{device_slug()}", result, COLUMNS, options.quick)
+    for variant in chosen:
+        row = timed(sampling, variant, options)
+        least = 1.0 if variant.is_silent else limit.ratio(variant.shape, sampling.steps)
+        row |= {
+            "limit": least,
+            "ratio / limit": row["ratio"] / least,
+            "limit at 20": 1.0 if variant.is_silent else limit.ratio(variant.shape, STEPS),
+            "at most": variant.at_most if is_target or variant.is_silent else None,
+            "memory ratio": memory[variant.name],
+        }
+        rows.append(row)
+        rows[0]["seconds"] = statistics.median([second for row in rows[1:] for second in row["plain seconds"]])
+        rows[0]["UNet passes"] = rows[1]["plain UNet passes"]
+        keep(*file)
+        print(f"  {geometry}: {variant.name}, {row['ratio']:.3f} of plain", flush=True)
+    publish(*file)
     return result
 
 

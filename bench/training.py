@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import gc
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from _report import Row, device_slug, environment, not_measured, print_json, pub
 
 NAMES = ("ours", "TrainLoraNode", "full fine-tune")
 HOST_LORA, FULL = NAMES[1:]
+BYTES_OF_A_PROCESS = 22e9  # that much CUDA memory for each of those whose peak is measured at once
 CPU_SIDES = {"sd15": 256}
 AT_MOST = {"seconds / LoRA": 1.00, "memory / LoRA": 0.85, "memory / full": 0.35}
 COLUMNS = (
@@ -107,11 +109,7 @@ def set_up(geometry: str, options: argparse.Namespace, checkpointing: bool) -> A
 def bench(geometry: str, options: argparse.Namespace) -> dict[str, Any]:
     common = ["--geometry", geometry, "--dtype", options.dtype, "--attention", options.attention]
     common += ["--steps", str(options.steps), *(["--side", str(options.side)] if options.side else [])]
-    memory = {}
-    for switch in options.checkpointing:
-        for name in options.trainers:
-            memory[switch, name] = memory_in_process(name, [*common, "--checkpointing", switch], options)
-            print(f"  {geometry}, checkpointing {switch}: {name}, memory done", flush=True)
+    memory = memory_of_all(geometry, common, options)
     seconds, task = ({}, None) if options.no_seconds else seconds_in_turns(geometry, options)
     rows = [
         row_of(switch, name, seconds, memory, options) for switch in options.checkpointing for name in options.trainers
@@ -160,6 +158,22 @@ def seconds_in_turns(geometry: str, options: argparse.Namespace) -> tuple[dict[t
                 seconds.setdefault((switch, name), []).append(statistics.median(steps))
             print(f"  {geometry}, checkpointing {switch}: round {round_number + 1} of {options.rounds}", flush=True)
     return seconds, task
+
+
+def memory_of_all(geometry: str, common: list[str], options: argparse.Namespace) -> dict[tuple[str, str], Any]:
+    """Several processes at once on CUDA: what its allocator counts does not depend on who else is there."""
+    places = [(switch, name) for switch in options.checkpointing for name in options.trainers]
+
+    def measure(place: tuple[str, str]) -> dict[str, Any]:
+        switch, name = place
+        found = memory_in_process(name, [*common, "--checkpointing", switch], options)
+        print(f"  {geometry}, checkpointing {switch}: {name}, memory done", flush=True)
+        return found
+
+    has_cuda = torch.cuda.is_available()
+    room = torch.cuda.get_device_properties(0).total_memory / BYTES_OF_A_PROCESS if has_cuda else 1
+    with ThreadPoolExecutor(max(1, int(room))) as pool:
+        return dict(zip(places, pool.map(measure, places), strict=True))
 
 
 def memory_in_process(name: str, common: list[str], options: argparse.Namespace) -> dict[str, Any]:
