@@ -38,12 +38,12 @@ def learned(
     before: Callable[[Room], None] = lambda room: None,
     word_learns: bool = True,
     denoiser_class: type[ComfyDenoiser] = ComfyDenoiser,
-    blocks: str = "all",
+    applied: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Taught:
     """The same training as the node's, with something changed `before` it, in its denoiser or in its settings.
 
-    blocks: where the adapter is applied afterwards.
+    applied: inputs of ApplySelfAttnInjection afterwards.
     """
     if not word_learns:
         changes["token_learning_rate"] = 0.0
@@ -51,7 +51,7 @@ def learned(
         before(room)
         room.learn(room.lora, **changes)
         adapter = room.adapter()
-    return taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER), blocks=blocks)
+    return taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER), **applied or {})
 
 
 def whole_lora(lesson: Lesson) -> Taught:
@@ -184,7 +184,7 @@ class MiddleAndDecoder(ComfyDenoiser):
 
 def decoder_from_the_start(lesson: Lesson) -> Taught:
     """Middle and decoder in training as well as in drawing."""
-    return learned(lesson, denoiser_class=MiddleAndDecoder, blocks="middle and decoder")
+    return learned(lesson, denoiser_class=MiddleAndDecoder, applied={"blocks": "middle and decoder"})
 
 
 class AdaptedUnet(ComfyDenoiser):
@@ -300,6 +300,12 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "both rows": drawn_with(rows="both"),
     "both rows, middle and decoder": drawn_with(rows="both", blocks="middle and decoder"),
     "strength 0.5, middle and decoder": drawn_with(strength=0.5, blocks="middle and decoder"),
+    **{
+        f"references from {start}": lambda lesson, start=start: learned(
+            lesson, applied={"start_percent": start}, reference_start=start
+        )
+        for start in (0.0, 0.5)
+    },
     "no reference dropout": lambda lesson: learned(lesson, reference_dropout=0.0),
     "reference dropout 0.3": lambda lesson: learned(lesson, reference_dropout=0.3),
     **{f"{count} references": with_references(count) for count in (1, 2, 8)},

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from ..core.adapter import REFERENCE_MODES, ReferenceMode
 
+# The share of the sampling schedule before which there is no reference, neither in training nor in drawing: there the
+# layout is decided, which is the text's to say.
+REFERENCE_START = 0.3
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -23,6 +27,7 @@ class TrainConfig:
     reference_mode: ReferenceMode = "clean"
     seed: int = 0
     reference_dropout: float = 0.1  # share of examples that see no reference, so that the word learns to stand alone
+    reference_start: float = REFERENCE_START
     weight_decay: float = 1e-2  # of the LoRA; the token has none, decay would pull it out of the vocabulary
     max_gradient_norm: float = 1.0
     loss_scaling: bool = False  # for float16 compute, whose small gradients underflow
@@ -39,6 +44,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number above 0.")
         if not 0 <= self.reference_dropout <= 1:
             raise ValueError(f"reference_dropout is {self.reference_dropout}; it is a share from 0 to 1.")
+        if not 0 <= self.reference_start < 1:
+            raise ValueError(f"reference_start is {self.reference_start}; it is a share from 0 to below 1.")
         if self.lora_learning_rate == self.token_learning_rate == 0:
             raise ValueError("Both learning rates are 0, so nothing would be learned. Raise one of them.")
         if self.reference_mode not in REFERENCE_MODES:

@@ -61,10 +61,10 @@ def _choice(options: Sequence, generator: torch.Generator):
     return options[int(torch.randint(len(options), (), generator=generator))]
 
 
-def group_by_shape(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Split a batch into groups that can be stacked: equal sizes of target and of reference."""
-    groups: dict[tuple, list[Pair]] = {}
-    for pair in pairs:
+def group_by_shape(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Places in a batch of pairs that can be stacked: equal sizes of target and of reference."""
+    groups: dict[tuple, list[int]] = {}
+    for place, pair in enumerate(pairs):
         reference = None if pair.reference is None else pair.reference.latent.shape
-        groups.setdefault((pair.target.latent.shape, reference), []).append(pair)
+        groups.setdefault((pair.target.latent.shape, reference), []).append(place)
     return list(groups.values())

@@ -59,10 +59,13 @@ def train(
         total = 0.0
         for _ in range(config.accumulation):
             batch = list(itertools.islice(pairs, config.batch_size))
-            for group in group_by_shape(batch):
+            levels = torch.randint(len(denoiser.sigmas), (len(batch),), generator=generator)  # uniform, as the model's
+            batch = _without_early_references(batch, levels, (1 - config.reference_start) * len(denoiser.sigmas))
+            for places in group_by_shape(batch):
+                group, sigma = [batch[place] for place in places], denoiser.sigmas.cpu()[levels[places]].to(device)
                 share = len(group) / len(batch) / config.accumulation
                 deltas = lora.deltas(device, compute_dtype)
-                loss = share * _group_loss(denoiser, group, deltas, reference_text, config, generator, device)
+                loss = share * _group_loss(denoiser, group, sigma, deltas, reference_text, config, generator, device)
                 scaler.scale(loss).backward()
                 total += loss.item()
         if not torch.isfinite(torch.tensor(total)):
@@ -79,22 +82,30 @@ def train(
         yield Step(number, total)
 
 
+def _without_early_references(batch: Sequence[Pair], levels: Tensor, first: float) -> list[Pair]:
+    """Let the word stand alone at noise levels from `first` on, which a sampler goes through first."""
+    return [
+        pair if level < first else pair._replace(reference=None)
+        for pair, level in zip(batch, levels.tolist(), strict=True)
+    ]
+
+
 def _group_loss(
     denoiser: Denoiser,
     group: Sequence[Pair],
+    sigma: Tensor,
     deltas: Deltas,
     reference_text: ReferenceText,
     config: TrainConfig,
     generator: torch.Generator,
     device: torch.device,
 ) -> Tensor:
-    """Mean loss of pairs that have one shape. -> ()"""
+    """Mean loss of pairs that have one shape, noised to sigma (b,). -> ()"""
     rows = len(group)
     targets = [pair.target for pair in group]
     captions = [pair.caption for pair in group]
     references = [pair.reference for pair in group if pair.reference is not None]
     latent = _stack(targets, device)  # (b, c, h, w)
-    sigma = _draw_sigma(denoiser, rows, generator, device)  # (b,)
     noisy = denoiser.add_noise(latent, _noise_like(latent, generator), sigma)
 
     bank = None
@@ -123,12 +134,6 @@ def _reference_input(
         return latent, None
     # Noise of its own: shared noise would tell the model where the reference's details go.
     return denoiser.add_noise(latent, _noise_like(latent, generator), sigma), sigma
-
-
-def _draw_sigma(denoiser: Denoiser, rows: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Uniform over the schedule: the timestep distribution that the model itself was trained with. -> (rows,)"""
-    places = torch.randint(len(denoiser.sigmas), (rows,), generator=generator)
-    return denoiser.sigmas.cpu()[places].to(device)
 
 
 def _noise_like(latent: Tensor, generator: torch.Generator) -> Tensor:

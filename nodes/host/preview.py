@@ -11,6 +11,7 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.image_prompt import ImagePrompt
 from ...trainer.captions import TEMPLATES, subject_phrase
+from ...trainer.config import REFERENCE_START
 from .patch import Injection, patch_self_attention
 from .text import clip_with_token
 
@@ -27,7 +28,7 @@ def draw_previews(
         taught.encode_from_tokens_scheduled(taught.tokenize(text))
         for text in (TEMPLATES[0].format(subject_phrase(adapter.info.placeholder, adapter.info.class_word)), "")
     )
-    patched = patch_self_attention(model, full_injection(adapter, prompt))
+    patched = patch_self_attention(model, usual_injection(adapter, prompt))
     latent = torch.zeros(count, *prompt.pictures[0].latent.shape[1:])
     noise = comfy.sample.prepare_noise(latent, seed)
     samples = comfy.sample.sample(
@@ -36,13 +37,13 @@ def draw_previews(
     return vae.decode(samples)
 
 
-def full_injection(adapter: Adapter, prompt: ImagePrompt) -> Injection:
-    """Everywhere, always, at full strength, in the conditional rows."""
+def usual_injection(adapter: Adapter, prompt: ImagePrompt) -> Injection:
+    """What Apply does when nothing is changed on it."""
     return Injection(
         adapter=adapter,
         image_prompt=prompt,
         strength=1.0,
-        start_percent=0.0,
+        start_percent=REFERENCE_START,
         end_percent=1.0,
         rows="conditional",
         blocks=frozenset(adapter.blocks()),

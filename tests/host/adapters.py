@@ -78,11 +78,11 @@ def make_prompt(*sizes: tuple[int, int], seed: int = 0, masks: tuple[Tensor | No
 
 
 def apply(host: Any, model: Any, adapter: Adapter | None = None, prompt: ImagePrompt | None = None, **widgets) -> Any:
-    """The model that comes out of our Apply node."""
+    """The model that comes out of our Apply node, acting from the first step on: few-step runs have no late ones."""
     host.pack_nodes()
     adapter, prompt = adapter or make_adapter(model), prompt or make_prompt()
-    inputs = {"model": model, "adapter": adapter, "image_prompt": prompt}
-    return host.execute("ApplySelfAttnInjection", **inputs, **widgets)[0]
+    inputs = {"model": model, "adapter": adapter, "image_prompt": prompt, "start_percent": 0.0}
+    return host.execute("ApplySelfAttnInjection", **{**inputs, **widgets})[0]
 
 
 def sample(host: Any, model: Any, *, batch: int = 1, size: tuple[int, int] = (8, 8), **widgets) -> Tensor:

@@ -41,6 +41,12 @@ def test_reference_dropout_is_a_share(value):
         TrainConfig(reference_dropout=value)
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+def test_reference_start_is_a_share_below_one(value):
+    with pytest.raises(ValueError, match=f"reference_start is {value}; it is a share"):
+        TrainConfig(reference_start=value)
+
+
 def test_one_learning_rate_may_be_zero_but_not_both():
     TrainConfig(lora_learning_rate=0)
     TrainConfig(token_learning_rate=0)

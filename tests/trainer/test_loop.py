@@ -16,7 +16,7 @@ from sa_inject.trainer.loop import Diverged, Step, train
 from sa_inject.trainer.objective import network_loss
 from tests.trainer.tiny_denoiser import CPU, REFERENCE_CAPTION, Subject, TinyDenoiser, example, fresh_subject
 
-FAST = {"lora_learning_rate": 1e-2, "token_learning_rate": 1e-2, "reference_dropout": 0.0}
+FAST = {"lora_learning_rate": 1e-2, "token_learning_rate": 1e-2, "reference_dropout": 0.0, "reference_start": 0.0}
 
 
 def run(subject: Subject, data: TrainingSet, **settings) -> Iterator[Step]:
@@ -289,8 +289,8 @@ def naive_losses(subject: Subject, pairs: Sequence[Pair], mode: str, noised: Seq
     """The loss of every pair on its own, from the chance that the loop drew: for each group that of the targets, and
     when it is matched that of the references."""
     calls, found = iter(noised), []
-    for group in group_by_shape(pairs):
-        drawn = next(calls)
+    for places in group_by_shape(pairs):
+        group, drawn = [pairs[place] for place in places], next(calls)
         with_noise = mode == "matched" and group[0].reference is not None
         drawn_for_references = next(calls) if with_noise else None
         for row, one in enumerate(group):
@@ -347,6 +347,15 @@ def test_clean_reference_is_read_without_noise():
         assert read.sigma is None
         assert any(torch.equal(read.latent, e.latent) for e in data.examples)
         assert not torch.equal(read.latent, target.latent)
+
+
+def test_no_reference_is_read_at_the_noise_levels_before_its_start():
+    subject = fresh_subject(Recording)
+    losses(subject, pictures(), steps=30, reference_start=0.4)
+    first = subject.denoiser.sigmas[12]  # of 20, 60 % lie below
+    late = [bool(call.sigma < first) for call in subject.denoiser.noised]
+    assert len(late) == 30 and 5 < sum(late) < 25
+    assert len(subject.denoiser.read) == sum(late)
 
 
 def test_masks_stand_beside_ones_for_pictures_without():
