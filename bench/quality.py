@@ -4,6 +4,7 @@ that never saw a generated picture says what came out.
     python bench/quality.py                 everything, for hours; goes on where it was stopped
     python bench/quality.py --part main     one part: rates, choices, main or ablations
     python bench/quality.py --quick         minutes: one subject, few steps and pictures
+    python bench/quality.py --share 0/4     a quarter of the cells; three more processes with 1/4 to 3/4 do the rest
     python bench/quality.py --report        tables and plots of what has been measured so far
 
 Results are kept cell by cell in bench/results/quality/cells.jsonl. The judge has to have learned first:
@@ -65,6 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scheduler", default="karras")
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16; on a CPU float32")
+    parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N", help="every Nth cell, from the Ith on")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -73,6 +75,14 @@ def arguments() -> argparse.Namespace:
     # Only some processors can multiply in bfloat16; the others are a hundred times slower with it.
     options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     return options
+
+
+def share(text: str) -> tuple[int, int]:
+    """Which part of the work this process does: "2/8" is the third of eight."""
+    own, count = map(int, text.split("/"))
+    if not 0 <= own < count:
+        raise ValueError
+    return own, count
 
 
 class Bench:
@@ -90,8 +100,13 @@ class Bench:
         checkpoint = demo_checkpoint()
         with torch.inference_mode():
             model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-                str(checkpoint), embedding_directory=folder_paths.get_folder_paths("embeddings")
+                str(checkpoint),
+                embedding_directory=folder_paths.get_folder_paths("embeddings"),
+                # On CUDA the host would choose float16, which a full fine-tune cannot learn in.
+                model_options={"dtype": torch.float32},
+                te_model_options={"dtype": torch.float32},
             )
+        self.asked = 0
         self.host, self.options, self.cells = host, options, cells
         self.models = Models(model, clip, vae, getattr(torch, options.dtype))
         self.judge = Judge()
@@ -193,15 +208,17 @@ class Bench:
         subject: Any,
         pictures: int,
         bystanders: int,
-    ) -> Cell:
-        """Teach, draw and score, unless that is known already."""
+    ) -> Cell | None:
+        """Teach, draw and score, unless that is known already, or left to another process."""
         from _methods import Lesson, Method, draw, timed
         from _scores import base_fidelity, score
         from _subjects import bystander_scenes, texts_of
 
         key = self.key(part, name, subject, rates=list(rates), pictures=pictures, prompts=len(subject.prompts))
+        own, count = self.options.share
+        self.asked += 1
         known = self.cells.find(key)
-        if known is not None:
+        if known is not None or self.asked % count != own:
             return known
         start = time.perf_counter()
         lesson = Lesson(self.host, self.models, subject, self.settings, *rates)

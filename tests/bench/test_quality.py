@@ -140,6 +140,15 @@ def test_a_line_that_was_cut_off_loses_that_cell_only(tmp_path, subjects):
     assert [cell["scores"] for cell in Cells(path).all()] == [1, 2]
 
 
+def test_shares_are_told_apart_and_those_that_do_not_exist_refused(subjects):
+    from quality import share
+
+    assert share("2/8") == (2, 8)
+    for wrong in ("8/8", "-1/4", "1", "a/b"):
+        with pytest.raises(ValueError):
+            share(wrong)
+
+
 def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
     from _cells import Cells
     from _quality_report import report
