@@ -39,7 +39,7 @@ class ApplySelfAttnInjection(io.ComfyNode):
                     step=0.01,
                     tooltip="When injection begins, as a share of the sampling schedule. 0.3 is what the adapter was "
                     "trained with and leaves the layout to the text; 0 is the first step, and the layout of the "
-                    "pictures comes through; 0.6 leaves fine detail alone. From end_percent on nothing is injected.",
+                    "pictures comes through; 0.6 adds only detail. From end_percent on nothing is injected.",
                 ),
                 io.Float.Input(
                     "end_percent",
