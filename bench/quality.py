@@ -14,6 +14,7 @@ python -m demo.base.judge train.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -49,7 +50,8 @@ def main() -> None:
             getattr(bench, part)()
     from _quality_report import report
 
-    print_json(report(bench.cells, folder, bench.base, bench.settings, options.quick))
+    everyones = Cells(folder / "cells.jsonl")  # read again: other processes may have added theirs
+    print_json(report(everyones, folder, bench.base, bench.settings, options.quick))
 
 
 def arguments() -> argparse.Namespace:
@@ -106,7 +108,7 @@ class Bench:
                 model_options={"dtype": torch.float32},
                 te_model_options={"dtype": torch.float32},
             )
-        self.asked = 0
+        self.numbers = itertools.count()
         self.host, self.options, self.cells = host, options, cells
         self.models = Models(model, clip, vae, getattr(torch, options.dtype))
         self.judge = Judge()
@@ -215,10 +217,8 @@ class Bench:
         from _subjects import bystander_scenes, texts_of
 
         key = self.key(part, name, subject, rates=list(rates), pictures=pictures, prompts=len(subject.prompts))
-        own, count = self.options.share
-        self.asked += 1
-        known = self.cells.find(key)
-        if known is not None or self.asked % count != own:
+        known, is_ours = self.cells.find(key), self.is_ours()
+        if known is not None or not is_ours:
             return known
         start = time.perf_counter()
         lesson = Lesson(self.host, self.models, subject, self.settings, *rates)
@@ -254,6 +254,11 @@ class Bench:
         )
         return self.cells.add(key, value)
 
+    def is_ours(self) -> bool:
+        """Whether the next cell is of this process's share; known ones count too, so that all count alike."""
+        own, count = self.options.share
+        return next(self.numbers) % count == own
+
     def ceiling(self, subject: Any) -> None:
         """Real scenes of what is asked for, as they are and after the autoencoder."""
         from _scores import score
@@ -263,7 +268,7 @@ class Bench:
         real = [render(scene) for scene in subject.prompts]
         for name, images in (("real scenes", real), ("real, autoencoded", self.autoencoded(real))):
             key = self.key("main", name, subject, prompts=len(subject.prompts))
-            if self.cells.find(key) is None:
+            if self.is_ours() and self.cells.find(key) is None:
                 self.keep_pictures("main", name, subject, images)
                 self.cells.add(key, {"scores": score(self.judge, subject, images, subject.prompts)._asdict()})
 

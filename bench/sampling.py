@@ -126,7 +126,6 @@ def bench(host: Any, geometry: str, options: argparse.Namespace) -> dict[str, An
         "plain multiply-adds of a step": limit.plain,
         "bank of one reference, MB": limit.bank_bytes(1, masked=False) / 1e6,
         "bank of one reference with a quarter mask, MB": limit.bank_bytes(1, masked=True) / 1e6,
-        "kept after a run, MB": kept_after_a_run(sampling, chosen[0]) / 1e6,
         "environment": environment(),
         "rows": rows,
     }
@@ -147,6 +146,7 @@ def bench(host: Any, geometry: str, options: argparse.Namespace) -> dict[str, An
         rows[0]["UNet passes"] = rows[1]["plain UNet passes"]
         keep(*file)
         print(f"  {geometry}: {variant.name}, {row['ratio']:.3f} of plain", flush=True)
+    result["kept after a run, MB"] = kept_after_a_run(sampling, chosen[0]) / 1e6
     publish(*file)
     return result
 

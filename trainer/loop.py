@@ -54,15 +54,16 @@ def train(
         ]
     )
     trainables = [*lora.parameters(), *tokens]
+    sigmas = denoiser.sigmas.cpu()  # ascending
     scaler = torch.amp.GradScaler(device.type, enabled=config.loss_scaling)
     for number in range(1, config.steps + 1):
         total = 0.0
         for _ in range(config.accumulation):
             batch = list(itertools.islice(pairs, config.batch_size))
-            levels = torch.randint(len(denoiser.sigmas), (len(batch),), generator=generator)  # uniform, as the model's
-            batch = _without_early_references(batch, levels, (1 - config.reference_start) * len(denoiser.sigmas))
+            levels = torch.randint(len(sigmas), (len(batch),), generator=generator)  # uniform, as the model's
+            batch = _without_early_references(batch, levels, (1 - config.reference_start) * len(sigmas))
             for places in group_by_shape(batch):
-                group, sigma = [batch[place] for place in places], denoiser.sigmas.cpu()[levels[places]].to(device)
+                group, sigma = [batch[place] for place in places], sigmas[levels[places]].to(device)
                 share = len(group) / len(batch) / config.accumulation
                 deltas = lora.deltas(device, compute_dtype)
                 loss = share * _group_loss(denoiser, group, sigma, deltas, reference_text, config, generator, device)
