@@ -47,6 +47,7 @@ class Lesson:
     settings: Settings
     rate: float
     word_rate: float = 0.0
+    negative: Any = None  # see `unprompted`
 
     def pictures(self) -> Tensor:
         """(b, h, w, c) in 0..1, as ComfyUI has them."""
@@ -272,13 +273,13 @@ def size_of(tensors: dict[str, Tensor]) -> tuple[int, int]:
 def sample(lesson: Lesson, taught: Taught, text: str, pictures: int, seed: int) -> Tensor:
     """Latents of so many pictures of one prompt, by the host's KSampler. -> (pictures, c, h, w)"""
     host, settings = lesson.host, lesson.settings
-    positive, negative = (host.execute("CLIPTextEncode", clip=taught.clip, text=words)[0] for words in (text, ""))
+    positive = host.execute("CLIPTextEncode", clip=taught.clip, text=text)[0]
     empty = host.execute("EmptyLatentImage", width=IMAGE_SIZE, height=IMAGE_SIZE, batch_size=pictures)[0]
     return host.execute(
         "KSampler",
         model=taught.model,
         positive=positive,
-        negative=negative,
+        negative=unprompted(lesson),
         latent_image=empty,
         seed=seed,
         steps=settings.sampler_steps,
@@ -287,6 +288,13 @@ def sample(lesson: Lesson, taught: Taught, text: str, pictures: int, seed: int) 
         scheduler=settings.scheduler,
         denoise=1.0,
     )[0]["samples"]
+
+
+def unprompted(lesson: Lesson) -> Any:
+    """Conditioning of the empty prompt, which no learned word changes; encoded once for a lesson."""
+    if lesson.negative is None:
+        lesson.negative = lesson.host.execute("CLIPTextEncode", clip=lesson.models.clip, text="")[0]
+    return lesson.negative
 
 
 def draw(lesson: Lesson, taught: Taught, texts: Sequence[str], pictures: int) -> list[Image.Image]:
