@@ -124,14 +124,14 @@ class WholePass(ReferenceRecorder):
 class BaseProjections(WholePass):
     """Hands over what the frozen weights project, from hidden states that the LoRA has changed (as BootPIG tried)."""
 
-    def _handed_over(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
+    def handed_over(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
         return KV(k, v)
 
 
 class WholeValues(ReferenceRecorder):
     """Hands over values of the frozen weights and the LoRA together: untrained, they are not silent."""
 
-    def _handed_over(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
+    def handed_over(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
         return KV(k + self._deltas[key, "to_k"](hidden), v + self._deltas[key, "to_v"](hidden))
 
 

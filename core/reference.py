@@ -51,7 +51,7 @@ class ReferenceRecorder:
         self, wanted: Collection[BlockKey], last: BlockKey, deltas: Deltas, attend: Attention, stop_early: bool = True
     ) -> None:
         self.bank: dict[BlockKey, Recorded] = {}
-        self._wanted = frozenset(wanted)
+        self.wanted = frozenset(wanted)
         self._last = last
         self._deltas = deltas
         self._attend = attend
@@ -60,15 +60,9 @@ class ReferenceRecorder:
     def transformer_options(self, blocks: Collection[BlockKey]) -> dict[str, Any]:
         """The private options of the reference pass; `blocks` are all self-attention layers of the UNet."""
         return {
-            "patches": {"attn1_patch": [self._keep_hidden]},
+            "patches": {"attn1_patch": [keep_hidden]},
             "patches_replace": {"attn1": dict.fromkeys(blocks, self._attention)},
         }
-
-    def _keep_hidden(
-        self, hidden: Tensor, context: Tensor, value: Tensor, extra_options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        extra_options[HIDDEN] = hidden
-        return hidden, context, value
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         self._record(k, v, extra_options)
@@ -76,15 +70,23 @@ class ReferenceRecorder:
 
     def _record(self, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> None:
         key = block_key(extra_options)
-        if key in self._wanted:
+        if key in self.wanted:
             height, width = extra_options["activations_shape"][-2:]
-            self.bank[key] = Recorded(self._handed_over(k, v, extra_options[HIDDEN], key), height, width)
+            self.bank[key] = Recorded(self.handed_over(k, v, extra_options[HIDDEN], key), height, width)
         if self._stop_early and key == self._last:
             raise ReferencePassComplete
 
-    def _handed_over(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
+    def handed_over(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
         """k_r = (W_k + dW_k) z_r and v_r = dW_v z_r; k and v are what the frozen projections made of z_r."""
         return KV(k + self._deltas[key, "to_k"](hidden), self._deltas[key, "to_v"](hidden))
+
+
+def keep_hidden(
+    hidden: Tensor, context: Tensor, value: Tensor, extra_options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A patch that changes nothing, and keeps what the projections of a self-attention are about to read."""
+    extra_options[HIDDEN] = hidden
+    return hidden, context, value
 
 
 def block_key(extra_options: dict[str, Any]) -> BlockKey:

@@ -15,7 +15,7 @@ from ...core.kv import KV, BlockKey, KVBank
 from ...core.lora import Deltas
 from ...core.masks import kept_tokens
 from ...core.reference import Recorded, ReferenceRecorder, run_to_last_layer, select_tokens
-from .unet import network_inputs
+from .unet import NetworkInputs, network_inputs
 
 UnetCall = Callable[..., Tensor]  # (x, timestep, context, y, control, transformer_options)
 
@@ -54,16 +54,16 @@ def read_image_prompt(
     for group in _same_size(prompt.pictures):
         recorder = ReferenceRecorder(order, order[-1], deltas, host_attention(attention_options))
         pictures = [prompt.pictures[place] for place in group]
-        inputs = _inputs(base, adapter, pictures, group, sigma, noise_seed, like)
+        inputs = reference_inputs(base, adapter, pictures, group, sigma, noise_seed, like)
         options = {**recorder.transformer_options(adapter.blocks()), **attention_options}
         bank = run_to_last_layer(lambda inputs=inputs, options=options: unet(*inputs, None, options), recorder)
         for key in order:
             for row, place in enumerate(group):
-                parts[key].append((place, _tokens_of(bank[key], row, prompt.pictures[place])))
+                parts[key].append((place, tokens_of(bank[key], row, prompt.pictures[place])))
     return {key: _in_order(parts[key]) for key in order}
 
 
-def _inputs(
+def reference_inputs(
     base: Any,
     adapter: Adapter,
     pictures: Sequence[Picture],
@@ -71,7 +71,8 @@ def _inputs(
     sigma: float | None,
     noise_seed: int,
     like: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> NetworkInputs:
+    """What the UNet is called with to read pictures of one size; `places` are theirs in the image prompt."""
     latent = base.process_latent_in(torch.cat([p.latent for p in pictures])).to(like.device, torch.float32)
     sampling = base.model_sampling
     level = float(sampling.sigma_min) if sigma is None else sigma
@@ -108,13 +109,17 @@ def _stack_texts(texts: Sequence[ReferenceText], device: torch.device) -> Refere
     )
 
 
-def _tokens_of(recorded: Recorded, row: int, picture: Picture) -> KV:
+def tokens_of(recorded: Recorded, row: int, picture: Picture) -> KV:
+    """What one picture of a batch hands over, without its masked-out tokens. -> (1, m, heads*d) each"""
     if picture.mask is None:
         return select_tokens(recorded.kv, row, None)
     return select_tokens(recorded.kv, row, kept_tokens(picture.mask, recorded.height, recorded.width))
 
 
 def _in_order(parts: list[tuple[int, KV]]) -> KV:
-    """Join pictures in the order in which they were given. -> (1, m, heads*d)"""
-    ordered = [kv for _, kv in sorted(parts, key=lambda part: part[0])]
-    return KV(torch.cat([kv.k for kv in ordered], dim=1), torch.cat([kv.v for kv in ordered], dim=1))
+    return lined_up([kv for _, kv in sorted(parts, key=lambda part: part[0])])
+
+
+def lined_up(pictures: Sequence[KV]) -> KV:
+    """Join what pictures hand over, in the order in which they were given. -> (1, m, heads*d)"""
+    return KV(torch.cat([kv.k for kv in pictures], dim=1), torch.cat([kv.v for kv in pictures], dim=1))

@@ -22,8 +22,9 @@ from ...core.injection import Reference, added
 from ...core.kv import BlockKey, KVBank
 from ...core.lora import Deltas
 from ...core.masks import token_weights
-from ...core.reference import block_key
-from .bank import host_attention, read_image_prompt
+from ...core.reference import ReferenceRecorder, block_key, keep_hidden
+from .bank import host_attention, read_image_prompt, reference_inputs
+from .joined import JoinedPictures, LargerCall
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,17 @@ class Injection:
     area: Tensor | None  # (h, w) in 0..1: where in the picture the reference may act
 
     @property
+    def is_matched(self) -> bool:
+        return self.adapter.info.reference_mode == "matched"
+
+    @property
     def asks_for_noise_level(self) -> bool:
-        return self.adapter.info.reference_mode == "matched" or self.start_percent > 0 or self.end_percent < 1
+        return self.is_matched or self.start_percent > 0 or self.end_percent < 1
+
+    @property
+    def reads_to_the_end(self) -> bool:
+        """Whether a reference pass of its own could stop no earlier than the UNet does."""
+        return self.adapter.info.layers[-1].key in self.blocks
 
     def active_at(self, sigma: float | None, sampling: Any) -> bool:
         """Asked while sampling, for a node after ours may have changed the schedule."""
@@ -73,6 +83,21 @@ class SamplingRun:
     deltas: dict[tuple, Deltas] = field(default_factory=dict)
     areas: dict[tuple, Tensor] = field(default_factory=dict)
     stepped_aside: dict[str, set[BlockKey]] = field(default_factory=dict)  # no blocks: in the whole call
+
+    def bank_key(self, injection: Injection, sigma: float | None, x: Tensor) -> tuple:
+        """What a bank for this call is found by. Banks of another noise level are dropped: there is one at a time."""
+        place = (id(injection), x.device, x.dtype)
+        key = (*place, sigma if injection.is_matched else None)
+        for stale in [k for k in self.banks if k[:3] == place and k != key]:
+            del self.banks[stale]
+        return key
+
+    def deltas_of(self, adapter: Adapter, x: Tensor) -> Deltas:
+        """The adapter's LoRA where x is, and in its precision."""
+        key = (id(adapter), x.device, x.dtype)
+        if key not in self.deltas:
+            self.deltas[key] = adapter.lora.deltas(x.device, x.dtype)
+        return self.deltas[key]
 
     def area_weights(self, injection: Injection, height: int, width: int, device: torch.device) -> Tensor:
         """The area mask of an injection at one layer's size: (height*width,), the same at every step."""
@@ -164,6 +189,7 @@ class SelfAttentionInjection:
         chunk_count = len(options.get("cond_or_uncond") or [CONDITIONAL])
         conditional = run.conditional_chunks(options)
         is_part = run.size not in (None, tuple(positional[0].shape[-2:]))
+        call = LargerCall(executor, positional, kwargs, options)
         sources = []
         for injection in self.injections:
             chunks = frozenset(range(chunk_count)) if injection.rows == "both" else conditional
@@ -172,38 +198,50 @@ class SelfAttentionInjection:
             if is_part and injection.area is not None:
                 run.step_aside("they draw only a part of the picture, so the area mask cannot be placed")
                 continue
-            bank = self._bank(run, injection, sigma, executor.original, positional[0], options)
+            bank = self._bank(run, injection, sigma, executor.original, call, positional[0], options)
             sources.append(_Source(injection, chunks, bank))
         if sources:
-            options = _with_injection(options, sources, chunk_count, run)
-        return executor(*positional, options, **kwargs)
+            options = _with_injection(options, sources, chunk_count, run, list(call.pictures.values()))
+        out = executor(*call.arguments, options, **kwargs)
+        run.banks.update((key, pictures.bank) for key, pictures in call.pictures.items())
+        return out[: len(positional[0])] if call.pictures else out
 
     def _bank(
-        self, run: SamplingRun, injection: Injection, sigma: float | None, unet: Any, x: Tensor, options: dict
+        self,
+        run: SamplingRun,
+        injection: Injection,
+        sigma: float | None,
+        unet: Any,
+        call: LargerCall,
+        x: Tensor,
+        options: dict,
     ) -> KVBank:
-        matched = injection.adapter.info.reference_mode == "matched"
-        level = sigma if matched else None
-        place = (id(injection), x.device, x.dtype)
-        key = (*place, level)
-        if key not in run.banks:
-            for stale in [k for k in run.banks if k[:3] == place]:
-                del run.banks[stale]  # one noise level at a time
-            adapter = injection.adapter
-            weights = (id(adapter), x.device, x.dtype)
-            if weights not in run.deltas:
-                run.deltas[weights] = adapter.lora.deltas(x.device, x.dtype)
-            run.banks[key] = uncompiled_read_image_prompt(
-                unet,
-                self.base,
-                adapter,
-                injection.image_prompt,
-                sigma=level,
-                noise_seed=run.seed,
-                blocks=injection.blocks,
-                deltas=run.deltas[weights],
-                like=x,
-                attention_options=_attention_override(options),
-            )
+        """The bank for this call: there already, read now, or one that fills as the pictures go through with x."""
+        key = run.bank_key(injection, sigma, x)
+        if key in run.banks:
+            return run.banks[key]
+        adapter, prompt = injection.adapter, injection.image_prompt
+        level = sigma if injection.is_matched else None
+        deltas = run.deltas_of(adapter, x)
+        if injection.is_matched and injection.reads_to_the_end and call.may_take(prompt):
+            places = range(len(prompt.pictures))
+            inputs = reference_inputs(self.base, adapter, prompt.pictures, places, level, run.seed, x)
+            last = adapter.info.layers[-1].key
+            recorder = ReferenceRecorder(injection.blocks, last, deltas, host_attention(options))
+            if call.join(key, prompt, inputs, recorder):
+                return call.pictures[key].bank
+        run.banks[key] = uncompiled_read_image_prompt(
+            unet,
+            self.base,
+            adapter,
+            prompt,
+            sigma=level,
+            noise_seed=run.seed,
+            blocks=injection.blocks,
+            deltas=deltas,
+            like=x,
+            attention_options=_attention_override(options),
+        )
         return run.banks[key]
 
 
@@ -215,16 +253,23 @@ class _Source:
 
 
 def _with_injection(
-    options: dict[str, Any], sources: Sequence[_Source], chunk_count: int, run: SamplingRun
+    options: dict[str, Any],
+    sources: Sequence[_Source],
+    chunk_count: int,
+    run: SamplingRun,
+    joined: Sequence[JoinedPictures],
 ) -> dict[str, Any]:
     """Copy the call's options and put the injection over every block that a bank covers."""
+    patches = options.get("patches", {})
+    if joined:
+        patches = {**patches, "attn1_patch": [keep_hidden]}
     replaced = options.get("patches_replace", {})
     attn1 = dict(replaced.get("attn1", {}))
     runs = _runs_of_equal_sources(sources, chunk_count)
-    for key in {key for source in sources for key in source.bank}:
+    for key in {key for source in sources for key in source.injection.blocks}:
         earlier = attn1.get(tuple(key)) or attn1.get((key.stage, key.index))
-        attn1[tuple(key)] = _InjectedAttention(runs, chunk_count, earlier, run)
-    return {**options, "patches_replace": {**replaced, "attn1": attn1}}
+        attn1[tuple(key)] = _InjectedAttention(runs, chunk_count, earlier, run, joined)
+    return {**options, "patches": patches, "patches_replace": {**replaced, "attn1": attn1}}
 
 
 class _InjectedAttention:
@@ -236,11 +281,13 @@ class _InjectedAttention:
         chunk_count: int,
         earlier: AttentionPatch | None,
         run: SamplingRun,
+        joined: Sequence[JoinedPictures],
     ) -> None:
         self._runs = runs
         self._chunk_count = chunk_count
         self._earlier = earlier
         self._run = run
+        self._joined = joined
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         key = block_key(extra_options)
@@ -251,7 +298,10 @@ class _InjectedAttention:
         if q.shape[0] != k.shape[0]:
             # Tiling nodes fold tiles of q into the batch and leave k and v whole; the kernels would reshape them so.
             k, v = (x.reshape(q.shape[0], -1, x.shape[-1]) for x in (k, v))
-        rows = q.shape[0] // self._chunk_count
+        for pictures in self._joined:
+            pictures.record(key, k, v, extra_options)
+        own_rows = self._joined[0].rows.start if self._joined else q.shape[0]
+        rows = own_rows // self._chunk_count
         given = [
             (slice(chunks.start * rows, chunks.stop * rows), self._references(sources, key, q, extra_options))
             for chunks, sources in self._runs

@@ -25,7 +25,7 @@ class NetworkInputs(NamedTuple):
 
     x: Tensor
     timestep: Tensor
-    context: Tensor | None
+    context: Tensor
     y: Tensor | None
 
 

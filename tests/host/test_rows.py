@@ -1,9 +1,11 @@
 """Which rows, tokens, steps and parts of the picture see the reference, for every way in which a UNet gets called."""
 
 import logging
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from sa_inject.core.kv import KV  # pyright: ignore[reportMissingImports]
 from tests.host.adapters import (
@@ -186,6 +188,21 @@ def unet_calls(model, spy: Spy, draw) -> tuple[int, int]:
     return len(spy.calls), len(calls) - len(spy.calls)
 
 
+class Drawn(NamedTuple):
+    drawn: Tensor
+    rows: list[int]  # of every call of the UNet, reference passes too
+
+
+def count_unet_rows(model, draw) -> Drawn:
+    rows: list[int] = []
+    first = model.model.diffusion_model.input_blocks[0][0]
+    hook = first.register_forward_hook(lambda module, inputs, out: rows.append(len(out)))
+    try:
+        return Drawn(draw(), rows)
+    finally:
+        hook.remove()
+
+
 @pytest.mark.parametrize(
     "mode, sampler, passes", [("clean", "euler", 1), ("matched", "euler", 3), ("matched", "heun", 3)]
 )
@@ -198,6 +215,40 @@ def test_the_picture_is_read_once_a_run_or_once_a_noise_level(comfy_host, model,
         model, spy, lambda: sample(comfy_host, patched, steps=3, sampler_name=sampler, negative=negative)
     )
     assert found == ({"euler": 6, "heun": 10}[sampler], passes)
+
+
+@pytest.fixture
+def looked_at():
+    """A model in whose UNet calls another pack has a patch that changes nothing."""
+
+    def patched(model):
+        model = model.clone()
+        model.set_model_attn2_output_patch(lambda out, options: out)
+        return model
+
+    return patched
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd2_v", "sdxl"])
+@pytest.mark.parametrize("rows", ["conditional", "both"])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_pictures_that_are_rows_of_the_call_say_what_a_pass_of_their_own_says(
+    comfy_host, looked_at, kind, rows, sampler
+):
+    model = base_model(comfy_host, kind)
+    mask = torch.zeros(8, 8)
+    mask[:, 2:5] = 1
+    prompt = make_prompt((8, 8), (8, 8), masks=(None, mask))
+    patched = apply(comfy_host, model, make_adapter(model, "matched"), prompt, rows=rows)
+    together = {"batch": 2, "steps": 3, "sampler_name": sampler}
+    calls = count_unet_rows(model, lambda: sample(comfy_host, patched, **together))
+    apart = count_unet_rows(model, lambda: sample(comfy_host, looked_at(patched), **together))
+    levels = 3  # heun comes to two of them twice, and finds what the pictures said there
+    assert calls.rows == [6] * levels if sampler == "euler" else sorted(calls.rows) == [4] * 2 + [6] * levels
+    assert sorted(apart.rows) == [2] * levels + [4] * len(calls.rows)
+    assert relative_error(calls.drawn, apart.drawn) < 1e-4
+    plain = sample(comfy_host, model, **together)
+    assert relative_error(calls.drawn, plain) > 0.01
 
 
 def test_a_second_run_reads_the_picture_again(comfy_host, model):

@@ -1,0 +1,76 @@
+"""The reference pass of matched mode as further rows of the picture's own UNet call.
+
+A noised reference has to be read at every step. In a call of its own that launches every kernel twice; as rows of the
+call that is made anyway it only gives the kernels more to do. What comes out is the same. It can be done where the rows
+fit into one batch, and where nobody else looks into the call and would count them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...core.image_prompt import ImagePrompt
+from ...core.kv import BlockKey, KVBank
+from ...core.reference import HIDDEN, Recorded, ReferenceRecorder
+from .bank import lined_up, tokens_of
+from .unet import NetworkInputs
+
+
+class JoinedPictures(NamedTuple):
+    """An image prompt whose pictures are rows of a UNet call; the bank fills while that runs."""
+
+    prompt: ImagePrompt
+    recorder: ReferenceRecorder
+    rows: slice
+    bank: KVBank
+
+    def record(self, key: BlockKey, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> None:
+        """Keep what they hand over at one layer, if it is wanted. k and v (rows of the call, n, heads*d)"""
+        if key not in self.recorder.wanted:
+            return
+        kv = self.recorder.handed_over(k[self.rows], v[self.rows], extra_options[HIDDEN][self.rows], key)
+        recorded = Recorded(kv, *extra_options["activations_shape"][-2:])
+        pictures = enumerate(self.prompt.pictures)
+        self.bank[key] = lined_up([tokens_of(recorded, row, picture) for row, picture in pictures])
+
+
+class LargerCall:
+    """A UNet call (x, timestep, context, y, control) that image prompts can be joined to."""
+
+    def __init__(self, executor: Any, arguments: Sequence[Any], rest: dict[str, Any], options: dict[str, Any]) -> None:
+        self.arguments = [*arguments, None, None, None][:5]
+        self.pictures: dict[tuple, JoinedPictures] = {}  # by the keys of their banks
+        is_innermost = executor.idx + 1 == len(executor.wrappers)
+        is_patched = any(options.get("patches", {}).values()) or any(options.get("patches_replace", {}).values())
+        self._is_open = is_innermost and not is_patched and not rest and self.arguments[4] is None
+
+    def may_take(self, prompt: ImagePrompt) -> bool:
+        """Whether nothing speaks against it that is known before the pictures are noised and their text is ready."""
+        size = self.arguments[0].shape[-2:]
+        is_alike = all(picture.latent.shape[-2:] == size for picture in prompt.pictures)
+        return self._is_open and is_alike and not torch.compiler.is_compiling()
+
+    def join(self, key: tuple, prompt: ImagePrompt, inputs: NetworkInputs, recorder: ReferenceRecorder) -> bool:
+        """Add the pictures as rows, unless they are of another kind than those of the call.
+
+        Tokens of a text that are there several times weigh as much as once, so a shorter text is repeated to the
+        length of a longer one, as ComfyUI does itself.
+        """
+        x, timestep, context, y, control = self.arguments
+        times, left = divmod(context.shape[1], inputs.context.shape[1])
+        if left or not times or x.shape[1:] != inputs.x.shape[1:] or (y is None) != (inputs.y is None):
+            return False
+        self.arguments = [
+            torch.cat([x, inputs.x]),
+            torch.cat([timestep, inputs.timestep.to(timestep)]),
+            torch.cat([context, inputs.context.repeat(1, times, 1)]),
+            None if y is None else torch.cat([y, inputs.y]),
+            control,
+        ]
+        rows = slice(len(x), len(x) + len(inputs.x))
+        self.pictures[key] = JoinedPictures(prompt, recorder, rows, {})
+        return True
