@@ -31,6 +31,7 @@ COLUMNS = (
     "harmonic",
     "copying",
     "forgetting",
+    "loss",
     "parameters",
     "file MB",
     "training s",
@@ -116,8 +117,21 @@ def main_rows(cells: Sequence[Cell]) -> list[Row]:
         before = {s: c["base_fidelity"] for s, c in methods.get("base", {}).items() if "base_fidelity" in c}
         if kept and before:
             row["forgetting"] = with_interval(paired(before, kept))
+        losses = relative_losses(subjects, methods.get("base", {}))
+        if losses:
+            row["loss"] = with_interval(bootstrap(losses))
         rows.append(row)
     return rows
+
+
+def relative_losses(subjects: dict[str, Cell], base: dict[str, Cell]) -> list[float]:
+    """The loss on unseen real scenes, as a share of the base model's: the mean over noise levels, for each subject."""
+    found = []
+    for subject in subjects.keys() & base.keys():
+        ours, theirs = (cells[subject].get("unseen_loss") for cells in (subjects, base))
+        if ours and theirs:
+            found.append(sum(a / b for a, b in zip(ours, theirs, strict=True)) / len(ours))
+    return found
 
 
 def scores_of(subjects: dict[str, Cell]) -> Row:

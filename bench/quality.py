@@ -215,6 +215,7 @@ class Bench:
         from _methods import Lesson, Method, draw, timed
         from _scores import base_fidelity, score
         from _subjects import bystander_scenes, texts_of
+        from _unseen import unseen_loss
 
         key = self.key(part, name, subject, rates=list(rates), pictures=pictures, prompts=len(subject.prompts))
         known, is_ours = self.cells.find(key), self.is_ours()
@@ -234,6 +235,7 @@ class Bench:
             "training_seconds": round(seconds, 2),
             "added_bytes": memory,
             "seconds_per_image": round(per_image, 3),
+            "unseen_loss": [round(loss, 6) for loss in unseen_loss(lesson, taught)],
         }
         if bystanders:
             scenes = bystander_scenes(bystanders)

@@ -177,6 +177,7 @@ def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
                     "added_bytes": 0,
                     "seconds_per_image": 1.0,
                     "base_fidelity": 0.9 if method == "base" else 0.7,
+                    "unseen_loss": [0.2, 0.4] if method == "base" else [0.1, 0.1],
                 },
             )
     result = report(cells, tmp_path, "x", settings, quick=True)
@@ -187,5 +188,6 @@ def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
     assert verdict["full fine-tune"]["difference"].startswith("0.050 (0.050")
     ours = next(row for row in result["rows"] if row["method"] == "ours, clean")
     assert ours["forgetting"].startswith("0.200")
+    assert ours["loss"].startswith("0.375"), "the mean of a half and a quarter"
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
     assert "ours, clean" in (tmp_path / "quality.md").read_text()

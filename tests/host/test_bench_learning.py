@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, import_folder
+from tests.demo.conftest import artwork  # noqa: F401  # a fixture
 from tests.host.test_train import pictures
 
 STEPS = 8
@@ -91,3 +92,33 @@ def test_half_precision_computes_with_what_it_has_learned(lesson):
     still, learning = losses(1e-30), losses(1e-4)
     assert learning[0] == still[0]
     assert learning[2] != still[2]
+
+
+def test_unseen_loss_is_the_error_of_the_predicted_noise(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
+    import numpy as np
+    from _learn import Models
+    from _methods import Lesson, base_model
+    from _subjects import Settings, make_subject, table_artworks
+    from _unseen import LEVELS, SEED, unseen_loss
+
+    from demo.base.world import render
+
+    model, clip, vae = load_checkpoint("sd15")
+    subject = make_subject(table_artworks(1)[0], prompts=3)
+    lesson = Lesson(comfy_host, Models(model, clip, vae, torch.float32), subject, Settings(1, 1, 1, 1.0), 0.0)
+    found = unseen_loss(lesson, base_model(lesson))
+    assert len(found) == len(LEVELS)
+
+    texts = subject.prompt_texts(subject.artwork.class_word)
+    context = torch.cat([comfy_host.execute("CLIPTextEncode", clip=clip, text=text)[0][0][0] for text in texts])
+    with torch.inference_mode():
+        scenes = torch.from_numpy(np.stack([np.asarray(render(scene)) for scene in subject.prompts])).float() / 255
+        clean = model.model.process_latent_in(vae.encode(scenes))
+        generator = torch.Generator().manual_seed(SEED)
+        for level, loss in list(zip(LEVELS, found, strict=True))[:2]:
+            sigma = model.model.model_sampling.sigmas[level]
+            noise = torch.randn(clean.shape, generator=generator)
+            levels = torch.full((len(clean),), float(sigma))
+            denoised = model.model.apply_model(clean + sigma * noise, levels, c_crossattn=context)
+            predicted = (clean + sigma * noise - denoised) / sigma
+            assert loss == pytest.approx(float((predicted - noise).square().mean()), rel=1e-4)

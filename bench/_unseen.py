@@ -1,0 +1,61 @@
+"""The denoising loss on real scenes of what is asked for, which no method has seen.
+
+The same noise for every method makes it far less noisy than a score of pictures. It says what a method has understood,
+and nothing of what a sampler makes of it from its own, imperfect beginnings.
+
+Import only once the host is started.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import numpy as np
+import torch
+from _methods import Lesson, Taught, unprompted
+from torch import Tensor
+
+from demo.base.world import render
+
+LEVELS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # places in the model's schedule of 1000
+SEED = 5
+
+
+def unseen_loss(lesson: Lesson, taught: Taught) -> list[float]:
+    """Mean squared error of the predicted noise at each of LEVELS, over the scenes of the subject's prompts."""
+    host, models, subject = lesson.host, lesson.models, lesson.subject
+    scenes = torch.from_numpy(np.stack([np.asarray(render(scene)) for scene in subject.prompts])).float() / 255
+    latents = host.execute("VAEEncode", pixels=scenes, vae=models.vae)[0]["samples"]
+    texts = subject.prompt_texts(taught.words)
+    positive = [host.execute("CLIPTextEncode", clip=taught.clip, text=text)[0][0][0] for text in texts]
+    losses: list[float] = []
+
+    def measure(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        """A sampler that draws nothing."""
+        base = models.model.model
+        clean = base.process_latent_in(latents).to(x)
+        generator = torch.Generator().manual_seed(SEED)
+        for level in LEVELS:
+            sigma = base.model_sampling.sigmas[level].to(x)
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            denoised = model(clean + sigma * noise, sigma.expand(len(x)), **extra_args)
+            losses.append(float(((denoised - clean) / sigma).square().mean()))
+        return x
+
+    nothing = torch.zeros_like(latents)
+    with torch.inference_mode():
+        comfy.sample.sample_custom(
+            taught.model,
+            nothing,
+            1.0,  # without guidance, as losses are
+            comfy.samplers.KSAMPLER(measure),
+            torch.tensor([1.0, 0.0]),
+            [[torch.cat(positive), {}]],
+            unprompted(lesson),
+            nothing,
+            seed=SEED,
+            disable_pbar=True,
+        )
+    return losses
