@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from comfy.model_management import get_free_memory
 from torch import Tensor
 
 from ...core.image_prompt import ImagePrompt
@@ -48,11 +49,18 @@ class LargerCall:
         is_patched = any(options.get("patches", {}).values()) or any(options.get("patches_replace", {}).values())
         self._is_open = is_innermost and not is_patched and not rest and self.arguments[4] is None
 
-    def may_take(self, prompt: ImagePrompt) -> bool:
-        """Whether nothing speaks against it that is known before the pictures are noised and their text is ready."""
-        size = self.arguments[0].shape[-2:]
-        is_alike = all(picture.latent.shape[-2:] == size for picture in prompt.pictures)
-        return self._is_open and is_alike and not torch.compiler.is_compiling()
+    def may_take(self, prompt: ImagePrompt, base: Any) -> bool:
+        """Whether nothing speaks against it that is known before the pictures are noised and their text is ready.
+
+        There is room if ComfyUI would make one call of so many rows itself.
+        """
+        x = self.arguments[0]
+        if not self._is_open or torch.compiler.is_compiling():
+            return False
+        if any(picture.latent.shape[-2:] != x.shape[-2:] for picture in prompt.pictures):
+            return False
+        rows = len(x) + len(prompt.pictures)
+        return base.memory_required([rows, *x.shape[1:]]) * 1.5 < get_free_memory(x.device)
 
     def join(self, key: tuple, prompt: ImagePrompt, inputs: NetworkInputs, recorder: ReferenceRecorder) -> bool:
         """Add the pictures as rows, unless they are of another kind than those of the call.

@@ -251,6 +251,25 @@ def test_pictures_that_are_rows_of_the_call_say_what_a_pass_of_their_own_says(
     assert relative_error(calls.drawn, plain) > 0.01
 
 
+def test_pictures_get_a_pass_of_their_own_where_there_is_no_room_for_both(comfy_host, model, monkeypatch):
+    from sa_inject.nodes.host import joined  # pyright: ignore[reportMissingImports]
+
+    patched = apply(comfy_host, model, make_adapter(model, "matched"))
+    together = count_unet_rows(model, lambda: sample(comfy_host, patched))
+    needed = model.model.memory_required([3, 4, 8, 8]) * 1.5
+    monkeypatch.setattr(joined, "get_free_memory", lambda device: needed)
+    apart = count_unet_rows(model, lambda: sample(comfy_host, patched))
+    assert together.rows == [3, 3] and apart.rows == [1, 2, 1, 2]
+    assert relative_error(together.drawn, apart.drawn) < 1e-4
+
+
+@pytest.mark.parametrize("size, tokens, rows", [((8, 8), 14, {3}), ((8, 8), 10, {1, 2}), ((8, 16), 7, {1, 2})])
+def test_pictures_are_rows_of_a_call_only_if_size_and_text_fit(comfy_host, model, size, tokens, rows):
+    texts = {name: conditioning(model, seed, tokens) for name, seed in (("positive", 11), ("negative", 22))}
+    patched = apply(comfy_host, model, make_adapter(model, "matched"), make_prompt((8, 8)))
+    assert set(count_unet_rows(model, lambda: sample(comfy_host, patched, size=size, **texts)).rows) == rows
+
+
 def test_a_second_run_reads_the_picture_again(comfy_host, model):
     spy = Spy(keys=())
     patched = spy.on(apply(comfy_host, model))
