@@ -1,8 +1,8 @@
-"""The reference pass as further rows of the picture's own UNet call.
+"""The reference pass of matched mode as further rows of the picture's own UNet call.
 
-A call of its own launches every kernel once more, which is what a small picture on a large GPU takes its time for; as
-rows of the call that is made anyway it only gives the kernels more to do. What comes out is the same. It can be done
-where the rows fit into one batch, and where nobody else looks into the call and would count them.
+A noised reference has to be read at every step. In a call of its own that launches every kernel twice; as rows of the
+call that is made anyway it only gives the kernels more to do. What comes out is the same. It can be done where the rows
+fit into one batch, and where nobody else looks into the call and would count them.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ class SelfAttentionInjection:
         adapter, prompt = injection.adapter, injection.image_prompt
         level = sigma if injection.is_matched else None
         deltas = run.deltas_of(adapter, x)
-        if injection.reads_to_the_end and call.may_take(prompt, self.base):
+        if injection.is_matched and injection.reads_to_the_end and call.may_take(prompt, self.base):
             places = range(len(prompt.pictures))
             inputs = reference_inputs(self.base, adapter, prompt.pictures, places, level, run.seed, x)
             last = adapter.info.layers[-1].key
