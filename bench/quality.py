@@ -4,6 +4,7 @@ that never saw a generated picture says what came out.
     python bench/quality.py                 everything, for hours; goes on where it was stopped
     python bench/quality.py --part main     one part: rates, choices, main or ablations
     python bench/quality.py --quick         minutes: one subject, few steps and pictures
+    python bench/quality.py --part rates --methods "ours, clean" --rates 1e-4,5e-4    rates of one's own
     python bench/quality.py --share 0/4     a quarter of the cells; three more processes with 1/4 to 3/4 do the rest
     python bench/quality.py --report        tables and plots of what has been measured so far
 
@@ -60,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--methods", nargs="+", help="only these of the table")
     parser.add_argument("--ablations", nargs="+", help="only these of the ablations and choices")
+    parser.add_argument("--rates", nargs="+", type=pair, metavar="RATE,WORD", help="instead of those of the sweep")
     parser.add_argument("--subjects", type=int, help="of the main table: 12, on CUDA 40")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of every method")
     parser.add_argument("--batch", type=int, default=2)
@@ -85,6 +87,12 @@ def share(text: str) -> tuple[int, int]:
     if not 0 <= own < count:
         raise ValueError
     return own, count
+
+
+def pair(text: str) -> tuple[float, float]:
+    """A rate and the word's: "1e-3,2e-3"."""
+    rate, word = map(float, text.split(","))
+    return rate, word
 
 
 class Bench:
@@ -130,7 +138,8 @@ class Bench:
         }
         for artwork in sweep_artworks()[: 1 if self.options.quick else SWEEP_SUBJECTS[self.kind]]:
             for name, method in self.methods().items():
-                for rates in method.rates if len(method.rates) > 1 else ():
+                swept = method.rates if len(method.rates) > 1 else ()
+                for rates in self.options.rates or swept:
                     if (name, artwork.word, rates) in known:
                         continue
                     subject = make_subject(artwork, prompts=2 if self.options.quick else SWEEP_PROMPTS)
