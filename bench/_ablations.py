@@ -26,7 +26,7 @@ from sa_inject.core.reference import HIDDEN, ReferenceRecorder, block_key
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.trainable import differentiable_options
 from sa_inject.nodes.host.unet import model_conditions
-from sa_inject.trainer.examples import Pair, TrainingSet
+from sa_inject.trainer.examples import Pair, PairStream, TrainingSet
 
 ATTENDED = "bench_attended"
 Replacements = tuple[tuple[tuple[str, ...], Any], ...]
@@ -68,10 +68,14 @@ def whole_lora(lesson: Lesson) -> Taught:
 def identical_pairs(lesson: Lesson) -> Taught:
     """The picture that is denoised is its own image prompt."""
 
+    class IdenticalPairs(PairStream):
+        def __next__(self) -> Pair:
+            pair = super().__next__()
+            return pair if pair.reference is None else pair._replace(reference=pair.target)
+
     class Identical(TrainingSet):
-        def pairs(self, reference_dropout: float, generator: torch.Generator) -> Iterator[Pair]:
-            for pair in super().pairs(reference_dropout, generator):
-                yield pair if pair.reference is None else pair._replace(reference=pair.target)
+        def pairs(self, reference_dropout: float, generator: torch.Generator) -> PairStream:
+            return IdenticalPairs(self, reference_dropout, generator)
 
     def replace(room: Room) -> None:
         room.data = Identical(room.data.examples, room.data.views)

@@ -25,7 +25,7 @@ from sa_inject.nodes.host.unet import UnetDescription, describe
 from sa_inject.trainer.captions import captions_for
 from sa_inject.trainer.config import TrainConfig
 from sa_inject.trainer.examples import Example, TrainingSet
-from sa_inject.trainer.loop import train
+from sa_inject.trainer.loop import Training
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Room:
         config = replace(self.config, **changes)
         # Without its cache, which would keep the weights of the first step for as long as the context lasts.
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False):
-            steps = train(self.denoiser, self.data, trainables, tokens, read, config, device=self.device)
+            steps = Training(self.denoiser, self.data, trainables, tokens, read, config, device=self.device)
             return [step.loss for step in steps]
 
     def adapter(self) -> Adapter:

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..core.adapter import REFERENCE_MODES
 from ..core.image_prompt import ImagePrompt, Picture
 from ..trainer.config import TrainConfig
-from .host.files import new_adapter_path, save_trained
+from .host.files import adapter_folder, new_adapter_path, save_trained
 from .host.images import SNAP, encode_picture, fit_picture, masks_of, pictures_of, to_comfy
 from .host.preview import draw_previews
 from .host.progress import TrainingProgress
@@ -27,7 +27,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
             display_name=NAME,
             category=CATEGORY,
             description="Teaches the model a new subject from a few pictures and saves it to models/sa_inject. "
-            "The model itself is not changed.",
+            "The model itself is not changed. Cancelled, it goes on from there when the same is queued again.",
             is_input_list=True,  # so that pictures of different sizes can come as a list
             is_output_node=True,
             inputs=[
@@ -152,7 +152,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**64 - 1,
-                    control_after_generate=True,
+                    control_after_generate=False,  # a new seed at every queueing would train anew each time
                     tooltip="Start of everything random in the training. The same seed and settings give the same "
                     "adapter on the same machine.",
                 ),
@@ -235,6 +235,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
             precision=chosen["precision"],
             checkpointing=chosen["gradient_checkpointing"],
             name=path.stem,
+            folder=adapter_folder(),
             on_step=progress.update,
         )
         trouble = save_trained(adapter, path, cls.hidden.prompt, cls.hidden.extra_pnginfo, pictures[0], VERSION)

@@ -46,15 +46,29 @@ class TrainingSet:
         if len(self.examples) == 1 and not self.views:
             raise ValueError("One picture alone needs augmented views to serve as image prompts.")
 
-    def pairs(self, reference_dropout: float, generator: torch.Generator) -> Iterator[Pair]:
-        """Draw pairs forever, every picture once before any comes again."""
-        while True:
-            for place in torch.randperm(len(self.examples), generator=generator).tolist():
-                target = self.examples[place]
-                others = [*self.examples[:place], *self.examples[place + 1 :]] or list(self.views)
-                dropped = torch.rand((), generator=generator).item() < reference_dropout
-                reference, caption = _choice(others, generator), _choice(target.captions, generator)
-                yield Pair(target, caption, None if dropped else reference)
+    def pairs(self, reference_dropout: float, generator: torch.Generator) -> PairStream:
+        return PairStream(self, reference_dropout, generator)
+
+
+class PairStream(Iterator[Pair]):
+    """Pairs without end, every picture once before any comes again."""
+
+    def __init__(self, data: TrainingSet, reference_dropout: float, generator: torch.Generator) -> None:
+        self.waiting: list[int] = []  # places of the pictures that have still to come before all begin again
+        self._data = data
+        self._reference_dropout = reference_dropout
+        self._generator = generator
+
+    def __next__(self) -> Pair:
+        examples, generator = self._data.examples, self._generator
+        if not self.waiting:
+            self.waiting = torch.randperm(len(examples), generator=generator).tolist()
+        place = self.waiting.pop(0)
+        target = examples[place]
+        others = [*examples[:place], *examples[place + 1 :]] or list(self._data.views)
+        dropped = torch.rand((), generator=generator).item() < self._reference_dropout
+        reference, caption = _choice(others, generator), _choice(target.captions, generator)
+        return Pair(target, caption, None if dropped else reference)
 
 
 def _choice(options: Sequence, generator: torch.Generator):

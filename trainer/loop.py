@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..core.image_prompt import ReferenceText
-from ..core.lora import Deltas, SelfAttentionLoRA
+from ..core.lora import SelfAttentionLoRA
 from .config import TrainConfig
 from .denoiser import Denoiser
 from .examples import Example, Pair, TrainingSet, group_by_shape
@@ -28,59 +29,140 @@ class Diverged(RuntimeError):
     """The loss is no longer a number."""
 
 
-def train(
-    denoiser: Denoiser,
-    data: TrainingSet,
-    lora: SelfAttentionLoRA,
-    tokens: Sequence[nn.Parameter],
-    reference_caption: str,
-    config: TrainConfig,
-    device: torch.device,
-    compute_dtype: torch.dtype = torch.float32,
-) -> Iterator[Step]:
-    """Train in place and yield after every optimizer step; stopping early leaves a usable adapter.
+class Training(Iterator[Step]):
+    """A run that trains in place, one optimizer step at a time; wherever it stops, what there is is a usable adapter.
 
-    `reference_caption` is what the reference pass reads: without the learned word, so that it is encoded only once.
-    Raises Diverged at the first loss that is not finite.
+    `state_dict` is all that another run over the same things needs to go on as this one would have, bit for bit.
     """
-    with torch.no_grad():
-        reference_text = denoiser.encode([reference_caption])
-    generator = torch.Generator().manual_seed(config.seed)
-    pairs = data.pairs(config.reference_dropout, generator)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": lora.parameters(), "lr": config.lora_learning_rate, "weight_decay": config.weight_decay},
-            {"params": list(tokens), "lr": config.token_learning_rate, "weight_decay": 0.0},
-        ]
-    )
-    trainables = [*lora.parameters(), *tokens]
-    sigmas = denoiser.sigmas.cpu()  # ascending
-    scaler = torch.amp.GradScaler(device.type, enabled=config.loss_scaling)
-    for number in range(1, config.steps + 1):
-        total = 0.0
-        for _ in range(config.accumulation):
-            batch = list(itertools.islice(pairs, config.batch_size))
-            levels = torch.randint(len(sigmas), (len(batch),), generator=generator)  # uniform, as the model's
-            batch = _without_early_references(batch, levels, (1 - config.reference_start) * len(sigmas))
-            for places in group_by_shape(batch):
-                group, sigma = [batch[place] for place in places], sigmas[levels[places]].to(device)
-                share = len(group) / len(batch) / config.accumulation
-                deltas = lora.deltas(device, compute_dtype)
-                loss = share * _group_loss(denoiser, group, sigma, deltas, reference_text, config, generator, device)
-                scaler.scale(loss).backward()
-                total += loss.item()
-        if not torch.isfinite(torch.tensor(total)):
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        data: TrainingSet,
+        lora: SelfAttentionLoRA,
+        tokens: Sequence[nn.Parameter],
+        reference_caption: str,
+        config: TrainConfig,
+        device: torch.device,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`reference_caption` is what the reference pass reads: without the learned word, so that it is encoded only
+        once."""
+        self.losses: list[float] = []  # of every step that is done
+        self._denoiser = denoiser
+        self._lora = lora
+        self._config = config
+        self._device = device
+        self._compute_dtype = compute_dtype
+        self._trainables = [*lora.parameters(), *tokens]
+        self._sigmas = denoiser.sigmas.cpu()  # ascending
+        with torch.no_grad():
+            self._reference_text = denoiser.encode([reference_caption])
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._pairs = data.pairs(config.reference_dropout, self._generator)
+        self._chance = self._chance_now()  # as the last whole step left it
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": lora.parameters(), "lr": config.lora_learning_rate, "weight_decay": config.weight_decay},
+                {"params": list(tokens), "lr": config.token_learning_rate, "weight_decay": 0.0},
+            ]
+        )
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.loss_scaling)
+
+    def __next__(self) -> Step:
+        """Take a step. Raises Diverged at the first loss that is not finite, and has not taken the step then."""
+        config = self._config
+        if len(self.losses) >= config.steps:
+            raise StopIteration
+        number = len(self.losses) + 1
+        loss = sum(self._backward() for _ in range(config.accumulation))
+        if not math.isfinite(loss):
             raise Diverged(
-                f"The loss became {total} at step {number}. Lower the learning rates, or choose a wider precision."
+                f"The loss became {loss} at step {number}. Lower the learning rates, or choose a wider precision."
             )
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trainables, config.max_gradient_norm)
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._trainables, config.max_gradient_norm)
         if not config.loss_scaling and not torch.isfinite(norm):
             raise Diverged(f"The gradient became {norm.item()} at step {number}. Lower the learning rates.")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        yield Step(number, total)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss)
+        self._chance = self._chance_now()
+        return Step(number, loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the last whole step left everything: numbers, lists and tensors, as torch.load(weights_only=True)
+        takes them. The tensors are the live ones: save or copy them before the next step."""
+        random, waiting = self._chance
+        return {
+            "losses": list(self.losses),
+            "trainables": [parameter.detach() for parameter in self._trainables],
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "generator": random,
+            "waiting": list(waiting),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Only for a run over the same pictures, with the same settings but `steps`."""
+        with torch.no_grad():
+            for parameter, value in zip(self._trainables, state["trainables"], strict=True):
+                parameter.copy_(value)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self._generator.set_state(state["generator"])
+        self._pairs.waiting = list(state["waiting"])
+        self.losses = list(state["losses"])
+        self._chance = self._chance_now()
+
+    def _chance_now(self) -> tuple[Tensor, list[int]]:
+        return self._generator.get_state(), list(self._pairs.waiting)
+
+    def _backward(self) -> float:
+        """Add up the gradients of one batch; its loss."""
+        config, total = self._config, 0.0
+        batch = list(itertools.islice(self._pairs, config.batch_size))
+        levels = torch.randint(len(self._sigmas), (len(batch),), generator=self._generator)  # uniform, as the model's
+        batch = _without_early_references(batch, levels, (1 - config.reference_start) * len(self._sigmas))
+        for places in group_by_shape(batch):
+            group, sigma = [batch[place] for place in places], self._sigmas[levels[places]].to(self._device)
+            share = len(group) / len(batch) / config.accumulation
+            loss = share * self._group_loss(group, sigma)
+            self._scaler.scale(loss).backward()
+            total += loss.item()
+        return total
+
+    def _group_loss(self, group: Sequence[Pair], sigma: Tensor) -> Tensor:
+        """Mean loss of pairs that have one shape, noised to sigma (b,). -> ()"""
+        denoiser, device = self._denoiser, self._device
+        targets = [pair.target for pair in group]
+        captions = [pair.caption for pair in group]
+        references = [pair.reference for pair in group if pair.reference is not None]
+        latent = _stack(targets, device)  # (b, c, h, w)
+        noisy = denoiser.add_noise(latent, self._noise_like(latent), sigma)
+
+        bank = None
+        if references:
+            bank = denoiser.read_reference(
+                *self._reference_input(references, sigma),
+                text=_repeat(self._reference_text, len(group)),
+                mask=_stack_masks(references, device),
+                deltas=self._lora.deltas(device, self._compute_dtype),
+            )
+        denoised = denoiser.denoise(noisy, sigma, denoiser.encode(captions), bank)
+        mask, scale = _stack_masks(targets, device), denoiser.output_scale(sigma)
+        return network_loss(denoised, latent, scale, None if mask is None else mask[:, None]).mean()
+
+    def _reference_input(self, references: Sequence[Example], sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+        latent = _stack(references, self._device)
+        if self._config.reference_mode == "clean":
+            return latent, None
+        # Noise of its own: shared noise would tell the model where the reference's details go.
+        return self._denoiser.add_noise(latent, self._noise_like(latent), sigma), sigma
+
+    def _noise_like(self, latent: Tensor) -> Tensor:
+        return torch.randn(latent.shape, generator=self._generator).to(latent)
 
 
 def _without_early_references(batch: Sequence[Pair], levels: Tensor, first: float) -> list[Pair]:
@@ -89,56 +171,6 @@ def _without_early_references(batch: Sequence[Pair], levels: Tensor, first: floa
         pair if level < first else pair._replace(reference=None)
         for pair, level in zip(batch, levels.tolist(), strict=True)
     ]
-
-
-def _group_loss(
-    denoiser: Denoiser,
-    group: Sequence[Pair],
-    sigma: Tensor,
-    deltas: Deltas,
-    reference_text: ReferenceText,
-    config: TrainConfig,
-    generator: torch.Generator,
-    device: torch.device,
-) -> Tensor:
-    """Mean loss of pairs that have one shape, noised to sigma (b,). -> ()"""
-    rows = len(group)
-    targets = [pair.target for pair in group]
-    captions = [pair.caption for pair in group]
-    references = [pair.reference for pair in group if pair.reference is not None]
-    latent = _stack(targets, device)  # (b, c, h, w)
-    noisy = denoiser.add_noise(latent, _noise_like(latent, generator), sigma)
-
-    bank = None
-    if references:
-        bank = denoiser.read_reference(
-            *_reference_input(denoiser, references, sigma, config, generator, device),
-            text=_repeat(reference_text, rows),
-            mask=_stack_masks(references, device),
-            deltas=deltas,
-        )
-    denoised = denoiser.denoise(noisy, sigma, denoiser.encode(captions), bank)
-    mask = _stack_masks(targets, device)
-    return network_loss(denoised, latent, denoiser.output_scale(sigma), None if mask is None else mask[:, None]).mean()
-
-
-def _reference_input(
-    denoiser: Denoiser,
-    references: Sequence[Example],
-    sigma: Tensor,
-    config: TrainConfig,
-    generator: torch.Generator,
-    device: torch.device,
-) -> tuple[Tensor, Tensor | None]:
-    latent = _stack(references, device)
-    if config.reference_mode == "clean":
-        return latent, None
-    # Noise of its own: shared noise would tell the model where the reference's details go.
-    return denoiser.add_noise(latent, _noise_like(latent, generator), sigma), sigma
-
-
-def _noise_like(latent: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(latent.shape, generator=generator).to(latent)
 
 
 def _stack(examples: Sequence[Example], device: torch.device) -> Tensor:

@@ -55,12 +55,17 @@ def read_adapter(name: str) -> Adapter:
     return load_adapter(adapter_path(name))
 
 
+def adapter_folder() -> Path:
+    """Where new adapters go."""
+    return Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
+
+
 def new_adapter_path(file_name: str) -> Path:
     """A free path for a new adapter: a number is added rather than a file overwritten.
 
     Sub-folders are allowed. Raises ValueError for a name that is empty or leaves the adapter folder.
     """
-    folder = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
+    folder = adapter_folder()
     stem = file_name.strip().replace("\\", "/").removesuffix(EXTENSION)
     path = (folder / stem).resolve()
     if not stem or stem.endswith("/") or Path(stem).is_absolute() or folder not in path.parents or ":" in stem:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as model_management
@@ -20,7 +21,7 @@ from ...core.lora import SelfAttentionLoRA
 from ...trainer.captions import captions_for
 from ...trainer.config import TrainConfig
 from ...trainer.examples import Example, TrainingSet
-from ...trainer.loop import Step, train
+from ...trainer.loop import Diverged, Step, Training
 from ...trainer.views import augmented_views
 from .denoiser import ComfyDenoiser
 from .images import bucket_size, cover, encode_picture
@@ -35,6 +36,7 @@ from .trainable import (
     training_mode,
 )
 from .unet import UnetDescription, compute_dtype, describe
+from .unfinished import Unfinished, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +71,13 @@ def train_adapter(
     precision: str,
     checkpointing: bool,
     name: str,
+    folder: Path,
     on_step: Callable[[Step], None],
 ) -> tuple[Adapter, list[float]]:
     """Train an adapter and return it with its loss history; `on_step` may raise to stop.
 
     The values are rounded to what the file will hold, so that the adapter draws the same before and after a reload.
+    A run that is stopped is kept in `folder`, and the next one over the same things goes on from there.
     Weights of the model, the text encoder and the VAE keep every bit; patches are gone however this ends.
     """
     description = describe(model)
@@ -88,7 +92,6 @@ def train_adapter(
     initial = class_word_vectors(clip, subject.class_word, config.token_vectors)
     data = _training_set(model, vae, subject, captions, config.seed)
     patcher = _training_clone(model, PRECISIONS[precision])
-    losses: list[float] = []
     try:
         with training_mode(), contextlib.ExitStack() as undo:
             model_management.load_models_gpu(
@@ -115,7 +118,7 @@ def train_adapter(
                 patcher.load_device,
                 dtype,
             )
-            steps = train(
+            training = Training(
                 denoiser,
                 _normal(data),
                 lora,
@@ -125,12 +128,14 @@ def train_adapter(
                 device=patcher.load_device,
                 compute_dtype=dtype,
             )
-            for step in steps:
-                losses.append(step.loss)
-                on_step(step)
+            settings = _what_counts(patcher, description, subject, captions, config, dtype)
+            tensors = (*subject.pictures, *subject.masks, *initial.values(), *_some_weights(base, vae))
+            unfinished = Unfinished(folder, fingerprint(settings, tensors))
+            _take_steps(training, config.steps, unfinished, on_step)
             with torch.no_grad():
                 text = denoiser.encode([subject.class_word])
                 adapter = _finished(name, description, subject, config, lora, tokens, text, base)
+            unfinished.finish()
     finally:
         if PRECISIONS[precision] is not None:
             # After a full load unpatching would leave the forced casts on, and the next partial load would take those
@@ -138,8 +143,54 @@ def train_adapter(
             patcher.model.model_lowvram = True
             patcher.unpatch_model(patcher.offload_device)
         model_management.soft_empty_cache()
+    losses = training.losses
     log.info("Trained adapter '%s': %d steps, final loss %.4f.", name, len(losses), losses[-1])
     return adapter, losses
+
+
+def _take_steps(training: Training, steps: int, unfinished: Unfinished, on_step: Callable[[Step], None]) -> None:
+    """All that are left. However they are stopped, what they have learned is kept, unless it leads nowhere."""
+    unfinished.begin(training, steps)
+    try:
+        for step in training:
+            unfinished.step_done(training)
+            on_step(step)
+    except Diverged:
+        unfinished.finish()
+        raise
+    except BaseException:
+        unfinished.keep(training)
+        raise
+
+
+def _what_counts(
+    patcher: Any,
+    description: UnetDescription,
+    subject: Subject,
+    captions: Sequence[tuple[str, ...]],
+    config: TrainConfig,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Everything but tensors that decides what a training gives, and at how many steps it ends does not."""
+    settings = dataclasses.asdict(config)
+    del settings["steps"]
+    return {
+        **settings,
+        "dtype": str(dtype),
+        "resolution": subject.resolution,
+        "placeholder": subject.placeholder,
+        "class_word": subject.class_word,
+        "captions": captions,
+        "architecture": description.architecture,
+        # The user's LoRAs. In some memory modes they are applied on the fly, and do not show in the weights.
+        "patches": {name: [patch[0] for patch in patches] for name, patches in patcher.patches.items()},
+    }
+
+
+def _some_weights(base: Any, vae: Any) -> list[Tensor]:
+    """Enough to tell one base model from another, and little enough to read at once."""
+    unet = base.diffusion_model
+    return [unet.input_blocks[0][0].weight, unet.out[-1].weight, next(vae.first_stage_model.parameters())]
 
 
 def _training_clone(model: Any, dtype: torch.dtype | None) -> Any:

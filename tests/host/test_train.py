@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -253,7 +254,7 @@ def test_cancel_stops_within_the_step_and_leaves_everything_as_it_was(sd15, befo
         if len(calls) == 2:
             model_management.interrupt_current_processing(True)
 
-    files = set((comfy_host.base / "models/sa_inject").rglob("*"))
+    adapters = set((comfy_host.base / "models/sa_inject").rglob("*.safetensors"))
     handle = sd15.model.model.diffusion_model.out.register_forward_pre_hook(cancel_in_the_second_step)
     with pytest.raises(model_management.InterruptProcessingException):
         run(sd15, steps=50, precision="bf16", gradient_checkpointing=True)
@@ -261,8 +262,142 @@ def test_cancel_stops_within_the_step_and_leaves_everything_as_it_was(sd15, befo
     assert len(calls) == 2
     assert [text.split(",")[0] for text in spoken] == ["step 1/50"]
     assert not model_management.processing_interrupted()
-    assert set((comfy_host.base / "models/sa_inject").rglob("*")) == files
+    assert set((comfy_host.base / "models/sa_inject").rglob("*.safetensors")) == adapters
     assert_unchanged(evidence(sd15), before)
+
+
+# --- a training that is stopped ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def kept(comfy_host) -> Iterator[Callable[[], list[Path]]]:
+    """The files of stopped trainings; none are left to the next test."""
+    folder = comfy_host.base / "models/sa_inject/unfinished"
+
+    def files() -> list[Path]:
+        return sorted(folder.glob("*"))
+
+    yield files
+    for file in files():
+        file.unlink()
+
+
+@pytest.fixture
+def stop(sd15, run) -> Callable[..., None]:
+    """`stop(after, ...)` trains, and cancels in the step after so many."""
+    import comfy.model_management as model_management
+
+    def train_and_cancel(after: int, **inputs) -> None:
+        calls = []
+
+        def cancel(module, args):
+            calls.append(args)
+            if len(calls) == after + 1:
+                model_management.interrupt_current_processing(True)
+
+        handle = sd15.model.model.diffusion_model.out.register_forward_pre_hook(cancel)
+        with pytest.raises(model_management.InterruptProcessingException):
+            run(sd15, **inputs)
+        handle.remove()
+
+    return train_and_cancel
+
+
+def steps_run(sd15, run, **inputs) -> tuple[Trained, int]:
+    calls = []
+    handle = sd15.model.model.diffusion_model.out.register_forward_pre_hook(lambda module, args: calls.append(args))
+    found = run(sd15, **inputs)
+    handle.remove()
+    return found, len(calls)
+
+
+def test_cancelled_training_goes_on_when_it_is_queued_again(sd15, trained, run, stop, kept, caplog, spoken):
+    stop(1, steps=STEPS)
+    stop(1, steps=STEPS)
+    assert len(kept()) == 1
+    spoken.clear()
+    with caplog.at_level(logging.INFO):
+        found, taken = steps_run(sd15, run, steps=STEPS, file_name="another name")
+    assert taken == STEPS - 2
+    assert spoken[0].startswith(f"step 3/{STEPS}")
+    assert any("stopped at step 2, and goes on from there" in message for message in caplog.messages)
+    assert found.losses == trained.losses
+    assert all(same_bytes(found.tensors[key], tensor) for key, tensor in trained.tensors.items())
+    assert kept() == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 2}, {"rank": 4}, {"captions": "sainj"}, {"images": pictures(2)}, {"token_learning_rate": 2e-3}],
+    ids=lambda other: next(iter(other)),
+)
+def test_another_training_begins_anew_and_leaves_what_was_kept(sd15, run, stop, kept, other):
+    stop(1, steps=2)
+    (before,) = kept()
+    _, taken = steps_run(sd15, run, steps=2, **other)
+    assert taken == 2
+    assert kept() == [before]
+
+
+def test_stopped_training_may_be_lengthened_but_not_cut_short(sd15, trained, run, stop, kept, caplog):
+    stop(2, steps=3)
+    with caplog.at_level(logging.INFO):
+        short, taken = steps_run(sd15, run, steps=1)
+    assert taken == 1 and short.losses == trained.losses[:1]
+    assert any("stopped at step 2, and 1 are wanted" in message for message in caplog.messages)
+    stop(2, steps=3)
+    found, taken = steps_run(sd15, run, steps=STEPS)
+    assert taken == STEPS - 2 and found.losses == trained.losses
+
+
+def test_training_that_ran_out_of_memory_goes_on_with_checkpointing(sd15, trained, run, kept):
+    calls = []
+
+    def fail_in_the_third_step(module, args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError
+
+    handle = sd15.model.model.diffusion_model.out.register_forward_pre_hook(fail_in_the_third_step)
+    with pytest.raises(MemoryError):
+        run(sd15, steps=STEPS)
+    handle.remove()
+    found, taken = steps_run(sd15, run, steps=STEPS, gradient_checkpointing=True)
+    assert taken == STEPS - 2
+    assert found.losses == pytest.approx(trained.losses, rel=1e-5)
+
+
+def test_training_is_kept_from_time_to_time(sd15, run, kept, monkeypatch):
+    monkeypatch.setattr("sa_inject.nodes.host.unfinished.SECONDS_BETWEEN", 0.0)
+    seen = []
+    handle = sd15.model.model.diffusion_model.out.register_forward_pre_hook(lambda *_: seen.append(len(kept())))
+    run(sd15, steps=3)
+    handle.remove()
+    assert seen == [0, 1, 1]
+    assert kept() == []
+
+
+def test_file_of_a_stopped_training_that_is_damaged_is_named_and_left(sd15, run, stop, kept):
+    stop(1, steps=2)
+    (file,) = kept()
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(RuntimeError, match=rf"stopped before.*Delete {re.escape(str(file))} to begin anew"):
+        run(sd15, steps=2)
+    assert kept() == [file]
+    file.unlink()
+    run(sd15, steps=2)
+
+
+def test_folder_that_cannot_be_written_is_told_and_ends_nothing(comfy_host, sd15, run, stop, kept, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    stop(1, steps=2)  # Cancel stays a cancel
+    assert any("could not be kept" in message and "No space left" in message for message in caplog.messages)
+    monkeypatch.setattr("sa_inject.nodes.host.unfinished.SECONDS_BETWEEN", 0.0)
+    assert len(run(sd15, steps=2).losses) == 2
+    assert kept() == []
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

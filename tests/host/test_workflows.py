@@ -1,11 +1,14 @@
 """Every shipped workflow runs on the real server, from the file that people open to pictures on disk."""
 
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.host.client import PromptInterrupted
 from tests.host.workflow_to_prompt import workflow_to_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,3 +130,41 @@ def test_a_changed_prompt_does_not_train_again(server, subject_folder):
     server.client.run(graph, timeout=300)
     folder = server.base / "models" / "sa_inject"
     assert [path.name for path in folder.glob("once*")] == ["once.safetensors"]
+
+
+def test_cancelled_training_goes_on_after_a_restart_of_the_host(server, subject_folder):
+    graph = prompt_of(
+        ROOT / "workflows" / "train.json",
+        server.client,
+        TrainSAInjectAdapter={"file_name": "stopped", "steps": 2000, "previews": 0},
+    )
+    with server.client.listen() as events:
+        prompt_id = server.client.queue(graph)
+        while steps_told(events) < 3:
+            assert server.why_dead() is None
+            time.sleep(0.02)
+        server.client.interrupt()
+        with pytest.raises(PromptInterrupted):
+            server.client.wait(prompt_id)
+    done = steps_told(events)
+    folder = server.base / "models" / "sa_inject"
+    assert not list(folder.glob("stopped*"))
+
+    server.stop()
+    server.start()
+    for node in graph.values():
+        if node["class_type"] == "TrainSAInjectAdapter":
+            node["inputs"]["steps"] = done + 3
+    with server.client.listen() as events:
+        server.client.run(graph, timeout=300)
+    first = next(event["data"]["text"] for event in events if event["type"] == "progress_text")
+    # The step in which it was cancelled may have been done, and not told.
+    assert done < int(re.match(r"step (\d+)/", first)[1]) <= done + 2
+    assert (folder / "stopped.safetensors").exists()
+    assert not list((folder / "unfinished").glob("*"))
+
+
+def steps_told(events: list[dict]) -> int:
+    """The last step that the node has shown."""
+    told = [re.match(r"step (\d+)/", e["data"]["text"]) for e in events if e["type"] == "progress_text"]
+    return max((int(match[1]) for match in told if match), default=0)

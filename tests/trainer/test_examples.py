@@ -61,6 +61,20 @@ def test_same_seed_gives_the_same_pairs():
     assert key(first) != key(other)
 
 
+def test_stream_that_is_told_what_waits_goes_on_as_the_other_would():
+    data = TrainingSet([example(seed) for seed in range(4)])
+    generator = torch.Generator().manual_seed(1)
+    stream = data.pairs(0.3, generator)
+    list(itertools.islice(stream, 6))
+    state, waiting = generator.get_state(), list(stream.waiting)
+    expected = list(itertools.islice(stream, 12))
+
+    generator.set_state(state)
+    other = data.pairs(0.3, generator)
+    other.waiting = waiting
+    assert key(list(itertools.islice(other, 12))) == key(expected)
+
+
 def key(pairs: list[Pair]) -> list[tuple]:
     return [(id(pair.target), pair.caption, id(pair.reference)) for pair in pairs]
 

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from sa_inject.core.image_prompt import ReferenceText
 from sa_inject.trainer.config import TrainConfig
 from sa_inject.trainer.examples import Example, Pair, TrainingSet, group_by_shape
-from sa_inject.trainer.loop import Diverged, Step, train
+from sa_inject.trainer.loop import Diverged, Training
 from sa_inject.trainer.objective import network_loss
 from tests.trainer.tiny_denoiser import CPU, REFERENCE_CAPTION, Subject, TinyDenoiser, example, fresh_subject
 
 FAST = {"lora_learning_rate": 1e-2, "token_learning_rate": 1e-2, "reference_dropout": 0.0, "reference_start": 0.0}
 
 
-def run(subject: Subject, data: TrainingSet, **settings) -> Iterator[Step]:
+def run(subject: Subject, data: TrainingSet, **settings) -> Training:
     config = TrainConfig(**FAST | settings)
-    return train(subject.denoiser, data, subject.lora, subject.tokens, REFERENCE_CAPTION, config, CPU)
+    return Training(subject.denoiser, data, subject.lora, subject.tokens, REFERENCE_CAPTION, config, CPU)
 
 
 def losses(subject: Subject, data: TrainingSet, **settings) -> list[float]:
@@ -241,7 +241,22 @@ class GivenPairs(SimpleNamespace):
         super().__init__(given=pairs)
 
     def pairs(self, reference_dropout: float, generator: torch.Generator) -> Iterator[Pair]:
-        return itertools.cycle(self.given)
+        return Cycle(self.given)
+
+
+class Cycle:
+    """itertools.cycle, with the one attribute of a PairStream that the loop looks at."""
+
+    waiting: Sequence[int] = ()
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._pairs = itertools.cycle(pairs)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return self
+
+    def __next__(self) -> Pair:
+        return next(self._pairs)
 
 
 A, B, C = (example(seed) for seed in range(3))
@@ -414,10 +429,68 @@ def test_run_that_is_stopped_leaves_the_steps_that_it_took():
     subject, whole = fresh_subject(), fresh_subject()
     steps = run(subject, pictures(), steps=100)
     stopped = [next(steps).loss, next(steps).loss]
-    steps.close()
     assert losses(whole, pictures(), steps=2) == stopped
     assert all(torch.equal(tensor, values(whole)[name]) for name, tensor in values(subject).items())
     assert all(parameter.grad is None for parameter in trainables(subject).values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"batch_size": 2, "accumulation": 2, "reference_dropout": 0.3},
+        {"batch_size": 2, "reference_mode": "matched", "weight_decay": 0.5},
+        {"loss_scaling": True},
+    ],
+    ids=["plain", "several pictures a step", "matched", "scaled"],
+)
+@pytest.mark.parametrize("after", [1, 4])
+def test_run_that_goes_on_from_a_file_ends_as_one_that_was_never_stopped(tmp_path, settings, after):
+    whole = fresh_subject()
+    expected = losses(whole, pictures(), steps=6, **settings)
+
+    stopped = fresh_subject()
+    steps = run(stopped, pictures(), steps=6, **settings)
+    list(itertools.islice(steps, after))
+    torch.save(steps.state_dict(), tmp_path / "state")
+
+    resumed = fresh_subject()
+    steps = run(resumed, pictures(), steps=6, **settings)
+    steps.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert [step.number for step in steps] == list(range(after + 1, 7))
+    assert steps.losses == expected
+    assert all(torch.equal(tensor, values(whole)[name]) for name, tensor in values(resumed).items())
+
+
+def test_run_that_failed_within_a_step_goes_on_from_the_step_before(tmp_path):
+    whole = fresh_subject()
+    expected = losses(whole, pictures(), steps=4, batch_size=2, accumulation=2)
+
+    failed = fresh_subject(FailsAt)
+    steps = run(failed, pictures(), steps=4, batch_size=2, accumulation=2)
+    with pytest.raises(MemoryError):
+        list(steps)
+    state = steps.state_dict()
+    assert len(state["losses"]) == 2
+
+    resumed = fresh_subject()
+    steps = run(resumed, pictures(), steps=4, batch_size=2, accumulation=2)
+    steps.load_state_dict(state)
+    list(steps)
+    assert steps.losses == expected
+    assert all(torch.equal(tensor, values(whole)[name]) for name, tensor in values(resumed).items())
+
+
+class FailsAt(TinyDenoiser):
+    """Runs out of memory in the second batch of the third step."""
+
+    calls = 0
+
+    def denoise(self, noisy, sigma, text, references):
+        self.calls += 1
+        if self.calls == 6:
+            raise MemoryError
+        return super().denoise(noisy, sigma, text, references)
 
 
 def test_large_gradients_are_clipped():
