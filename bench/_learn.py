@@ -81,8 +81,10 @@ class Room:
         config = replace(self.config, **changes)
         # Without its cache, which would keep the weights of the first step for as long as the context lasts.
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False):
-            steps = Training(self.denoiser, self.data, trainables, tokens, read, config, device=self.device)
-            return [step.loss for step in steps]
+            training = Training(self.denoiser, self.data, trainables, tokens, read, config, device=self.device)
+            losses = [step.loss for step in training]
+        training.settle()
+        return losses
 
     def adapter(self) -> Adapter:
         """What the pack would save."""

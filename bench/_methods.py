@@ -34,6 +34,7 @@ from sa_inject.trainer.config import TrainConfig
 RANK = 16
 CLASS_PICTURES = 16  # for prior preservation
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of both attentions of every block
+AS_USUAL: dict[str, Any] = {"reference_dropout": 1.0, "averaging": None}  # no references; the last step is what counts
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -107,7 +108,7 @@ def base_model(lesson: Lesson) -> Taught:
 def textual_inversion(lesson: Lesson) -> Taught:
     """Gal et al., 2022: the word learns, alone."""
     with classroom(lesson.models, lesson.training_subject(), lesson.config()) as room:
-        room.learn(Trainables([nn.Parameter(torch.zeros(1))]), reference_dropout=1.0, lora_learning_rate=0.0)
+        room.learn(Trainables([nn.Parameter(torch.zeros(1))]), lora_learning_rate=0.0, **AS_USUAL)
         word = room.learned_word()
     return Taught(
         lesson.models.drawing, with_word(lesson.models, word, PLACEHOLDER), lesson.subject.phrase, *size_of(word)
@@ -156,7 +157,7 @@ def peft_lora(lesson: Lesson) -> Taught:
         layers = {name: room.unet.get_submodule(name) for name in targets}
         try:
             learned = {name: p for name, p in room.unet.named_parameters() if "lora_" in name}
-            room.learn(Trainables(list(learned.values())), reference_dropout=1.0)
+            room.learn(Trainables(list(learned.values())), **AS_USUAL)
             with torch.no_grad():
                 differences = {f"{name}.weight": lora.get_delta_weight("default") for name, lora in layers.items()}
             kept = {name: p.detach().clone() for name, p in learned.items()}
@@ -192,7 +193,7 @@ def fine_tuned(lesson: Lesson, prior: Sequence[tuple[Tensor, str]]) -> Taught:
     with classroom(lesson.models, lesson.training_subject(), lesson.config(), extra) as room:
         before = {name: p.detach().clone() for name, p in room.unet.named_parameters()}
         room.unet.requires_grad_(True)
-        room.learn(Trainables(list(room.unet.parameters())), reference_dropout=1.0)
+        room.learn(Trainables(list(room.unet.parameters())), **AS_USUAL)
         differences = {name: p.detach().cpu() - before[name].cpu() for name, p in room.unet.named_parameters()}
         word = room.learned_word()
     return Taught(

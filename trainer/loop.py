@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..core.image_prompt import ReferenceText
 from ..core.lora import SelfAttentionLoRA
@@ -32,6 +33,7 @@ class Diverged(RuntimeError):
 class Training(Iterator[Step]):
     """A run that trains in place, one optimizer step at a time; wherever it stops, what there is is a usable adapter.
 
+    `settle` is for the end: it puts the average of what the steps came to in the place of what the last one did.
     `state_dict` is all that another run over the same things needs to go on as this one would have, bit for bit.
     """
 
@@ -54,7 +56,8 @@ class Training(Iterator[Step]):
         self._config = config
         self._device = device
         self._compute_dtype = compute_dtype
-        self._trainables = [*lora.parameters(), *tokens]
+        self._trainables = nn.ParameterList([*lora.parameters(), *tokens])
+        self._average = None if config.averaging is None else Average(self._trainables, config.averaging)
         self._sigmas = denoiser.sigmas.cpu()  # ascending
         with torch.no_grad():
             self._reference_text = denoiser.encode([reference_caption])
@@ -88,8 +91,15 @@ class Training(Iterator[Step]):
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         self.losses.append(loss)
+        if self._average is not None:
+            self._average.update_parameters(self._trainables)
         self._chance = self._chance_now()
         return Step(number, loss)
+
+    def settle(self) -> None:
+        """Let the trainables be their average over the steps, where one is kept."""
+        if self._average is not None:
+            self._trainables.load_state_dict(self._average.module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last whole step left everything: numbers, lists and tensors, as torch.load(weights_only=True)
@@ -98,6 +108,7 @@ class Training(Iterator[Step]):
         return {
             "losses": list(self.losses),
             "trainables": [parameter.detach() for parameter in self._trainables],
+            "average": None if self._average is None else self._average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "generator": random,
@@ -109,6 +120,8 @@ class Training(Iterator[Step]):
         with torch.no_grad():
             for parameter, value in zip(self._trainables, state["trainables"], strict=True):
                 parameter.copy_(value)
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self._generator.set_state(state["generator"])
@@ -163,6 +176,19 @@ class Training(Iterator[Step]):
 
     def _noise_like(self, latent: Tensor) -> Tensor:
         return torch.randn(latent.shape, generator=self._generator).to(latent)
+
+
+class Average(AveragedModel):
+    """Polynomial-decay averaging (Shamir and Zhang, 2013, section 4): step t counts about as t to that power.
+
+    With a high learning rate the steps go around what they look for, and their average is nearer to it than the last.
+    """
+
+    def __init__(self, trainables: nn.ParameterList, power: float) -> None:
+        def averaged(average: Tensor, parameter: Tensor, count: Tensor | int) -> Tensor:
+            return average.lerp(parameter, (power + 1) / (power + 1 + int(count)))
+
+        super().__init__(trainables, avg_fn=averaged)
 
 
 def _without_early_references(batch: Sequence[Pair], levels: Tensor, first: float) -> list[Pair]:

@@ -161,6 +161,7 @@ def _take_steps(training: Training, steps: int, unfinished: Unfinished, on_step:
     except BaseException:
         unfinished.keep(training)
         raise
+    training.settle()
 
 
 def _what_counts(

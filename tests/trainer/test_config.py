@@ -35,6 +35,13 @@ def test_scale_that_is_not_above_zero_is_refused_by_name_and_value(name, value):
         TrainConfig(**{name: value})
 
 
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_averaging_is_a_power_or_none(value):
+    with pytest.raises(ValueError, match=f"averaging is {value}; it must be None or a number"):
+        TrainConfig(averaging=value)
+    assert TrainConfig(averaging=None).averaging is None
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
 def test_reference_dropout_is_a_share(value):
     with pytest.raises(ValueError, match=f"reference_dropout is {value}; it is a share"):

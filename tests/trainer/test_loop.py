@@ -169,6 +169,42 @@ def test_same_seed_gives_the_same_losses_and_another_seed_others():
     assert not set(runs[0]) & set(runs[2])
 
 
+@pytest.mark.parametrize("power", [0.0, 1.0, 4.0])
+def test_what_is_learned_is_an_average_of_the_steps(power):
+    """A step counts as its number to that power: exactly for 0 and 1, about so above."""
+    subject = fresh_subject()
+    training = run(subject, pictures(), steps=8, averaging=power)
+    seen = [values(subject) for _ in training]
+    weights = torch.ones(8)
+    for number in range(2, 9):
+        share = (power + 1) / (power + number)
+        weights[: number - 1] *= 1 - share
+        weights[number - 1] = share
+    training.settle()
+    for name, tensor in values(subject).items():
+        expected = sum(weight * then[name] for weight, then in zip(weights, seen, strict=True))
+        assert torch.allclose(tensor, expected, rtol=1e-5, atol=1e-7), name
+    if power <= 1:
+        exact = torch.arange(1, 9) ** power
+        assert torch.allclose(weights, exact / exact.sum())
+    assert weights.sum() == pytest.approx(1.0)
+
+
+def test_without_averaging_the_last_step_is_what_is_learned():
+    subject = fresh_subject()
+    training = run(subject, pictures(), steps=3, averaging=None)
+    *_, _ = training
+    last = values(subject)
+    training.settle()
+    assert all(torch.equal(tensor, last[name]) for name, tensor in values(subject).items())
+    run(fresh_subject(), pictures(), averaging=None).load_state_dict(training.state_dict())
+
+
+def test_average_does_not_change_how_the_run_goes_on():
+    plain = losses(fresh_subject(), pictures(), steps=4, averaging=None)
+    assert losses(fresh_subject(), pictures(), steps=4, averaging=0.0) == plain
+
+
 def test_steps_are_numbered_from_one():
     assert [step.number for step in run(fresh_subject(), pictures(), steps=3)] == [1, 2, 3]
 
@@ -447,7 +483,10 @@ def test_run_that_is_stopped_leaves_the_steps_that_it_took():
 @pytest.mark.parametrize("after", [1, 4])
 def test_run_that_goes_on_from_a_file_ends_as_one_that_was_never_stopped(tmp_path, settings, after):
     whole = fresh_subject()
-    expected = losses(whole, pictures(), steps=6, **settings)
+    steps = run(whole, pictures(), steps=6, **settings)
+    expected = [step.loss for step in steps]
+    last = values(whole)
+    steps.settle()
 
     stopped = fresh_subject()
     steps = run(stopped, pictures(), steps=6, **settings)
@@ -459,6 +498,8 @@ def test_run_that_goes_on_from_a_file_ends_as_one_that_was_never_stopped(tmp_pat
     steps.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
     assert [step.number for step in steps] == list(range(after + 1, 7))
     assert steps.losses == expected
+    assert all(torch.equal(tensor, last[name]) for name, tensor in values(resumed).items())
+    steps.settle()
     assert all(torch.equal(tensor, values(whole)[name]) for name, tensor in values(resumed).items())
 
 
