@@ -245,17 +245,20 @@ def strip(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def grid(cells: Sequence[Cell], path: Path) -> None:
-    """The first prompts of the first subjects, a method to a row."""
+    """The first prompts of the first subjects whose pictures are on this machine, a method to a row."""
     from _subjects import make_subject
 
     from demo.base.artwork import find
 
     methods = by_method(cells)
-    subjects = list(dict.fromkeys(cell["key"]["subject"] for cell in cells))[:GRID_SUBJECTS]
+    subjects = list(dict.fromkeys(cell["key"]["subject"] for cell in cells))
+    files = {s: {name: picture_file("main", name, s) for name in methods} for s in subjects}
+    subjects = [s for s in subjects if any(file.exists() for file in files[s].values())][:GRID_SUBJECTS]
+    if not subjects:
+        return
     blocks = [[("the pictures learned from", strip(make_subject(find(subject)).pictures()))] for subject in subjects]
     for block, subject in zip(blocks, subjects, strict=True):
-        files = {name: picture_file("main", name, subject) for name in methods}
-        block += [(name, Image.open(file)) for name, file in files.items() if file.exists()]
+        block += [(name, Image.open(file)) for name, file in files[subject].items() if file.exists()]
     width = LABEL + max(row.width for block in blocks for _, row in block) + GAP
     height = sum(len(block) * (CELL + GAP) + 4 * GAP for block in blocks)
     sheet = Image.new("RGB", (width, height), "white")

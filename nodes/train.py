@@ -74,8 +74,8 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=1e-6,
-                    tooltip="Step size of the LoRA. 1e-4 to 1e-3 is useful; with 400 steps both ends score alike on "
-                    "the demo's base model (0.77 and 0.78 of 1). 0 freezes it; far above gives noise.",
+                    tooltip="Step size of the LoRA. 1e-4 to 1e-3 is useful; with 400 steps both ends scored "
+                    "alike on the demo's base model (0.77 and 0.78 of 1). 0 freezes it; far above gives noise.",
                 ),
                 io.Float.Input(
                     "token_learning_rate",
