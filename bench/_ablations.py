@@ -23,6 +23,7 @@ from sa_inject.core.injection import Reference, inject
 from sa_inject.core.kv import KV, BlockKey
 from sa_inject.core.lora import Deltas, SelfAttentionLoRA
 from sa_inject.core.reference import HIDDEN, ReferenceRecorder, block_key
+from sa_inject.nodes.host.bank import reference_inputs
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.trainable import differentiable_options
 from sa_inject.nodes.host.unet import model_conditions
@@ -191,6 +192,33 @@ def decoder_from_the_start(lesson: Lesson) -> Taught:
     return learned(lesson, denoiser_class=MiddleAndDecoder, applied={"blocks": "middle and decoder"})
 
 
+READ_AT = 0.25  # of the schedule, where a UNet's features say best what corresponds to what (Tang et al., 2023, DIFT)
+
+
+class LightlyNoised(ComfyDenoiser):
+    """Reads a reference neither clean nor at the picture's own level, but always a little noised."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
+        sigma = light_noise(self._sampling).to(latent).expand(latent.shape[0])
+        noise = torch.randn(latent.shape, generator=self._generator).to(latent)
+        return super().read_reference(self.add_noise(latent, noise, sigma), sigma, text, mask, deltas)
+
+
+def light_noise(sampling: Any) -> Tensor:
+    return sampling.sigmas[int(READ_AT * len(sampling.sigmas))]
+
+
+def lightly_noised_inputs(
+    base: Any, adapter: Any, pictures: Any, places: Any, sigma: Any, seed: int, like: Tensor
+) -> Any:
+    """The same while sampling, in place of bank.reference_inputs."""
+    return reference_inputs(base, adapter, pictures, places, float(light_noise(base.model_sampling)), seed, like)
+
+
 class AdaptedUnet(ComfyDenoiser):
     """The frozen UNet's own self-attention gets a LoRA of its own too, which the copy shares."""
 
@@ -300,6 +328,7 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "encoder only": drawn_with(blocks="encoder"),
     "middle and decoder only": drawn_with(blocks="middle and decoder"),
     "middle and decoder only, trained so": decoder_from_the_start,
+    "references lightly noised": lambda lesson: learned(lesson, denoiser_class=LightlyNoised),
     "LoRA on both": lora_on_both,
     "identical pairs": identical_pairs,
     "both rows": drawn_with(rows="both"),
@@ -331,6 +360,7 @@ REPLACED: dict[str, Replacements] = {
     "concatenated": ((RECORDER, WholeValues), *CONCATENATED),
     "no LoRA": ((RECORDER, WholeValues), *CONCATENATED),
     "whole values, added": ((RECORDER, WholeValues),),
+    "references lightly noised": ((("sa_inject.nodes.host.bank.reference_inputs",), lightly_noised_inputs),),
 }
 
 
