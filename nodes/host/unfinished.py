@@ -34,9 +34,10 @@ class Unfinished:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.path = folder / FOLDER / f"{fingerprint}{EXTENSION}"
         self._saved_at = time.monotonic()
+        self._is_ours = True
 
     def begin(self, training: Training, steps: int) -> None:
-        """Go on where the same training was stopped, if it was, and not beyond `steps`."""
+        """Go on where the same training was stopped, if it was; one that came further than `steps` is left as it is."""
         if not self.path.exists():
             return
         try:
@@ -44,6 +45,7 @@ class Unfinished:
             done = len(state["losses"])
             if done > steps:
                 log.info("This training was stopped at step %d, and %d are wanted: it begins anew.", done, steps)
+                self._is_ours = False
                 return
             training.load_state_dict(state)
         except Exception as error:  # whatever torch.load says of a damaged file
@@ -61,7 +63,7 @@ class Unfinished:
     def keep(self, training: Training) -> None:
         """Written under a temporary name, then renamed. A full disk is told, not raised: it must not end a training."""
         self._saved_at = time.monotonic()
-        if not training.losses:
+        if not (training.losses and self._is_ours):
             return
         temporary = self.path.with_suffix(".part")
         try:
@@ -75,7 +77,8 @@ class Unfinished:
 
     def finish(self) -> None:
         """The file has served: it is deleted."""
-        self.path.unlink(missing_ok=True)
+        if self._is_ours:
+            self.path.unlink(missing_ok=True)
 
 
 class UnfinishedError(RuntimeError):
