@@ -22,6 +22,7 @@ class TrainingProgress:
         self._node_id = node_id
         self._start = time.monotonic()
         self._loss: float | None = None
+        self._earlier = 0  # steps that another run has taken, which this one goes on from
 
     def say(self, text: str) -> None:
         if self._node_id is not None and getattr(PromptServer, "instance", None) is not None:
@@ -29,8 +30,10 @@ class TrainingProgress:
 
     def update(self, step: Step) -> None:
         """Show a finished step. Raises the host's InterruptProcessingException when the user cancelled."""
-        self._loss = step.loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * step.loss
-        left = (time.monotonic() - self._start) / step.number * (self._steps - step.number)
+        if self._loss is None:
+            self._loss, self._earlier = step.loss, step.number - 1
+        self._loss = SMOOTHING * self._loss + (1 - SMOOTHING) * step.loss
+        left = (time.monotonic() - self._start) / (step.number - self._earlier) * (self._steps - step.number)
         self.say(f"step {step.number}/{self._steps}, loss {self._loss:.4f}, {_duration(left)} left")
         self._bar.update_absolute(step.number, self._steps)
         model_management.throw_exception_if_processing_interrupted()

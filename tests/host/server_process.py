@@ -97,6 +97,8 @@ class ServerProcess:
 
 
 def link_folder(link: Path, target: Path) -> None:
+    if os.path.lexists(link):  # a process that was killed leaves it behind
+        unlink_folder(link)
     if sys.platform == "win32":
         import _winapi
 
