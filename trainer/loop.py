@@ -107,7 +107,7 @@ class Training(Iterator[Step]):
         random, waiting = self._chance
         return {
             "losses": list(self.losses),
-            "trainables": [parameter.detach() for parameter in self._trainables],
+            "trainables": self._trainables.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -117,9 +117,7 @@ class Training(Iterator[Step]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Only for a run over the same pictures, with the same settings but `steps`."""
-        with torch.no_grad():
-            for parameter, value in zip(self._trainables, state["trainables"], strict=True):
-                parameter.copy_(value)
+        self._trainables.load_state_dict(state["trainables"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
