@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from .image_prompt import ReferenceText
 from .kv import BlockKey
 from .layers import SelfAttentionLayer
 from .lora import SelfAttentionLoRA
+from .whole_file import whole_file
 
 FORMAT = "sa_inject"
 FORMAT_VERSION = "1"
@@ -37,7 +36,7 @@ class AdapterFileError(ValueError):
 def save_adapter(
     adapter: Adapter, path: Path, extra_metadata: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float16
 ) -> None:
-    """Write an adapter under a temporary name, then rename it: a file under `path` is always whole.
+    """Write an adapter; a file under `path` is always whole.
 
     Raises OSError when the folder cannot be written or the disk is full; nothing is left behind then.
     """
@@ -49,17 +48,11 @@ def save_adapter(
     }
     tensors = {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in tensors.items()}
     metadata = {**(extra_metadata or {}), **_metadata(adapter.info)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)  # mkstemp keeps its file to its owner
-        os.replace(temporary, path)
-    except SafetensorError as error:  # its own name for a full disk
-        raise OSError(str(error)) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # its own name for a full disk
+            raise OSError(str(error)) from error
 
 
 def load_adapter(path: Path) -> Adapter:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...core.adapter import Adapter
 from ...core.adapter_file import load_adapter, save_adapter
+from ...core.whole_file import whole_file
 from .images import center_crop, resized, to_comfy
 
 log = logging.getLogger(__name__)
@@ -97,13 +98,8 @@ def save_trained(
 def save_embedding(adapter: Adapter) -> Path:
     """Write the learned word to ComfyUI's embeddings folder, for `embedding:name` in any prompt."""
     path = Path(folder_paths.get_folder_paths("embeddings")[0]) / f"{adapter.name}{EXTENSION}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as temporary:
         save_file({k: v.detach().to("cpu", torch.float32).contiguous() for k, v in adapter.tokens.items()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

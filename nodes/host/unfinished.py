@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.whole_file import whole_file
 from ...trainer.loop import Training
 
 log = logging.getLogger(__name__)
@@ -61,19 +61,15 @@ class Unfinished:
             self.keep(training)
 
     def keep(self, training: Training) -> None:
-        """Written under a temporary name, then renamed. A full disk is told, not raised: it must not end a training."""
+        """Write what is learned so far. A full disk is told, not raised: it must not end a training."""
         self._saved_at = time.monotonic()
         if not (training.losses and self._is_ours):
             return
-        temporary = self.path.with_suffix(".part")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(training.state_dict(), temporary)
-            os.replace(temporary, self.path)
+            with whole_file(self.path) as temporary:
+                torch.save(training.state_dict(), temporary)
         except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's name for a full disk
             log.warning("What is learned so far could not be kept in %s: %s", self.path, error)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """The file has served: it is deleted."""

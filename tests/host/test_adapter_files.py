@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -465,10 +466,9 @@ def test_adapter_survives_a_file_that_cannot_be_written(comfy_host, train, folde
         name = "no room"
         function, error = {
             "disk": ("save_file", SafetensorError("Error while serializing: I/O error: No space left on device")),
-            "rename": ("os.replace", OSError(13, "Permission denied")),
+            "rename": ("replace", OSError(13, "Permission denied")),
         }[trouble]
-        owner, attribute = (adapter_file.os, "replace") if function == "os.replace" else (adapter_file, function)
-        monkeypatch.setattr(owner, attribute, fail(error))
+        monkeypatch.setattr(os if function == "replace" else adapter_file, function, fail(error))
     adapter, clip, loss_map, _ = train(name)
     monkeypatch.undo()
 
