@@ -26,11 +26,12 @@ from sa_inject.core.reference import HIDDEN, ReferenceRecorder, block_key
 from sa_inject.nodes.host.bank import reference_inputs
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.trainable import differentiable_options
-from sa_inject.nodes.host.unet import model_conditions
+from sa_inject.nodes.host.unet import clean_sigma, model_conditions
 from sa_inject.trainer.examples import Pair, PairStream, TrainingSet
 
 ATTENDED = "bench_attended"
 Replacements = tuple[tuple[tuple[str, ...], Any], ...]
+CLEAN_SIGMA = ("sa_inject.nodes.host.bank.clean_sigma", "sa_inject.nodes.host.denoiser.clean_sigma")
 RECORDER = ("sa_inject.nodes.host.bank.ReferenceRecorder", "sa_inject.nodes.host.denoiser.ReferenceRecorder")
 
 
@@ -192,31 +193,29 @@ def decoder_from_the_start(lesson: Lesson) -> Taught:
     return learned(lesson, denoiser_class=MiddleAndDecoder, applied={"blocks": "middle and decoder"})
 
 
-READ_AT = 0.25  # of the schedule, where a UNet's features say best what corresponds to what (Tang et al., 2023, DIFT)
-
-
 class LightlyNoised(ComfyDenoiser):
-    """Reads a reference neither clean nor at the picture's own level, but always a little noised."""
+    """Reads a reference neither clean nor at the picture's own level, but noised to what a clean one is read as."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._generator = torch.Generator().manual_seed(0)
 
     def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
-        sigma = light_noise(self._sampling).to(latent).expand(latent.shape[0])
+        sigma = torch.full((latent.shape[0],), clean_sigma(self._sampling), device=latent.device)
         noise = torch.randn(latent.shape, generator=self._generator).to(latent)
         return super().read_reference(self.add_noise(latent, noise, sigma), sigma, text, mask, deltas)
-
-
-def light_noise(sampling: Any) -> Tensor:
-    return sampling.sigmas[int(READ_AT * len(sampling.sigmas))]
 
 
 def lightly_noised_inputs(
     base: Any, adapter: Any, pictures: Any, places: Any, sigma: Any, seed: int, like: Tensor
 ) -> Any:
     """The same while sampling, in place of bank.reference_inputs."""
-    return reference_inputs(base, adapter, pictures, places, float(light_noise(base.model_sampling)), seed, like)
+    return reference_inputs(base, adapter, pictures, places, clean_sigma(base.model_sampling), seed, like)
+
+
+def lowest_sigma(sampling: Any) -> float:
+    """What is true of a clean reference, in place of unet.clean_sigma."""
+    return float(sampling.sigma_min)
 
 
 class AdaptedUnet(ComfyDenoiser):
@@ -329,6 +328,7 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "middle and decoder only": drawn_with(blocks="middle and decoder"),
     "middle and decoder only, trained so": decoder_from_the_start,
     "references lightly noised": lambda lesson: learned(lesson, denoiser_class=LightlyNoised),
+    "references read as clean": ours,
     "LoRA on both": lora_on_both,
     "identical pairs": identical_pairs,
     "both rows": drawn_with(rows="both"),
@@ -361,6 +361,7 @@ REPLACED: dict[str, Replacements] = {
     "no LoRA": ((RECORDER, WholeValues), *CONCATENATED),
     "whole values, added": ((RECORDER, WholeValues),),
     "references lightly noised": ((("sa_inject.nodes.host.bank.reference_inputs",), lightly_noised_inputs),),
+    "references read as clean": ((CLEAN_SIGMA, lowest_sigma),),
 }
 
 

@@ -15,7 +15,7 @@ from ...core.kv import KV, BlockKey, KVBank
 from ...core.lora import Deltas
 from ...core.masks import kept_tokens
 from ...core.reference import Recorded, ReferenceRecorder, run_to_last_layer, select_tokens
-from .unet import NetworkInputs, network_inputs
+from .unet import NetworkInputs, clean_sigma, network_inputs
 
 UnetCall = Callable[..., Tensor]  # (x, timestep, context, y, control, transformer_options)
 
@@ -45,7 +45,7 @@ def read_image_prompt(
 ) -> KVBank:
     """Run the reference pass over an image prompt and line up what its pictures hand over.
 
-    `sigma` None reads the pictures free of noise, at the schedule's lowest step; a number noises them to it first.
+    `sigma` None reads the pictures free of noise; a number noises them to it first.
     `like` is the UNet's own input: device and dtype come from it. -> (1, m, heads*d) for every layer of `blocks`,
     where m counts the kept tokens of all pictures.
     """
@@ -75,7 +75,7 @@ def reference_inputs(
     """What the UNet is called with to read pictures of one size; `places` are theirs in the image prompt."""
     latent = base.process_latent_in(torch.cat([p.latent for p in pictures])).to(like.device, torch.float32)
     sampling = base.model_sampling
-    level = float(sampling.sigma_min) if sigma is None else sigma
+    level = clean_sigma(sampling) if sigma is None else sigma
     sigmas = torch.full((len(pictures),), level, device=like.device)
     if sigma is not None:
         noise = torch.cat(

@@ -19,7 +19,7 @@ from ...core.reference import ReferenceRecorder, block_key, run_to_last_layer
 from ...trainer.denoiser import References
 from .text import encode_text
 from .trainable import differentiable_options
-from .unet import model_conditions, network_inputs
+from .unet import clean_sigma, model_conditions, network_inputs
 
 
 class ComfyDenoiser:
@@ -64,7 +64,7 @@ class ComfyDenoiser:
     ) -> References:
         recorder = ReferenceRecorder(self._blocks, self._blocks[-1], deltas, differentiable_attention)
         if sigma is None:
-            sigma = torch.full((latent.shape[0],), float(self._sampling.sigma_min), device=latent.device)
+            sigma = torch.full((latent.shape[0],), clean_sigma(self._sampling), device=latent.device)
         inputs = network_inputs(self._base, latent, sigma, text, self._dtype)
         options = {**differentiable_options(), **recorder.transformer_options(self._blocks)}
         bank = run_to_last_layer(lambda: self._base.diffusion_model(*inputs, None, options), recorder)

@@ -102,9 +102,9 @@ def keys_and_values(frozen: Any, merged: Any, adapter: Any, latent: Tensor, sigm
 def expected_bank(model: Any, adapter: Any, prompt: Any) -> dict[BlockKey, KV]:
     """What a clean reference pass hands over: every picture alone, in order."""
     frozen, merged = frozen_copy(model), merged_copy(model, adapter)
-    lowest = float(frozen.model_sampling.sigma_min)
+    level = float(frozen.model_sampling.percent_to_sigma(0.75))  # a quarter up the schedule
     latents = [frozen.process_latent_in(picture.latent) for picture in prompt.pictures]
-    banks = [keys_and_values(frozen, merged, adapter, latent, lowest) for latent in latents]
+    banks = [keys_and_values(frozen, merged, adapter, latent, level) for latent in latents]
     return {
         key: KV(torch.cat([bank[key].k for bank in banks], 1), torch.cat([bank[key].v for bank in banks], 1))
         for key in adapter.blocks()
