@@ -218,6 +218,11 @@ def lowest_sigma(sampling: Any) -> float:
     return float(sampling.sigma_min)
 
 
+def sigma_at(share: float) -> Callable[[Any], float]:
+    """Another place in the schedule to read clean references at, in place of unet.clean_sigma."""
+    return lambda sampling: float(sampling.percent_to_sigma(1 - share))
+
+
 class AdaptedUnet(ComfyDenoiser):
     """The frozen UNet's own self-attention gets a LoRA of its own too, which the copy shares."""
 
@@ -329,6 +334,7 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "middle and decoder only, trained so": decoder_from_the_start,
     "references lightly noised": lambda lesson: learned(lesson, denoiser_class=LightlyNoised),
     "references read as clean": ours,
+    **{f"references read at {share}": ours for share in (0.1, 0.5)},
     "LoRA on both": lora_on_both,
     "identical pairs": identical_pairs,
     "both rows": drawn_with(rows="both"),
@@ -362,6 +368,7 @@ REPLACED: dict[str, Replacements] = {
     "whole values, added": ((RECORDER, WholeValues),),
     "references lightly noised": ((("sa_inject.nodes.host.bank.reference_inputs",), lightly_noised_inputs),),
     "references read as clean": ((CLEAN_SIGMA, lowest_sigma),),
+    **{f"references read at {share}": ((CLEAN_SIGMA, sigma_at(share)),) for share in (0.1, 0.5)},
 }
 
 

@@ -177,6 +177,23 @@ def test_injection_equals_its_formula(comfy_host, truth, kind, strength):
         assert a.injected_rows() == [0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_training_reads_a_reference_as_sampling_does(truth, kind):
+    from sa_inject.nodes.host.denoiser import ComfyDenoiser  # pyright: ignore[reportMissingImports]
+
+    true = truth(kind)
+    base, device = true.model.model, true.model.load_device
+    sampling = true.model.get_model_object("model_sampling")
+    denoiser = ComfyDenoiser(base, sampling, None, true.adapter.info.layers, device, torch.float32)
+    latent = base.process_latent_in(true.prompt.pictures[0].latent)
+    deltas = true.adapter.lora.deltas(device, torch.float32)
+    read = denoiser.read_reference(latent, None, true.adapter.text, None, deltas)
+    found = {key: reference.kv for key, reference in read.items()}
+    first = {key: KV(k[:, : found[key].k.shape[1]], v[:, : found[key].v.shape[1]]) for key, (k, v) in true.bank.items()}
+    assert worst_error(found, first) < EXACT
+
+
 def test_the_lora_of_these_tests_can_be_seen(truth):
     true = truth("sd15")
     without = make_adapter(true.model)
