@@ -15,10 +15,11 @@ from unittest import mock
 import torch
 from _learn import Room, classroom, with_word
 from _methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, taught_by
-from _subjects import make_subject
+from _subjects import Subject, make_subject
 from torch import Tensor
 
 from sa_inject.core.attention import Attention, differentiable_attention
+from sa_inject.core.image_prompt import ReferenceText
 from sa_inject.core.injection import Reference, inject
 from sa_inject.core.kv import KV, BlockKey
 from sa_inject.core.lora import Deltas, SelfAttentionLoRA
@@ -193,6 +194,31 @@ def decoder_from_the_start(lesson: Lesson) -> Taught:
     return learned(lesson, denoiser_class=MiddleAndDecoder, applied={"blocks": "middle and decoder"})
 
 
+def reads(text_of: Callable[[Subject, int], str]) -> Callable[[Lesson], Taught]:
+    """Another text for the reference pass to read than the class word: `text_of` says it of a picture by its place."""
+
+    def teach(lesson: Lesson) -> Taught:
+        subject = lesson.subject
+        latents: list[Tensor] = []
+
+        class Reads(ComfyDenoiser):
+            def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
+                places = [next(p for p, known in enumerate(latents) if torch.equal(known, row)) for row in latent]
+                text = self.encode([text_of(subject, place) for place in places])
+                return super().read_reference(latent, sigma, text, mask, deltas)
+
+        with classroom(lesson.models, lesson.training_subject(), lesson.config(), denoiser_class=Reads) as room:
+            latents.extend(example.latent[0].to(room.device, torch.float32) for example in room.data.examples)
+            room.learn(room.lora)
+            adapter = room.adapter()
+            with torch.no_grad():
+                texts = [room.denoiser.encode([text_of(subject, p)]) for p in range(len(latents))]
+        lesson.reference_texts = [ReferenceText(*(None if t is None else t.cpu() for t in text)) for text in texts]
+        return taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER))
+
+    return teach
+
+
 class LightlyNoised(ComfyDenoiser):
     """Reads a reference neither clean nor at the picture's own level, but noised to what a clean one is read as."""
 
@@ -332,6 +358,8 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "encoder only": drawn_with(blocks="encoder"),
     "middle and decoder only": drawn_with(blocks="middle and decoder"),
     "middle and decoder only, trained so": decoder_from_the_start,
+    "references read with the word": reads(lambda subject, place: subject.phrase),
+    "references read with their captions": reads(lambda subject, place: subject.captions(subject.phrase)[place]),
     "references lightly noised": lambda lesson: learned(lesson, denoiser_class=LightlyNoised),
     "references read as clean": ours,
     **{f"references read at {share}": ours for share in (0.1, 0.5)},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from demo.base.world import IMAGE_SIZE, caption, random_scene
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.adapter_file import save_adapter
+from sa_inject.core.image_prompt import ImagePrompt, ReferenceText
 from sa_inject.nodes.host import training
 from sa_inject.nodes.host.images import pictures_of
 from sa_inject.nodes.host.unet import describe
@@ -49,6 +50,7 @@ class Lesson:
     rate: float
     word_rate: float = 0.0
     negative: Any = None  # see `unprompted`
+    reference_texts: Sequence[ReferenceText] = ()  # of each picture, where the class word is not what is read
 
     def pictures(self) -> Tensor:
         """(b, h, w, c) in 0..1, as ComfyUI has them."""
@@ -79,9 +81,13 @@ class Lesson:
         return TrainConfig(**{**chosen, **changes})
 
     def image_prompt(self) -> Any:
-        return self.host.execute(
+        (prompt,) = self.host.execute(
             "EncodeImagePrompt", images=self.pictures(), vae=self.models.vae, resolution=IMAGE_SIZE
-        )[0]
+        )
+        if not self.reference_texts:
+            return prompt
+        pairs = zip(prompt.pictures, self.reference_texts, strict=True)
+        return ImagePrompt(tuple(replace(picture, text=text) for picture, text in pairs))
 
 
 class Taught(NamedTuple):
