@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,19 +72,38 @@ def whole_lora(lesson: Lesson) -> Taught:
 def identical_pairs(lesson: Lesson) -> Taught:
     """The picture that is denoised is its own image prompt."""
 
-    class IdenticalPairs(PairStream):
-        def __next__(self) -> Pair:
-            pair = super().__next__()
-            return pair if pair.reference is None else pair._replace(reference=pair.target)
+    def identical(pair: Pair) -> Pair:
+        return pair if pair.reference is None else pair._replace(reference=pair.target)
 
-    class Identical(TrainingSet):
+    return learned(lesson, with_pairs(identical))
+
+
+def word_first(lesson: Lesson) -> Taught:
+    """No references in the first half of the steps, in which the word learns alone."""
+    numbers = itertools.count()
+    alone = lesson.settings.steps * lesson.settings.batch // 2
+
+    def without_at_first(pair: Pair) -> Pair:
+        return pair._replace(reference=None) if next(numbers) < alone else pair
+
+    return learned(lesson, with_pairs(without_at_first))
+
+
+def with_pairs(change: Callable[[Pair], Pair]) -> Callable[[Room], None]:
+    """Every pair that the training draws is changed."""
+
+    class Changed(PairStream):
+        def __next__(self) -> Pair:
+            return change(super().__next__())
+
+    class Data(TrainingSet):
         def pairs(self, reference_dropout: float, generator: torch.Generator) -> PairStream:
-            return IdenticalPairs(self, reference_dropout, generator)
+            return Changed(self, reference_dropout, generator)
 
     def replace(room: Room) -> None:
-        room.data = Identical(room.data.examples, room.data.views)
+        room.data = Data(room.data.examples, room.data.views)
 
-    return learned(lesson, replace)
+    return replace
 
 
 class WholeLoRA(SelfAttentionLoRA):
@@ -351,6 +371,7 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     **{f"word of {n} tokens": lambda lesson, n=n: ours(lesson, token_vectors=n) for n in (1, 2, 8)},
     "last step, not averaged": lambda lesson: learned(lesson, averaging=None),
     "word not learned": lambda lesson: learned(lesson, word_learns=False),
+    "word first": word_first,
     "no LoRA": lambda lesson: learned(lesson, lora_learning_rate=0.0),
     "projected by the base": whole_lora,
     "concatenated": ours,
