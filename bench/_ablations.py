@@ -29,6 +29,7 @@ from sa_inject.nodes.host.bank import reference_inputs
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.trainable import differentiable_options
 from sa_inject.nodes.host.unet import clean_sigma, model_conditions
+from sa_inject.trainer.config import REFERENCE_START
 from sa_inject.trainer.examples import Pair, PairStream, TrainingSet
 
 ATTENDED = "bench_attended"
@@ -264,6 +265,33 @@ def lowest_sigma(sampling: Any) -> float:
     return float(sampling.sigma_min)
 
 
+class OwnBeginnings(ComfyDenoiser):
+    """Learns from what the model itself makes of a noisier picture, as while drawing."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        self._clean, self._noise = latent, noise
+        return super().add_noise(latent, noise, sigma)
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, text: Any, references: Any) -> Tensor:
+        places = torch.searchsorted(self.sigmas.cpu(), sigma.cpu())
+        further = places + torch.randint(*OWN_BEGINNINGS, places.shape, generator=self._generator)
+        highest = len(self.sigmas) - 1 if references is None else int((1 - REFERENCE_START) * len(self.sigmas))
+        higher = self.sigmas[torch.maximum(further.clamp(max=highest), places)].to(sigma)
+        with torch.no_grad():
+            earlier = super().add_noise(self._clean, self._noise, higher)
+            denoised = super().denoise(earlier, higher, text, references)
+            ratio = (sigma / higher).view(-1, 1, 1, 1)
+            own = denoised + ratio * (earlier - denoised)  # a step of Euler's method
+        return super().denoise(own, sigma, text, references)
+
+
+OWN_BEGINNINGS = (50, 250)  # so many places of the schedule further up
+
+
 def sigma_at(share: float) -> Callable[[Any], float]:
     """Another place in the schedule to read clean references at, in place of unet.clean_sigma."""
     return lambda sampling: float(sampling.percent_to_sigma(1 - share))
@@ -384,6 +412,7 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "references lightly noised": lambda lesson: learned(lesson, denoiser_class=LightlyNoised),
     "references read as clean": ours,
     **{f"references read at {share}": ours for share in (0.1, 0.5)},
+    "own beginnings": lambda lesson: learned(lesson, denoiser_class=OwnBeginnings),
     "LoRA on both": lora_on_both,
     "identical pairs": identical_pairs,
     "both rows": drawn_with(rows="both"),
