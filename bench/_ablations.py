@@ -240,12 +240,16 @@ def reads(text_of: Callable[[Subject, int], str]) -> Callable[[Lesson], Taught]:
     return teach
 
 
-class LightlyNoised(ComfyDenoiser):
-    """Reads a reference neither clean nor at the picture's own level, but noised to what a clean one is read as."""
+class WithChance(ComfyDenoiser):
+    """Has a generator of its own, so that the loop draws what it draws for all."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._generator = torch.Generator().manual_seed(0)
+
+
+class LightlyNoised(WithChance):
+    """Reads a reference neither clean nor at the picture's own level, but noised to what a clean one is read as."""
 
     def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
         sigma = torch.full((latent.shape[0],), clean_sigma(self._sampling), device=latent.device)
@@ -265,12 +269,11 @@ def lowest_sigma(sampling: Any) -> float:
     return float(sampling.sigma_min)
 
 
-class OwnBeginnings(ComfyDenoiser):
-    """Learns from what the model itself makes of a noisier picture, as while drawing."""
+OWN_BEGINNINGS = (50, 250)  # so many places of the schedule further up
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._generator = torch.Generator().manual_seed(0)
+
+class OwnBeginnings(WithChance):
+    """Learns from what the model itself makes of a noisier picture, as while drawing."""
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         self._clean, self._noise = latent, noise
@@ -287,9 +290,6 @@ class OwnBeginnings(ComfyDenoiser):
             ratio = (sigma / higher).view(-1, 1, 1, 1)
             own = denoised + ratio * (earlier - denoised)  # a step of Euler's method
         return super().denoise(own, sigma, text, references)
-
-
-OWN_BEGINNINGS = (50, 250)  # so many places of the schedule further up
 
 
 def sigma_at(share: float) -> Callable[[Any], float]:
