@@ -32,7 +32,7 @@ log = logging.getLogger("quality")
 SWEEP_SUBJECTS = {"cpu": 2, "cuda": 3}
 TABLE_SUBJECTS = {"cpu": 12, "cuda": 40}
 ABLATION_SUBJECTS = {"cpu": 6, "cuda": 20}
-PICTURES = 4  # of every prompt; ablations and rates draw one
+PICTURES = 4  # of every prompt; rates and ablations draw one
 BYSTANDERS = 25
 SWEEP_PROMPTS = 25
 SHOWN = 6  # prompts whose first picture is kept to look at
@@ -160,18 +160,21 @@ class Bench:
                 self.cell("main", name, rates, method.teach, subject, pictures, bystanders)
 
     def choices(self) -> None:
-        """The ablations on the sweep's subjects: defaults are chosen by these, and the tables' subjects stay unseen."""
+        """The ablations on the sweep's subjects: defaults are chosen by these, and the tables' subjects stay unseen.
+
+        All pictures, because one of every prompt says less than two settings differ by.
+        """
         from _subjects import sweep_artworks
 
-        self.changed("choices", sweep_artworks())
+        self.changed("choices", sweep_artworks(), PICTURES)
 
     def ablations(self) -> None:
         """Ours with one thing changed, fewer subjects and one seed."""
         from _subjects import table_artworks
 
-        self.changed("ablations", table_artworks(ABLATION_SUBJECTS[self.kind]))
+        self.changed("ablations", table_artworks(ABLATION_SUBJECTS[self.kind]), pictures=1)
 
-    def changed(self, part: str, artworks: list[Any]) -> None:
+    def changed(self, part: str, artworks: list[Any], pictures: int) -> None:
         """Every ablation on these subjects, as cells of the part."""
         from _ablations import ABLATIONS, as_changed
         from _subjects import make_subject
@@ -183,7 +186,7 @@ class Bench:
                 if self.options.ablations and name not in self.options.ablations:
                     continue
                 with as_changed(name):
-                    self.cell(part, name, rates, teach, subject, pictures=1, bystanders=0)
+                    self.cell(part, name, rates, teach, subject, 1 if self.options.quick else pictures, bystanders=0)
 
     def methods(self) -> dict[str, Any]:
         from _methods import METHODS
