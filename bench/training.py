@@ -3,7 +3,6 @@
     python bench/training.py                      the demo's base model
     python bench/training.py --full               full-size SD1.5 as well; on a CPU at 256 px with few steps
     python bench/training.py --geometry sdxl      full-size SDXL at 1024 px, CUDA only
-    python bench/training.py --one-step           one step of ours on the full-size SD1.5 UNet at 256 px, and no more
     python bench/training.py --quick              smoke run: nothing is meant to be measured
 
 Same model, pictures, resolution, batch, rank and precision for all. Seconds: one process in which the trainers take
@@ -72,15 +71,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--no-seconds", action="store_true", help="only memory, and the seconds seen meanwhile")
     parser.add_argument("--no-memory", action="store_true", help="only seconds")
-    parser.add_argument("--one-step", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)  # one trainer in this process
     options = parser.parse_args()
     has_cuda = torch.cuda.is_available()
-    if options.one_step:
-        options.geometry, options.trainers, options.checkpointing = ["sd15"], ["ours"], ["off"]
-        options.no_memory, options.rounds, options.steps = True, options.rounds or 1, options.steps or 3
-        options.side = options.side or 256
     options.geometry = options.geometry or (
         ["narrow"] if options.quick else ["demo", "sd15"] if options.full else ["demo"]
     )
@@ -130,7 +124,7 @@ def bench(geometry: str, options: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
     }
     title = f"Training: {geometry} at {side} px, batch 1, {options.dtype}"
-    stem = f"{geometry}-{side}-{device_slug()}" + ("-one-step" if options.one_step else "")
+    stem = f"{geometry}-{side}-{device_slug()}"
     publish("training", title, stem, result, COLUMNS, options.quick)
     return result
 
