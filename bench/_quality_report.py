@@ -41,7 +41,7 @@ COLUMNS = (
 )
 CHANGE_COLUMNS = ("changed", "subjects", "similarity", "top-1", "fidelity", "harmonic", "difference", "copying")
 VERDICT_COLUMNS = ("of", "against", "subjects", "difference", "asked for", "reached")
-GRID_SUBJECTS = 3
+GRID_SUBJECTS = 2
 CELL, LABEL, GAP = 96, 200, 4
 
 
@@ -247,20 +247,21 @@ def strip(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def grid(cells: Sequence[Cell], path: Path) -> None:
-    """The first prompts of the first subjects whose pictures are on this machine, a method to a row."""
+    """The first prompts of the subjects that most methods' pictures are here of, a method to a row."""
     from _subjects import make_subject
 
     from demo.base.artwork import find
 
     methods = by_method(cells)
     subjects = list(dict.fromkeys(cell["key"]["subject"] for cell in cells))
-    files = {s: {name: picture_file("main", name, s) for name in methods} for s in subjects}
-    subjects = [s for s in subjects if any(file.exists() for file in files[s].values())][:GRID_SUBJECTS]
+    files = {subject: {name: picture_file("main", name, subject) for name in methods} for subject in subjects}
+    files = {s: {name: file for name, file in of.items() if file.exists()} for s, of in files.items()}
+    subjects = sorted(filter(files.get, subjects), key=lambda s: len(files[s]), reverse=True)[:GRID_SUBJECTS]
     if not subjects:
         return
     blocks = [[("the pictures learned from", strip(make_subject(find(subject)).pictures()))] for subject in subjects]
     for block, subject in zip(blocks, subjects, strict=True):
-        block += [(name, Image.open(file)) for name, file in files[subject].items() if file.exists()]
+        block += [(name, Image.open(file)) for name, file in files[subject].items()]
     width = LABEL + max(row.width for block in blocks for _, row in block) + GAP
     height = sum(len(block) * (CELL + GAP) + 4 * GAP for block in blocks)
     sheet = Image.new("RGB", (width, height), "white")
