@@ -253,10 +253,11 @@ def grid(cells: Sequence[Cell], path: Path) -> None:
     from demo.base.artwork import find
 
     methods = by_method(cells)
-    subjects = list(dict.fromkeys(cell["key"]["subject"] for cell in cells))
-    files = {subject: {name: picture_file("main", name, subject) for name in methods} for subject in subjects}
-    files = {s: {name: file for name, file in of.items() if file.exists()} for s, of in files.items()}
-    subjects = sorted(filter(files.get, subjects), key=lambda s: len(files[s]), reverse=True)[:GRID_SUBJECTS]
+    files = {
+        subject: {name: file for name in methods if (file := picture_file("main", name, subject)).exists()}
+        for subject in dict.fromkeys(cell["key"]["subject"] for cell in cells)
+    }
+    subjects = sorted(filter(files.get, files), key=lambda s: len(files[s]), reverse=True)[:GRID_SUBJECTS]
     if not subjects:
         return
     blocks = [[("the pictures learned from", strip(make_subject(find(subject)).pictures()))] for subject in subjects]
