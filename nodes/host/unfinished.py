@@ -89,5 +89,7 @@ def fingerprint(settings: dict[str, Any], tensors: Iterable[Tensor | None]) -> s
             digest.update(b"none")
             continue
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        # A copy: autograd refuses a view of a weight that was made in inference mode and moved to another device since.
+        own = tensor.detach().to("cpu", copy=True)
+        digest.update(own.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

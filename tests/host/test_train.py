@@ -387,6 +387,16 @@ def test_file_of_a_stopped_training_that_is_damaged_is_named_and_left(sd15, run,
     run(sd15, steps=2)
 
 
+def test_weights_that_were_moved_since_they_were_loaded_are_read(sd15, run):
+    weight = next(sd15.vae.first_stage_model.parameters())
+    before = weight.data
+    weight.data = before.clone()  # as a move does, to a weight that was made in inference mode
+    try:
+        assert len(run(sd15).losses) == 1
+    finally:
+        weight.data = before
+
+
 def test_folder_that_cannot_be_written_is_told_and_ends_nothing(comfy_host, sd15, run, stop, kept, monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")
