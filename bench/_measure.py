@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ import torch
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: "5" resets the high-water mark of the resident set
 STATUS = Path("/proc/self/status")
 SAMPLING_SECONDS = 0.005
+DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # as torch's profiler calls it
 
 
 def synchronise() -> None:
@@ -30,6 +33,22 @@ def seconds_of(run: Callable[[], object]) -> float:
     run()
     synchronise()
     return time.perf_counter() - start
+
+
+def kernel_seconds(run: Callable[[], object]) -> float:
+    """Seconds in which the CUDA device itself is at work during a run.
+
+    A run takes about that long where the device is what everything waits for. A large one beside a slow processor
+    waits for Python to launch its kernels, and whole seconds then tell of that.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        synchronise()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    return sum(event["dur"] for event in events if event.get("cat") in DEVICE_WORK) / 1e6
 
 
 def alternate(

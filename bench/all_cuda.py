@@ -94,6 +94,8 @@ def figures(results: dict[str, Any]) -> Iterator[Row]:
         for variant, row in rows.items():
             if variant != "plain":
                 yield figure(f"{name}: {variant}, against plain", row["ratio"], row.get("at most"))
+                if "kernels" in row:
+                    yield figure(f"{name}: {variant}, kernels alone", row["kernels"], row.get("at most"))
         clean = rows.get("clean", {})
         missing = results[name] if isinstance(results[name], str) else not_measured("left out")
         yield figure(

@@ -7,6 +7,7 @@
     python bench/sampling.py --quick              smoke run: few steps, nothing is meant to be measured
 
 Every variant alternates with plain sampling on the same loaded model; a ratio is that of the medians of those pairs.
+"kernels" is the ratio of the time in which a CUDA device is at work, whatever it waits for in between.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from _host import start_host, weights_of
-from _measure import alternate, live_tensor_bytes, peak_memory, ratio, spread
+from _measure import alternate, kernel_seconds, live_tensor_bytes, peak_memory, ratio, spread
 from _report import Row, device_slug, environment, keep, not_measured, print_json, publish, run_script
 
 STEPS = 20
@@ -29,6 +30,7 @@ COLUMNS = (
     "variant",
     "seconds",
     "ratio",
+    *(["kernels"] if torch.cuda.is_available() else []),
     "at most",
     "limit",
     "ratio / limit",
@@ -131,8 +133,11 @@ def bench(host: Any, geometry: str, options: argparse.Namespace) -> dict[str, An
     }
     title = f"Sampling: {geometry} at {sampling.scene.side} px, {sampling.steps} steps, cfg on, {options.dtype}"
     file = ("sampling", title, f"{geometry}-{device_slug()}", result, COLUMNS, options.quick)
+    plain_kernels = kernel_seconds(lambda: sampling.run(None)) if torch.cuda.is_available() else None
     for variant in chosen:
         row = timed(sampling, variant, options)
+        if plain_kernels:
+            row["kernels"] = kernel_seconds(lambda: sampling.run(variant)) / plain_kernels  # noqa: B023, run at once
         least = 1.0 if variant.is_silent else limit.ratio(variant.shape, sampling.steps)
         row |= {
             "limit": least,
