@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from _learn import Room, classroom, with_word
-from _methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, taught_by
+from _methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, ours_matched, taught_by
 from _subjects import Subject, make_subject
 from torch import Tensor
 
@@ -34,6 +34,7 @@ from sa_inject.trainer.examples import Pair, PairStream, TrainingSet
 
 ATTENDED = "bench_attended"
 Replacements = tuple[tuple[tuple[str, ...], Any], ...]
+REFERENCE_INPUTS = ("sa_inject.nodes.host.bank.reference_inputs", "sa_inject.nodes.host.patch.reference_inputs")
 CLEAN_SIGMA = ("sa_inject.nodes.host.bank.clean_sigma", "sa_inject.nodes.host.denoiser.clean_sigma")
 RECORDER = ("sa_inject.nodes.host.bank.ReferenceRecorder", "sa_inject.nodes.host.denoiser.ReferenceRecorder")
 
@@ -52,9 +53,10 @@ def learned(
     """
     if not word_learns:
         changes["token_learning_rate"] = 0.0
-    with classroom(lesson.models, lesson.training_subject(), lesson.config(), denoiser_class=denoiser_class) as room:
+    config = lesson.config(**changes)
+    with classroom(lesson.models, lesson.training_subject(), config, denoiser_class=denoiser_class) as room:
         before(room)
-        room.learn(room.lora, **changes)
+        room.learn(room.lora)
         adapter = room.adapter()
     return taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER), **applied or {})
 
@@ -269,6 +271,7 @@ def lowest_sigma(sampling: Any) -> float:
     return float(sampling.sigma_min)
 
 
+THREE_LEVELS = (0.1, 0.3, 0.55)  # of the 0.7 in which there are references
 OWN_BEGINNINGS = (50, 250)  # so many places of the schedule further up
 
 
@@ -290,6 +293,49 @@ class OwnBeginnings(WithChance):
             ratio = (sigma / higher).view(-1, 1, 1, 1)
             own = denoised + ratio * (earlier - denoised)  # a step of Euler's method
         return super().denoise(own, sigma, text, references)
+
+
+class ToldTheLevel(ComfyDenoiser):
+    """Reads a clean reference, but says of it the noise level of the picture; or the nearest of some levels."""
+
+    told_at: tuple[float, ...] = ()  # places in the schedule
+
+    def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        self._clean = latent  # a reference's, when what is noised is read next
+        return super().add_noise(latent, noise, sigma)
+
+    def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
+        sampling = self._sampling
+        told = sigma.new_tensor([level_to_tell(sampling, level, self.told_at) for level in sigma.tolist()])
+        one = torch.ones_like(told)
+        clean = torch.full_like(told, clean_sigma(sampling))
+        scale = sampling.calculate_input(clean, one) / sampling.calculate_input(told, one)  # as large as a clean one
+        return super().read_reference(self._clean * scale.view(-1, 1, 1, 1), told, text, mask, deltas)
+
+
+def level_to_tell(sampling: Any, sigma: float, places: tuple[float, ...]) -> float:
+    """The nearest of those at these places of the schedule; sigma itself where there are none."""
+    levels = [float(sampling.percent_to_sigma(1 - place)) for place in places]
+    return min(levels, key=lambda level: abs(math.log(level / max(sigma, 1e-3))), default=sigma)
+
+
+def inputs_told(told_at: tuple[float, ...]) -> Callable[..., Any]:
+    """The same while sampling, in place of bank.reference_inputs."""
+
+    def inputs(base: Any, adapter: Any, pictures: Any, places: Any, sigma: Any, seed: int, like: Tensor) -> Any:
+        found = reference_inputs(base, adapter, pictures, places, None, seed, like)
+        level = torch.full((len(pictures),), level_to_tell(base.model_sampling, sigma, told_at), device=like.device)
+        return found._replace(timestep=base.model_sampling.timestep(level).float())
+
+    return inputs
+
+
+def told(*told_at: float) -> Callable[[Lesson], Taught]:
+    class Told(ToldTheLevel):
+        pass
+
+    Told.told_at = told_at
+    return lambda lesson: learned(lesson, denoiser_class=Told, reference_mode="matched")
 
 
 def sigma_at(share: float) -> Callable[[Any], float]:
@@ -412,6 +458,9 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "references lightly noised": lambda lesson: learned(lesson, denoiser_class=LightlyNoised),
     "references read as clean": ours,
     **{f"references read at {share}": ours for share in (0.1, 0.5)},
+    "references told the picture's level": told(),
+    "references told one of 3 levels": told(*THREE_LEVELS),
+    "matched": ours_matched,
     "own beginnings": lambda lesson: learned(lesson, denoiser_class=OwnBeginnings),
     "LoRA on both": lora_on_both,
     "identical pairs": identical_pairs,
@@ -446,6 +495,8 @@ REPLACED: dict[str, Replacements] = {
     "whole values, added": ((RECORDER, WholeValues),),
     "references lightly noised": ((("sa_inject.nodes.host.bank.reference_inputs",), lightly_noised_inputs),),
     "references read as clean": ((CLEAN_SIGMA, lowest_sigma),),
+    "references told the picture's level": ((REFERENCE_INPUTS, inputs_told(())),),
+    "references told one of 3 levels": ((REFERENCE_INPUTS, inputs_told(THREE_LEVELS)),),
     **{f"references read at {share}": ((CLEAN_SIGMA, sigma_at(share)),) for share in (0.1, 0.5)},
 }
 

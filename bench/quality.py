@@ -62,7 +62,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="only these of the table")
     parser.add_argument("--ablations", nargs="+", help="only these of the ablations and choices")
     parser.add_argument("--rates", nargs="+", type=pair, metavar="RATE,WORD", help="instead of those of the sweep")
-    parser.add_argument("--subjects", type=int, help="of the main table: 12, on CUDA 40")
+    parser.add_argument(
+        "--subjects", type=int, help="of the main table: 12, on CUDA 40; of the ablations: 6, on CUDA 20"
+    )
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of every method")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--sampler-steps", type=int, default=10)
@@ -172,7 +174,8 @@ class Bench:
         """Ours with one thing changed, fewer subjects and one seed."""
         from _subjects import table_artworks
 
-        self.changed("ablations", table_artworks(ABLATION_SUBJECTS[self.kind]), pictures=1)
+        count = self.options.subjects or ABLATION_SUBJECTS[self.kind]
+        self.changed("ablations", table_artworks(count), pictures=1)
 
     def changed(self, part: str, artworks: list[Any], pictures: int) -> None:
         """Every ablation on these subjects, as cells of the part."""
