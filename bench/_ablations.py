@@ -6,14 +6,13 @@ Import only once the host is started.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
+from _adapted import RECORDER, Replacements, WholePass, lora_on_both, lora_on_both_matched, replaced, whole_lora_for
 from _learn import Room, classroom, with_word
 from _methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, ours_matched, taught_by
 from _subjects import Subject, make_subject
@@ -21,22 +20,19 @@ from torch import Tensor
 
 from sa_inject.core.attention import Attention, differentiable_attention
 from sa_inject.core.image_prompt import ReferenceText
-from sa_inject.core.injection import Reference, inject
+from sa_inject.core.injection import Reference
 from sa_inject.core.kv import KV, BlockKey
-from sa_inject.core.lora import Deltas, SelfAttentionLoRA
-from sa_inject.core.reference import HIDDEN, ReferenceRecorder, block_key
+from sa_inject.core.lora import Deltas
+from sa_inject.core.reference import ReferenceRecorder, block_key
 from sa_inject.nodes.host.bank import reference_inputs
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
-from sa_inject.nodes.host.trainable import differentiable_options
-from sa_inject.nodes.host.unet import clean_sigma, model_conditions
+from sa_inject.nodes.host.unet import clean_sigma
 from sa_inject.trainer.config import REFERENCE_START
 from sa_inject.trainer.examples import Pair, PairStream, TrainingSet
 
-ATTENDED = "bench_attended"
-Replacements = tuple[tuple[tuple[str, ...], Any], ...]
 REFERENCE_INPUTS = ("sa_inject.nodes.host.bank.reference_inputs", "sa_inject.nodes.host.patch.reference_inputs")
 CLEAN_SIGMA = ("sa_inject.nodes.host.bank.clean_sigma", "sa_inject.nodes.host.denoiser.clean_sigma")
-RECORDER = ("sa_inject.nodes.host.bank.ReferenceRecorder", "sa_inject.nodes.host.denoiser.ReferenceRecorder")
+MAY_JOIN = ("sa_inject.nodes.host.joined.LargerCall.may_take",)
 
 
 def learned(
@@ -61,15 +57,13 @@ def learned(
     return taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER), **applied or {})
 
 
-def whole_lora(lesson: Lesson) -> Taught:
+def whole_lora(lesson: Lesson, **changes: Any) -> Taught:
     """LoRA on all four projections; what they do is up to the recorder."""
 
     def replace(room: Room) -> None:
-        generator = torch.Generator().manual_seed(room.config.seed)
-        room.lora = WholeLoRA(room.description.layers, room.config.rank, room.config.alpha, generator)
-        room.lora.to(room.device)
+        room.lora = whole_lora_for(room)
 
-    return learned(lesson, replace)
+    return learned(lesson, replace, **changes)
 
 
 def identical_pairs(lesson: Lesson) -> Taught:
@@ -107,48 +101,6 @@ def with_pairs(change: Callable[[Pair], Pair]) -> Callable[[Room], None]:
         room.data = Data(room.data.examples, room.data.views)
 
     return replace
-
-
-class WholeLoRA(SelfAttentionLoRA):
-    projections = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-class WholePass(ReferenceRecorder):
-    """Adapts what a layer passes on to the next as well: by `own`, or else by what adapts the keys and values."""
-
-    def __init__(
-        self,
-        wanted: Any,
-        last: Any,
-        deltas: Deltas,
-        attend: Attention,
-        stop_early: bool = True,
-        own: Deltas | None = None,
-    ) -> None:
-        super().__init__(wanted, last, deltas, attend, stop_early)
-        self._own = deltas if own is None else own
-
-    def transformer_options(self, blocks: Any) -> dict[str, Any]:
-        options = super().transformer_options(blocks)
-        options["patches"]["attn1_output_patch"] = [self._adapt_output]
-        return options
-
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        self._record(k, v, extra_options)
-        projected = {"to_q": q, "to_k": k, "to_v": v}
-        q, k, v = (self._adapted(x, extra_options[HIDDEN], name, extra_options) for name, x in projected.items())
-        attended = extra_options[ATTENDED] = self._attend_to(q, k, v, extra_options)
-        return attended
-
-    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        return self._attend(q, k, v, extra_options["n_heads"])
-
-    def _adapt_output(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        return self._adapted(out, extra_options[ATTENDED], "to_out.0", extra_options)
-
-    def _adapted(self, projected: Tensor, x: Tensor, projection: str, extra_options: dict[str, Any]) -> Tensor:
-        delta = self._own.get((block_key(extra_options), projection))
-        return projected if delta is None else projected + delta(x)
 
 
 class BaseProjections(WholePass):
@@ -193,16 +145,6 @@ def in_one_softmax(q: Tensor, own: KV, references: list[Reference], heads: int) 
         values.append(v)
         biases.append(q.new_full((k.shape[1],), math.log(reference.weight * own.k.shape[1] / k.shape[1])))
     return differentiable_attention(q, torch.cat(keys, 1), torch.cat(values, 1), heads, torch.cat(biases)[None])
-
-
-@contextlib.contextmanager
-def replaced(*changes: tuple[tuple[str, ...], Any]) -> Iterator[None]:
-    """Other objects at the given places, for as long as this lasts."""
-    with contextlib.ExitStack() as undo:
-        for places, by in changes:
-            for place in places:
-                undo.enter_context(mock.patch(place, by))
-        yield
 
 
 class MiddleAndDecoder(ComfyDenoiser):
@@ -343,69 +285,6 @@ def sigma_at(share: float) -> Callable[[Any], float]:
     return lambda sampling: float(sampling.percent_to_sigma(1 - share))
 
 
-class AdaptedUnet(ComfyDenoiser):
-    """The frozen UNet's own self-attention gets a LoRA of its own too, which the copy shares."""
-
-    own: SelfAttentionLoRA
-
-    def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
-        own = self.own.deltas(latent.device, torch.float32)
-        with replaced((RECORDER, functools.partial(WholePass, own=own))):
-            return super().read_reference(latent, sigma, text, mask, deltas)
-
-    def denoise(self, noisy: Tensor, sigma: Tensor, text: Any, references: Any) -> Tensor:
-        recorder = _Injecting(self._blocks[-1], self.own.deltas(noisy.device, torch.float32), references)
-        options = {**differentiable_options(), **recorder.transformer_options(self._blocks)}
-        conditions = model_conditions(self._base, noisy, text)
-        return self._base.apply_model(noisy, sigma, transformer_options=options, **conditions)
-
-
-class _Injecting(WholePass):
-    """Adapts every self-attention of a whole UNet call, and injects where there is something to inject."""
-
-    def __init__(self, last: Any, own: Deltas, references: Any) -> None:
-        super().__init__((), last, {}, differentiable_attention, stop_early=False, own=own)
-        self._references = references
-
-    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        attended = super()._attend_to(q, k, v, extra_options)
-        if self._references is None:
-            return attended
-        reference = self._references[block_key(extra_options)]
-        return inject(attended, q, [reference], extra_options["n_heads"], differentiable_attention)
-
-
-def lora_on_both(lesson: Lesson) -> Taught:
-    """A second LoRA on the frozen UNet's self-attention, merged into its weights for drawing."""
-    with classroom(lesson.models, lesson.training_subject(), lesson.config(), denoiser_class=AdaptedUnet) as room:
-        own = room.denoiser.own = WholeLoRA(room.description.layers, room.config.rank, room.config.alpha)  # type: ignore[attr-defined]
-        own.to(room.device)
-        both = _Both(room.lora, own)
-        room.learn(both)
-        adapter = room.adapter()
-        with torch.no_grad():
-            products = own.deltas(torch.device("cpu"), torch.float32)
-            paths = {layer.key: layer.path for layer in room.description.layers}
-            differences = {
-                f"{paths[key]}.{projection}.weight": product.b @ product.a
-                for (key, projection), product in products.items()
-            }
-    patches = {f"diffusion_model.{name}": ("diff", (value,)) for name, value in differences.items()}
-    taught = taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER))
-    taught.model.add_patches(patches)
-    more = sum(parameter.numel() for parameter in own.parameters())
-    return taught._replace(parameters=taught.parameters + more, file_bytes=taught.file_bytes + 2 * more)
-
-
-class _Both:
-    def __init__(self, lora: SelfAttentionLoRA, own: SelfAttentionLoRA) -> None:
-        self.deltas = lora.deltas
-        self._all = [*lora.parameters(), *own.parameters()]
-
-    def parameters(self) -> list:
-        return self._all
-
-
 def with_references(count: int) -> Callable[[Lesson], Taught]:
     def teach(lesson: Lesson) -> Taught:
         lesson.subject = make_subject(lesson.subject.artwork, references=count)
@@ -440,6 +319,7 @@ def learned_once(lesson: Lesson) -> tuple[Any, Any]:
 ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "as it is": drawn_with(),
     "LoRA in the whole pass": whole_lora,
+    "LoRA in the whole pass, matched": lambda lesson: whole_lora(lesson, reference_mode="matched"),
     "K and V, in the whole pass": ours,
     **{f"rank {rank}": lambda lesson, rank=rank: ours(lesson, rank=rank) for rank in (1, 4, 64)},
     **{f"word of {n} tokens": lambda lesson, n=n: ours(lesson, token_vectors=n) for n in (1, 2, 8)},
@@ -463,6 +343,7 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "matched": ours_matched,
     "own beginnings": lambda lesson: learned(lesson, denoiser_class=OwnBeginnings),
     "LoRA on both": lora_on_both,
+    "LoRA on both, matched": lora_on_both_matched,
     "identical pairs": identical_pairs,
     "both rows": drawn_with(rows="both"),
     "both rows, middle and decoder": drawn_with(rows="both", blocks="middle and decoder"),
@@ -488,6 +369,7 @@ CONCATENATED: Replacements = (
 )
 REPLACED: dict[str, Replacements] = {
     "LoRA in the whole pass": ((RECORDER, WholePass),),
+    "LoRA in the whole pass, matched": ((RECORDER, WholePass), (MAY_JOIN, lambda *_: False)),
     "K and V, in the whole pass": ((RECORDER, WholePass),),
     "projected by the base": ((RECORDER, BaseProjections), *CONCATENATED),
     "concatenated": ((RECORDER, WholeValues), *CONCATENATED),

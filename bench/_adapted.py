@@ -1,0 +1,157 @@
+"""Ours with LoRA on the whole of a self-attention: in the reference pass, and in the UNet that draws.
+
+Import only once the host is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from _learn import Room, classroom, with_word
+from _methods import PLACEHOLDER, Lesson, Taught, taught_by
+from torch import Tensor
+
+from sa_inject.core.attention import Attention, differentiable_attention
+from sa_inject.core.injection import inject
+from sa_inject.core.lora import Deltas, SelfAttentionLoRA
+from sa_inject.core.reference import HIDDEN, ReferenceRecorder, block_key
+from sa_inject.nodes.host.denoiser import ComfyDenoiser
+from sa_inject.nodes.host.trainable import differentiable_options
+from sa_inject.nodes.host.unet import model_conditions
+
+ATTENDED = "bench_attended"
+Replacements = tuple[tuple[tuple[str, ...], Any], ...]
+RECORDER = ("sa_inject.nodes.host.bank.ReferenceRecorder", "sa_inject.nodes.host.denoiser.ReferenceRecorder")
+
+
+@contextlib.contextmanager
+def replaced(*changes: tuple[tuple[str, ...], Any]) -> Iterator[None]:
+    """Other objects at the given places, for as long as this lasts."""
+    with contextlib.ExitStack() as undo:
+        for places, by in changes:
+            for place in places:
+                undo.enter_context(mock.patch(place, by))
+        yield
+
+
+class WholeLoRA(SelfAttentionLoRA):
+    projections = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class WholePass(ReferenceRecorder):
+    """Adapts what a layer passes on to the next as well: by `own`, or else by what adapts the keys and values."""
+
+    def __init__(
+        self,
+        wanted: Any,
+        last: Any,
+        deltas: Deltas,
+        attend: Attention,
+        stop_early: bool = True,
+        own: Deltas | None = None,
+    ) -> None:
+        super().__init__(wanted, last, deltas, attend, stop_early)
+        self._own = deltas if own is None else own
+
+    def transformer_options(self, blocks: Any) -> dict[str, Any]:
+        options = super().transformer_options(blocks)
+        options["patches"]["attn1_output_patch"] = [self._adapt_output]
+        return options
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        self._record(k, v, extra_options)
+        projected = {"to_q": q, "to_k": k, "to_v": v}
+        q, k, v = (self._adapted(x, extra_options[HIDDEN], name, extra_options) for name, x in projected.items())
+        attended = extra_options[ATTENDED] = self._attend_to(q, k, v, extra_options)
+        return attended
+
+    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        return self._attend(q, k, v, extra_options["n_heads"])
+
+    def _adapt_output(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        return self._adapted(out, extra_options[ATTENDED], "to_out.0", extra_options)
+
+    def _adapted(self, projected: Tensor, x: Tensor, projection: str, extra_options: dict[str, Any]) -> Tensor:
+        delta = self._own.get((block_key(extra_options), projection))
+        return projected if delta is None else projected + delta(x)
+
+
+def whole_lora_for(room: Room) -> WholeLoRA:
+    """A fresh one, on the room's device."""
+    generator = torch.Generator().manual_seed(room.config.seed)
+    lora = WholeLoRA(room.description.layers, room.config.rank, room.config.alpha, generator)
+    lora.to(room.device)
+    return lora
+
+
+class AdaptedUnet(ComfyDenoiser):
+    """The frozen UNet's own self-attention gets a LoRA of its own too, which the copy shares."""
+
+    own: SelfAttentionLoRA
+
+    def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
+        own = self.own.deltas(latent.device, torch.float32)
+        with replaced((RECORDER, functools.partial(WholePass, own=own))):
+            return super().read_reference(latent, sigma, text, mask, deltas)
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, text: Any, references: Any) -> Tensor:
+        recorder = _Injecting(self._blocks[-1], self.own.deltas(noisy.device, torch.float32), references)
+        options = {**differentiable_options(), **recorder.transformer_options(self._blocks)}
+        conditions = model_conditions(self._base, noisy, text)
+        return self._base.apply_model(noisy, sigma, transformer_options=options, **conditions)
+
+
+class _Injecting(WholePass):
+    """Adapts every self-attention of a whole UNet call, and injects where there is something to inject."""
+
+    def __init__(self, last: Any, own: Deltas, references: Any) -> None:
+        super().__init__((), last, {}, differentiable_attention, stop_early=False, own=own)
+        self._references = references
+
+    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        attended = super()._attend_to(q, k, v, extra_options)
+        if self._references is None:
+            return attended
+        reference = self._references[block_key(extra_options)]
+        return inject(attended, q, [reference], extra_options["n_heads"], differentiable_attention)
+
+
+def lora_on_both(lesson: Lesson, **changes: Any) -> Taught:
+    """A second LoRA on the frozen UNet's self-attention, merged into its weights for drawing."""
+    config = lesson.config(**changes)
+    with classroom(lesson.models, lesson.training_subject(), config, denoiser_class=AdaptedUnet) as room:
+        own = whole_lora_for(room)
+        room.denoiser.own = own  # type: ignore[attr-defined]
+        both = _Both(room.lora, own)
+        room.learn(both)
+        adapter = room.adapter()
+        with torch.no_grad():
+            products = own.deltas(torch.device("cpu"), torch.float32)
+            paths = {layer.key: layer.path for layer in room.description.layers}
+            differences = {
+                f"{paths[key]}.{projection}.weight": product.b @ product.a
+                for (key, projection), product in products.items()
+            }
+    patches = {f"diffusion_model.{name}": ("diff", (value,)) for name, value in differences.items()}
+    taught = taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER))
+    taught.model.add_patches(patches)
+    more = sum(parameter.numel() for parameter in own.parameters())
+    return taught._replace(parameters=taught.parameters + more, file_bytes=taught.file_bytes + 2 * more)
+
+
+def lora_on_both_matched(lesson: Lesson) -> Taught:
+    return lora_on_both(lesson, reference_mode="matched")
+
+
+class _Both:
+    def __init__(self, lora: SelfAttentionLoRA, own: SelfAttentionLoRA) -> None:
+        self.deltas = lora.deltas
+        self._all = [*lora.parameters(), *own.parameters()]
+
+    def parameters(self) -> list:
+        return self._all
