@@ -5,7 +5,6 @@ Import only once the host is started.
 
 from __future__ import annotations
 
-from _adapted import lora_on_both, lora_on_both_matched
 from _methods import (
     Method,
     base_model,
@@ -35,6 +34,4 @@ METHODS: dict[str, Method] = {
     "full fine-tune, prior": Method(full_fine_tune_with_prior, swept_as="full fine-tune"),
     "ours, clean": Method(ours, with_words(3e-4, 1e-3, 3e-3)),
     "ours, matched": Method(ours_matched, swept_as="ours, clean"),
-    "ours, clean, UNet too": Method(lora_on_both, swept_as="ours, clean"),
-    "ours, matched, UNet too": Method(lora_on_both_matched, swept_as="ours, clean"),
 }
