@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_management import get_free_memory
 from torch import Tensor
 
 from ...core.adapter import Adapter
@@ -46,12 +47,12 @@ def read_image_prompt(
     """Run the reference pass over an image prompt and line up what its pictures hand over.
 
     `sigma` None reads the pictures free of noise; a number noises them to it first.
-    `like` is the UNet's own input: device and dtype come from it. -> (1, m, heads*d) for every layer of `blocks`,
-    where m counts the kept tokens of all pictures.
+    `like` is the UNet's own input: device and dtype come from it. As many pictures are read at once as there is room
+    for. -> (1, m, heads*d) for every layer of `blocks`, where m counts the kept tokens of all pictures.
     """
     order = [layer.key for layer in adapter.info.layers if layer.key in blocks]
     parts: dict[BlockKey, list[tuple[int, KV]]] = {key: [] for key in order}
-    for group in _same_size(prompt.pictures):
+    for group in _batches(prompt.pictures, lambda shape: _pictures_at_once(base, shape, like.device)):
         recorder = ReferenceRecorder(order, order[-1], deltas, host_attention(attention_options))
         pictures = [prompt.pictures[place] for place in group]
         inputs = reference_inputs(base, adapter, pictures, group, sigma, noise_seed, like)
@@ -92,13 +93,20 @@ def _noise(latent: Tensor, seed: int, place: int) -> Tensor:
     return torch.randn(latent.shape, generator=generator)
 
 
-def _same_size(pictures: Sequence[Picture]) -> list[list[int]]:
-    """Places of pictures that fit into one batch: one size of latent, one length of text."""
+def _batches(pictures: Sequence[Picture], at_once: Callable[[torch.Size], int]) -> Iterator[list[int]]:
+    """Places of pictures that are read in one call: one size of latent, one length of text, and no more than fit."""
     groups: dict[tuple, list[int]] = {}
     for place, picture in enumerate(pictures):
         text = None if picture.text is None else picture.text.cross_attn.shape
         groups.setdefault((picture.latent.shape, text), []).append(place)
-    return list(groups.values())
+    for (shape, _), places in groups.items():
+        count = at_once(shape)
+        yield from (places[first : first + count] for first in range(0, len(places), count))
+
+
+def _pictures_at_once(base: Any, shape: torch.Size, device: torch.device) -> int:
+    """How many of this latent shape ComfyUI would put into one call, at least one."""
+    return max(1, int(get_free_memory(device) / (1.5 * base.memory_required([1, *shape[1:]]))))
 
 
 def _stack_texts(texts: Sequence[ReferenceText], device: torch.device) -> ReferenceText:

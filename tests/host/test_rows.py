@@ -263,6 +263,19 @@ def test_pictures_get_a_pass_of_their_own_where_there_is_no_room_for_both(comfy_
     assert relative_error(together.drawn, apart.drawn) < 1e-4
 
 
+@pytest.mark.parametrize("mode", ["clean", "matched"])
+def test_pictures_are_read_one_by_one_where_there_is_no_room_for_more(comfy_host, model, looked_at, monkeypatch, mode):
+    from sa_inject.nodes.host import bank  # pyright: ignore[reportMissingImports]
+
+    prompt = make_prompt((8, 8), (8, 16), (8, 8))
+    patched = looked_at(apply(comfy_host, model, make_adapter(model, mode), prompt))
+    together = count_unet_rows(model, lambda: sample(comfy_host, patched, steps=1))
+    monkeypatch.setattr(bank, "get_free_memory", lambda device: model.model.memory_required([1, 4, 8, 8]))
+    apart = count_unet_rows(model, lambda: sample(comfy_host, patched, steps=1))
+    assert together.rows == [2, 1, 2] and apart.rows == [1, 1, 1, 2]
+    assert relative_error(together.drawn, apart.drawn) < 1e-4
+
+
 @pytest.mark.parametrize("size, tokens, rows", [((8, 8), 14, {3}), ((8, 8), 10, {1, 2}), ((8, 16), 7, {1, 2})])
 def test_pictures_are_rows_of_a_call_only_if_size_and_text_fit(comfy_host, model, size, tokens, rows):
     texts = {name: conditioning(model, seed, tokens) for name, seed in (("positive", 11), ("negative", 22))}
