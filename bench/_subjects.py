@@ -18,6 +18,7 @@ SEED = 20_261
 PROMPTS = 25
 REFERENCES = 4
 SWEEP = 3  # subjects kept for choosing learning rates, never scored in a table
+TABLE = 40  # the largest table's
 
 
 class Settings(NamedTuple):
@@ -91,13 +92,19 @@ def factors(scene: Scene) -> tuple[str, str, str, str]:
 
 
 def shuffled_artworks() -> list[Artwork]:
-    """Held-out objects in the order in which they are taken: the first `SWEEP` for choosing, the rest for tables."""
+    """Held-out objects in the order in which they are taken: `SWEEP` for choosing, `TABLE` for tables, the rest for
+    choosing."""
     held_out = objects("held_out")
     return [held_out[i] for i in np.random.RandomState(SEED).permutation(len(held_out))]
 
 
 def sweep_artworks() -> list[Artwork]:
     return shuffled_artworks()[:SWEEP]
+
+
+def choice_artworks(count: int) -> list[Artwork]:
+    shuffled = shuffled_artworks()
+    return (shuffled[:SWEEP] + shuffled[SWEEP + TABLE :])[:count]
 
 
 def table_artworks(count: int) -> list[Artwork]:

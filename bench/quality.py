@@ -30,7 +30,8 @@ from _report import print_json
 log = logging.getLogger("quality")
 
 SWEEP_SUBJECTS = {"cpu": 2, "cuda": 3}
-TABLE_SUBJECTS = {"cpu": 12, "cuda": 40}
+TABLE_SUBJECTS = {"cpu": 12, "cuda": 40}  # at most as many as _subjects keeps for it
+CHOICE_SUBJECTS = {"cpu": 3, "cuda": 12}
 ABLATION_SUBJECTS = {"cpu": 6, "cuda": 20}
 PICTURES = 4  # of every prompt; rates and ablations draw one
 BYSTANDERS = 25
@@ -63,7 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ablations", nargs="+", help="only these of the ablations and choices")
     parser.add_argument("--rates", nargs="+", type=pair, metavar="RATE,WORD", help="instead of those of the sweep")
     parser.add_argument(
-        "--subjects", type=int, help="of the main table: 12, on CUDA 40; of the ablations: 6, on CUDA 20"
+        "--subjects", type=int, help="of the main table: 12, on CUDA 40; ablations: 6 and 20; choices: 3 and 12"
     )
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of every method")
     parser.add_argument("--batch", type=int, default=2)
@@ -162,13 +163,14 @@ class Bench:
                 self.cell("main", name, rates, method.teach, subject, pictures, bystanders)
 
     def choices(self) -> None:
-        """The ablations on the sweep's subjects: defaults are chosen by these, and the tables' subjects stay unseen.
+        """The ablations on subjects of no table: defaults are chosen by these, and the tables' subjects stay unseen.
 
         All pictures, because one of every prompt says less than two settings differ by.
         """
-        from _subjects import sweep_artworks
+        from _subjects import choice_artworks
 
-        self.changed("choices", sweep_artworks(), PICTURES)
+        count = self.options.subjects or CHOICE_SUBJECTS[self.kind]
+        self.changed("choices", choice_artworks(count), PICTURES)
 
     def ablations(self) -> None:
         """Ours with one thing changed, fewer subjects and one seed."""
