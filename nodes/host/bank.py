@@ -52,7 +52,7 @@ def read_image_prompt(
     """
     order = [layer.key for layer in adapter.info.layers if layer.key in blocks]
     parts: dict[BlockKey, list[tuple[int, KV]]] = {key: [] for key in order}
-    for group in _batches(prompt.pictures, lambda shape: _pictures_at_once(base, shape, like.device)):
+    for group in _batches(prompt.pictures, base, like.device):
         recorder = ReferenceRecorder(order, order[-1], deltas, host_attention(attention_options))
         pictures = [prompt.pictures[place] for place in group]
         inputs = reference_inputs(base, adapter, pictures, group, sigma, noise_seed, like)
@@ -93,20 +93,22 @@ def _noise(latent: Tensor, seed: int, place: int) -> Tensor:
     return torch.randn(latent.shape, generator=generator)
 
 
-def _batches(pictures: Sequence[Picture], at_once: Callable[[torch.Size], int]) -> Iterator[list[int]]:
+def _batches(pictures: Sequence[Picture], base: Any, device: torch.device) -> Iterator[list[int]]:
     """Places of pictures that are read in one call: one size of latent, one length of text, and no more than fit."""
     groups: dict[tuple, list[int]] = {}
     for place, picture in enumerate(pictures):
         text = None if picture.text is None else picture.text.cross_attn.shape
         groups.setdefault((picture.latent.shape, text), []).append(place)
     for (shape, _), places in groups.items():
-        count = at_once(shape)
+        count = len(places)
+        while count > 1 and not has_room(base, [count, *shape[1:]], device):
+            count -= 1
         yield from (places[first : first + count] for first in range(0, len(places), count))
 
 
-def _pictures_at_once(base: Any, shape: torch.Size, device: torch.device) -> int:
-    """How many of this latent shape ComfyUI would put into one call, at least one."""
-    return max(1, int(get_free_memory(device) / (1.5 * base.memory_required([1, *shape[1:]]))))
+def has_room(base: Any, shape: Sequence[int], device: torch.device) -> bool:
+    """Whether ComfyUI would itself make one call of latents (b, c, h, w)."""
+    return base.memory_required(shape) * 1.5 < get_free_memory(device)
 
 
 def _stack_texts(texts: Sequence[ReferenceText], device: torch.device) -> ReferenceText:

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from comfy.model_management import get_free_memory
 from torch import Tensor
 
 from ...core.image_prompt import ImagePrompt
 from ...core.kv import BlockKey, KVBank
 from ...core.reference import HIDDEN, Recorded, ReferenceRecorder
-from .bank import lined_up, tokens_of
+from .bank import has_room, lined_up, tokens_of
 from .unet import NetworkInputs
 
 
@@ -59,8 +58,7 @@ class LargerCall:
             return False
         if any(picture.latent.shape[-2:] != x.shape[-2:] for picture in prompt.pictures):
             return False
-        rows = len(x) + len(prompt.pictures)
-        return base.memory_required([rows, *x.shape[1:]]) * 1.5 < get_free_memory(x.device)
+        return has_room(base, [len(x) + len(prompt.pictures), *x.shape[1:]], x.device)
 
     def join(self, key: tuple, prompt: ImagePrompt, inputs: NetworkInputs, recorder: ReferenceRecorder) -> bool:
         """Add the pictures as rows, unless they are of another kind than those of the call.

@@ -252,12 +252,12 @@ def test_pictures_that_are_rows_of_the_call_say_what_a_pass_of_their_own_says(
 
 
 def test_pictures_get_a_pass_of_their_own_where_there_is_no_room_for_both(comfy_host, model, monkeypatch):
-    from sa_inject.nodes.host import joined  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host import bank  # pyright: ignore[reportMissingImports]
 
     patched = apply(comfy_host, model, make_adapter(model, "matched"))
     together = count_unet_rows(model, lambda: sample(comfy_host, patched))
     needed = model.model.memory_required([3, 4, 8, 8]) * 1.5
-    monkeypatch.setattr(joined, "get_free_memory", lambda device: needed)
+    monkeypatch.setattr(bank, "get_free_memory", lambda device: needed)
     apart = count_unet_rows(model, lambda: sample(comfy_host, patched))
     assert together.rows == [3, 3] and apart.rows == [1, 2, 1, 2]
     assert relative_error(together.drawn, apart.drawn) < 1e-4
