@@ -358,7 +358,12 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "no reference dropout": lambda lesson: learned(lesson, reference_dropout=0.0),
     "reference dropout 0.3": lambda lesson: learned(lesson, reference_dropout=0.3),
     "reference dropout 0.5": lambda lesson: learned(lesson, reference_dropout=0.5),
-    "matched, reference dropout 0.5": lambda lesson: learned(lesson, reference_dropout=0.5, reference_mode="matched"),
+    **{
+        f"matched, reference dropout {share}": lambda lesson, share=share: learned(
+            lesson, reference_dropout=share, reference_mode="matched"
+        )
+        for share in (0.0, 0.5)
+    },
     **{f"{count} references": with_references(count) for count in (1, 2, 8)},
     **{f"strength {strength}": drawn_with(strength=strength) for strength in (0.25, 0.5, 2.0, 4.0)},
     **{f"cfg {cfg}": drawn_with(cfg) for cfg in (2.0, 4.5, 7.0)},
