@@ -247,7 +247,10 @@ def strip(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def grid(cells: Sequence[Cell], path: Path) -> None:
-    """The first prompts of the subjects that most methods' pictures are here of, a method to a row."""
+    """The first prompts of the subjects that most methods' pictures are here of, a method to a row.
+
+    Pictures are kept on the machine that drew them: elsewhere a sheet that is there already stays as it is.
+    """
     from _subjects import make_subject
 
     from demo.base.artwork import find
@@ -258,7 +261,7 @@ def grid(cells: Sequence[Cell], path: Path) -> None:
         for subject in dict.fromkeys(cell["key"]["subject"] for cell in cells)
     }
     subjects = sorted(filter(files.get, files), key=lambda s: len(files[s]), reverse=True)[:GRID_SUBJECTS]
-    if not subjects:
+    if not subjects or (path.exists() and len(files[subjects[0]]) < len(methods)):
         return
     blocks = [[("the pictures learned from", strip(make_subject(find(subject)).pictures()))] for subject in subjects]
     for block, subject in zip(blocks, subjects, strict=True):
