@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...core.whole_file import whole_file
 from ...trainer.loop import Training
+from .trainable import normal_tensor
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,5 @@ def fingerprint(settings: dict[str, Any], tensors: Iterable[Tensor | None]) -> s
             digest.update(b"none")
             continue
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        # A copy: autograd refuses a view of a weight that was made in inference mode and moved to another device since.
-        own = tensor.detach().to("cpu", copy=True)
-        digest.update(own.flatten().view(torch.uint8).numpy())
+        digest.update(normal_tensor(tensor).cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
