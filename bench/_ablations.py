@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _adapted import RECORDER, Replacements, WholePass, lora_on_both, lora_on_both_matched, replaced, whole_lora_for
+from _adapted import RECORDER, Replacements, WholePass, lora_on_both, replaced, whole_lora_for
 from _learn import Room, classroom, with_word
 from _methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, ours_matched, taught_by
 from _subjects import Subject, make_subject
@@ -343,7 +343,7 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "matched": ours_matched,
     "own beginnings": lambda lesson: learned(lesson, denoiser_class=OwnBeginnings),
     "LoRA on both": lora_on_both,
-    "LoRA on both, matched": lora_on_both_matched,
+    "LoRA on both, matched": lambda lesson: lora_on_both(lesson, reference_mode="matched"),
     "LoRA on the UNet alone": lambda lesson: lora_on_both(lesson, reference_dropout=1.0),
     "identical pairs": identical_pairs,
     "both rows": drawn_with(rows="both"),
@@ -355,9 +355,10 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
         )
         for start in (0.0, 0.5)
     },
-    "no reference dropout": lambda lesson: learned(lesson, reference_dropout=0.0),
-    "reference dropout 0.3": lambda lesson: learned(lesson, reference_dropout=0.3),
-    "reference dropout 0.5": lambda lesson: learned(lesson, reference_dropout=0.5),
+    **{
+        f"reference dropout {share}": lambda lesson, share=share: learned(lesson, reference_dropout=share)
+        for share in (0.0, 0.3, 0.5)
+    },
     **{
         f"matched, reference dropout {share}": lambda lesson, share=share: learned(
             lesson, reference_dropout=share, reference_mode="matched"

@@ -144,10 +144,6 @@ def lora_on_both(lesson: Lesson, **changes: Any) -> Taught:
     return taught._replace(parameters=taught.parameters + more, file_bytes=taught.file_bytes + 2 * more)
 
 
-def lora_on_both_matched(lesson: Lesson) -> Taught:
-    return lora_on_both(lesson, reference_mode="matched")
-
-
 class _Both:
     def __init__(self, lora: SelfAttentionLoRA, own: SelfAttentionLoRA) -> None:
         self.deltas = lora.deltas

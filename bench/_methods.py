@@ -321,3 +321,21 @@ def timed(lesson: Lesson, method: Method) -> tuple[Taught, float, int]:
     with peak_memory() as peak:
         taught = method.teach(lesson)
     return taught, time.perf_counter() - start, peak.added
+
+
+def with_words(*rates: float) -> tuple[tuple[float, float], ...]:
+    """Each rate with each rate of the word's."""
+    return tuple((rate, word) for word in (2e-3, 6e-3) for rate in rates)
+
+
+METHODS: dict[str, Method] = {
+    "base": Method(base_model),
+    "textual inversion": Method(textual_inversion, ((0.0, 1e-3), (0.0, 3e-3), (0.0, 1e-2))),
+    "reference attention, untrained": Method(untrained_reference),
+    "TrainLoraNode": Method(host_lora, ((1e-3, 0.0), (3e-3, 0.0), (1e-2, 0.0))),
+    "PEFT LoRA": Method(peft_lora, with_words(3e-4, 1e-3, 3e-3)),
+    "full fine-tune": Method(full_fine_tune, with_words(1e-5, 3e-5, 1e-4)),
+    "full fine-tune, prior": Method(full_fine_tune_with_prior, swept_as="full fine-tune"),
+    "ours, clean": Method(ours, with_words(3e-4, 1e-3, 3e-3)),
+    "ours, matched": Method(ours_matched, swept_as="ours, clean"),
+}

@@ -99,7 +99,7 @@ def shuffled_artworks() -> list[Artwork]:
 
 
 def sweep_artworks() -> list[Artwork]:
-    return shuffled_artworks()[:SWEEP]
+    return choice_artworks(SWEEP)
 
 
 def choice_artworks(count: int) -> list[Artwork]:

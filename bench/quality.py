@@ -194,7 +194,7 @@ class Bench:
                     self.cell(part, name, rates, teach, subject, 1 if self.options.quick else pictures, bystanders=0)
 
     def methods(self) -> dict[str, Any]:
-        from _table import METHODS
+        from _methods import METHODS
 
         wanted = self.options.methods or list(METHODS)
         return {name: METHODS[name] for name in wanted}
@@ -204,8 +204,8 @@ class Bench:
 
         A pair that has been tried on fewer subjects than another does not count.
         """
+        from _methods import METHODS
         from _quality_report import cells_of
-        from _table import METHODS
 
         found: dict[tuple, list[float]] = {}
         for cell in cells_of(self.cells, "rates", self.base, self.settings):
