@@ -212,13 +212,12 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     for place, (name, subjects) in enumerate(methods.items()):
         colour = f"C{place % 10}"
         marker = "*" if name.startswith("ours") else "x" if name in REAL else "o"
-        left.scatter(mean(subjects, "fidelity"), mean(subjects, "similarity"), 90, color=colour, marker=marker)
-        left.annotate(f"  {name}", (mean(subjects, "fidelity"), mean(subjects, "similarity")), fontsize=9)
+        point = mean(subjects, "fidelity"), mean(subjects, "similarity")
+        left.scatter(*point, 90, color=colour, marker=marker, label=name)
         size = next(iter(subjects.values())).get("file_bytes", 0) / 1e6
         if size:
             value, low, high = bootstrap(list(harmonics(subjects).values()))
             right.errorbar(size, value, [[value - low], [high - value]], color=colour, marker=marker, capsize=3)
-            right.annotate(f"  {name}", (size, value), fontsize=9)
     left.set(
         xlabel="prompt fidelity",
         ylabel="identity similarity",
@@ -227,7 +226,8 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     right.set(xscale="log", xlabel="file, MB (fp16)", ylabel="harmonic mean, 95 %", title="Quality for size")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.margins(x=0.25)
+        axes.margins(x=0.1)
+    figure.legend(loc="outside right center")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
