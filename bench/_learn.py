@@ -7,6 +7,7 @@ and what becomes of it. Import only once the host is started.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import comfy.model_management as management
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.lora import SelfAttentionLoRA
@@ -128,6 +130,7 @@ def classroom(
         make_differentiable(base)
         make_differentiable(models.clip.cond_stage_model)
         undo.enter_context(out_of_place_text_encoder(models.clip, recompute=False))
+        undo.enter_context(cast_once(models.clip.cond_stage_model, models.dtype))
         undo.enter_context(weights_kept(base.diffusion_model))
         lora, tokens, taught = training._trainables(
             models.clip, description, initial, subject.placeholder, config, patcher
@@ -155,6 +158,27 @@ def mixed(data: TrainingSet, extra: Sequence[Example]) -> TrainingSet:
         return data
     own = list(data.examples)
     return TrainingSet([*(own[i % len(own)] for i in range(len(extra))), *extra], data.views)
+
+
+@contextlib.contextmanager
+def cast_once(frozen: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Under autocast, linear layers find their weights cast already; what they compute is the same, bit by bit.
+
+    On a CPU, casting a text encoder of five times the UNet's size takes a seventh of every step.
+    """
+
+    def forward(as_it_is: Callable, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        return F.linear(x, weight, bias) if torch.is_autocast_enabled(x.device.type) else as_it_is(x)
+
+    layers = [layer for layer in frozen.modules() if isinstance(layer, nn.Linear) and dtype != torch.float32]
+    for layer in layers:
+        weight, bias = (None if x is None else x.detach().to(dtype) for x in (layer.weight, layer.bias))
+        layer.__dict__["forward"] = functools.partial(forward, layer.forward, weight, bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]
 
 
 @contextlib.contextmanager
