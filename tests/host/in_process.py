@@ -116,7 +116,8 @@ def outputs_v3(cls: Any, inputs: dict[str, Any], unique_id: str) -> Outputs:
     from comfy_api.latest import io
     from comfy_execution.utils import CurrentNodeContext
 
-    hidden = {io.Hidden.unique_id: unique_id, io.Hidden.prompt: {}, io.Hidden.extra_pnginfo: {}}
+    hidden: dict[str, Any] = {io.Hidden.unique_id: unique_id, io.Hidden.prompt: {}, io.Hidden.extra_pnginfo: {}}
+    hidden["hidden_inputs"] = dict(hidden)  # where hosts newer than 0.3.75 look for them
     cls.VALIDATE_CLASS()
     run = make_locked_method_func(cls, cls.FUNCTION, cls.PREPARE_CLASS_CLONE(hidden))
     with CurrentNodeContext("test", unique_id, 0):

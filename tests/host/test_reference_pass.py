@@ -40,7 +40,9 @@ SIGMA = 3.0
 @torch.inference_mode()
 def frozen_copy(model: Any) -> Any:
     """A copy of the loaded BaseModel in float32."""
-    frozen = copy.deepcopy(model.model).to(torch.float32)
+    base = model.model
+    shared = {id(base.model_config): base.model_config}  # which newer hosts do not let be copied
+    frozen = copy.deepcopy(base, shared).to(torch.float32)
     frozen.manual_cast_dtype = torch.float32
     return frozen
 

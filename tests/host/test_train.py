@@ -150,6 +150,7 @@ def patches_of(checkpoint: Checkpoint) -> dict[str, Any]:
         for attribute in ("patches", "object_patches", "object_patches_backup", "weight_wrapper_patches"):
             found[f"{part} patcher {attribute}"] = sorted(getattr(patcher, attribute))
         found[f"{part} patcher patches_uuid"] = patcher.patches_uuid
+    found["clip patcher object_patches_backup"] = []  # newer hosts than 0.3.75 fill it for as long as CLIP is loaded
     found["compute precision"] = checkpoint.model.model.manual_cast_dtype
     found["tokenizer"] = checkpoint.clip.tokenizer
     return found
