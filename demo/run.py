@@ -39,7 +39,7 @@ TRAINING = {
     "steps": 100,
     "batch_size": 2,
     "lora_learning_rate": 3e-3,
-    "token_learning_rate": 2e-3,
+    "token_learning_rate": 6e-3,
     "placeholder_token": PLACEHOLDER,
     "class_word": CLASS_WORD,
     "file_name": "robot",

@@ -19,8 +19,8 @@ class TrainConfig:
     steps: int = 400
     batch_size: int = 1
     accumulation: int = 1  # batches per optimizer step
-    lora_learning_rate: float = 1e-4
-    token_learning_rate: float = 5e-4
+    lora_learning_rate: float = 1e-3
+    token_learning_rate: float = 6e-3
     token_vectors: int = 4  # the learned word's length in tokens
     rank: int = 16
     alpha: float = 16.0

@@ -10,7 +10,7 @@ from sa_inject.trainer.config import TrainConfig
 def test_defaults_are_those_of_the_method():
     config = TrainConfig()
     assert (config.rank, config.alpha, config.reference_mode) == (16, 16.0, "clean")
-    assert (config.lora_learning_rate, config.token_learning_rate) == (1e-4, 5e-4)
+    assert (config.lora_learning_rate, config.token_learning_rate) == (1e-3, 6e-3)
 
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation", "rank"])
