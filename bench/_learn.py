@@ -7,7 +7,6 @@ and what becomes of it. Import only once the host is started.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +21,13 @@ from sa_inject.core.lora import SelfAttentionLoRA
 from sa_inject.nodes.host import training
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.text import class_word_vectors, clip_with_token, word_pattern
-from sa_inject.nodes.host.trainable import make_differentiable, normal_tensor, out_of_place_text_encoder, training_mode
+from sa_inject.nodes.host.trainable import (
+    make_differentiable,
+    normal_tensor,
+    out_of_place_text_encoder,
+    own_forward,
+    training_mode,
+)
 from sa_inject.nodes.host.unet import UnetDescription, describe
 from sa_inject.trainer.captions import captions_for
 from sa_inject.trainer.config import TrainConfig
@@ -160,25 +165,20 @@ def mixed(data: TrainingSet, extra: Sequence[Example]) -> TrainingSet:
     return TrainingSet([*(own[i % len(own)] for i in range(len(extra))), *extra], data.views)
 
 
-@contextlib.contextmanager
-def cast_once(frozen: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def cast_once(frozen: nn.Module, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
     """Under autocast, linear layers find their weights cast already; what they compute is the same, bit by bit.
 
     On a CPU, casting a text encoder of five times the UNet's size takes a seventh of every step.
     """
-
-    def forward(as_it_is: Callable, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        return F.linear(x, weight, bias) if torch.is_autocast_enabled(x.device.type) else as_it_is(x)
-
     layers = [layer for layer in frozen.modules() if isinstance(layer, nn.Linear) and dtype != torch.float32]
-    for layer in layers:
-        weight, bias = (None if x is None else x.detach().to(dtype) for x in (layer.weight, layer.bias))
-        layer.__dict__["forward"] = functools.partial(forward, layer.forward, weight, bias)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.__dict__["forward"]
+    cast = {
+        layer: [None if p is None else p.detach().to(dtype) for p in (layer.weight, layer.bias)] for layer in layers
+    }
+
+    def forward(layer: nn.Linear, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return F.linear(x, *cast[layer]) if torch.is_autocast_enabled(x.device.type) else original(x)
+
+    return own_forward(layers, forward)
 
 
 @contextlib.contextmanager

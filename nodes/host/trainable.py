@@ -97,7 +97,7 @@ def out_of_place_text_encoder(clip: Any, recompute: bool, dtype: torch.dtype = t
     """
     layers = [m for m in clip.cond_stage_model.modules() if isinstance(m, CLIPLayer)]
     forward = _recomputed_clip_layer if recompute else _clip_layer
-    with _own_forward(layers, functools.partial(forward, dtype)):
+    with own_forward(layers, functools.partial(forward, dtype)):
         yield
 
 
@@ -113,8 +113,8 @@ def lean_layers(*modules: nn.Module) -> Iterator[None]:
     convolutions = [layer for layer in layers if type(layer) in CONVOLUTIONS and layer.padding_mode == "zeros"]
     buffer = CastBuffer()
     with (
-        _own_forward(linears, functools.partial(_lean_linear, buffer)),
-        _own_forward(convolutions, functools.partial(_lean_convolution, buffer)),
+        own_forward(linears, functools.partial(_lean_linear, buffer)),
+        own_forward(convolutions, functools.partial(_lean_convolution, buffer)),
     ):
         yield
 
@@ -127,7 +127,7 @@ def lean_activations(unet: nn.Module) -> Iterator[None]:
     """
     normed = [m for m in unet.modules() if type(m) is nn.Sequential and _begins_with_norm_and_silu(m)]
     gates = [m for m in unet.modules() if type(m) is GEGLU]
-    with _own_forward(normed, _lean_norm_and_silu), _own_forward(gates, _lean_gate):
+    with own_forward(normed, _lean_norm_and_silu), own_forward(gates, _lean_gate):
         yield
 
 
@@ -139,12 +139,13 @@ def recomputed_activations(unet: nn.Module) -> Iterator[None]:
     host goes on writing the current block's address into the same dictionary.
     """
     blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock | ResBlock)]
-    with _own_forward(blocks, _recomputed_forward):
+    with own_forward(blocks, _recomputed_forward):
         yield
 
 
 @contextlib.contextmanager
-def _own_forward(modules: list[Any], forward: Any) -> Iterator[None]:
+def own_forward(modules: list[Any], forward: Any) -> Iterator[None]:
+    """Modules compute `forward(module, its forward until now, *its inputs)`, and are as they were afterwards."""
     earlier = [module.__dict__.get("forward") for module in modules]
     for module in modules:
         module.__dict__["forward"] = functools.partial(forward, module, module.forward)

@@ -45,6 +45,27 @@ def lesson(bench, load_checkpoint):
     return open_room
 
 
+def test_weights_that_are_cast_once_compute_the_same(bench):
+    from _learn import cast_once
+
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4, bias=False))
+    x = torch.randn(3, 8, requires_grad=True)
+
+    def computed(enabled: bool) -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            out = layers(x)
+        return out, *torch.autograd.grad(out.float().square().sum(), x)
+
+    expected = [computed(True), computed(False)]
+    with cast_once(layers, torch.bfloat16):
+        assert "forward" in vars(layers[0]) and "forward" in vars(layers[2])
+        found = [computed(True), computed(False)]
+    assert "forward" not in vars(layers[0])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
+
+
 def test_a_lesson_ends_with_the_nodes_adapter(lesson, comfy_host, load_checkpoint):
     model, clip, vae = load_checkpoint("sd15")
     adapter, *_ = comfy_host.execute(
