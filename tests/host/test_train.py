@@ -147,10 +147,12 @@ def patches_of(checkpoint: Checkpoint) -> dict[str, Any]:
     for part, patcher in (("unet", checkpoint.model), ("clip", checkpoint.clip.patcher)):
         for attribute in ("model_options", "wrappers", "callbacks", "attachments", "force_cast_weights"):
             found[f"{part} patcher {attribute}"] = repr(getattr(patcher, attribute))
-        for attribute in ("patches", "object_patches", "object_patches_backup", "weight_wrapper_patches"):
+        for attribute in ("patches", "object_patches", "weight_wrapper_patches"):
             found[f"{part} patcher {attribute}"] = sorted(getattr(patcher, attribute))
+        # What a patcher's own object patches replaced is there while it is loaded; hosts newer than 0.3.75 have such.
+        replaced = patcher.object_patches_backup.keys() - patcher.object_patches.keys()
+        found[f"{part} patcher object_patches_backup"] = sorted(replaced)
         found[f"{part} patcher patches_uuid"] = patcher.patches_uuid
-    found["clip patcher object_patches_backup"] = []  # newer hosts than 0.3.75 fill it for as long as CLIP is loaded
     found["compute precision"] = checkpoint.model.model.manual_cast_dtype
     found["tokenizer"] = checkpoint.clip.tokenizer
     return found
