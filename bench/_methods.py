@@ -5,6 +5,7 @@ Import only once the host is started.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import peft
 import torch
-from _learn import Models, Trainables, class_examples, classroom, with_differences, with_word
+from _learn import Models, Trainables, attention_written_out, class_examples, classroom, with_differences, with_word
 from _measure import peak_memory
 from _peer import with_reference_every_step
 from _subjects import PLACEHOLDER, Settings, Subject
@@ -318,7 +319,8 @@ def decoded(lesson: Lesson, latents: Tensor) -> list[Image.Image]:
 def timed(lesson: Lesson, method: Method) -> tuple[Taught, float, int]:
     """Teach, and say how long it took and by how many bytes memory grew at its peak."""
     start = time.perf_counter()
-    with peak_memory() as peak:
+    attention = contextlib.nullcontext() if torch.cuda.is_available() else attention_written_out()
+    with peak_memory() as peak, attention:
         taught = method.teach(lesson)
     return taught, time.perf_counter() - start, peak.added
 

@@ -66,6 +66,43 @@ def test_weights_that_are_cast_once_compute_the_same(bench):
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("mask", [None, "leaves out", "adds"])
+def test_written_out_attention_is_the_kernels(bench, mask):
+    from _learn import attention_written_out
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (5, 7, 7))
+    masks = {"leaves out": torch.rand(5, 7) < 0.7, "adds": torch.randn(5, 7, dtype=torch.bfloat16)}
+
+    def computed() -> tuple[torch.Tensor, ...]:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=masks.get(mask), dropout_p=0.0, is_causal=False
+        )
+        return out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))
+
+    kernel = computed()
+    with attention_written_out():
+        written = computed()
+        name = type(torch.nn.functional.scaled_dot_product_attention(q, k, v).grad_fn).__name__
+    assert "Attention" not in name
+    assert "Attention" in type(torch.nn.functional.scaled_dot_product_attention(q, k, v).grad_fn).__name__
+    for ours, theirs in zip(written, kernel, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_what_is_not_written_out_is_left_to_the_kernel(bench):
+    from _learn import attention_written_out
+
+    q = torch.randn(1, 1, 6, 8, dtype=torch.bfloat16, requires_grad=True)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with attention_written_out():
+        found = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        scaled = torch.nn.functional.scaled_dot_product_attention(q, q, q, scale=2.0)
+    assert torch.equal(found, attend(q, q, q, is_causal=True))
+    assert torch.equal(scaled, attend(q, q, q, scale=2.0))
+
+
 def test_a_lesson_ends_with_the_nodes_adapter(lesson, comfy_host, load_checkpoint):
     model, clip, vae = load_checkpoint("sd15")
     adapter, *_ = comfy_host.execute(
