@@ -10,6 +10,34 @@ from tests.demo.conftest import artwork  # noqa: F401  # a fixture
 from tests.host.test_train import pictures
 
 STEPS = 8
+# One of those that are built alike.
+ABLATED = (
+    "LoRA in the whole pass",
+    "K and V, in the whole pass",
+    "rank 4",
+    "last step, not averaged",
+    "word not learned",
+    "word first",
+    "no LoRA",
+    "projected by the base",
+    "concatenated",
+    "whole values, added",
+    "middle and decoder only",
+    "middle and decoder only, trained so",
+    "references read with the word",
+    "references lightly noised",
+    "references read as clean",
+    "references told the picture's level",
+    "matched",
+    "own beginnings",
+    "LoRA on both",
+    "identical pairs",
+    "both rows",
+    "references from 0.0",
+    "2 references",
+    "strength 2.0",
+    "cfg 4.5, both rows",
+)
 RATE = 1e-2  # large: what was learned has to matter to the next step
 
 
@@ -180,3 +208,38 @@ def test_unseen_loss_is_the_error_of_the_predicted_noise(bench, artwork, comfy_h
             denoised = model.model.apply_model(clean + sigma * noise, levels, c_crossattn=context)
             predicted = (clean + sigma * noise - denoised) / sigma
             assert loss == pytest.approx(float((predicted - noise).square().mean()), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def drawn(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
+    """`drawn(name)` lets an ablation learn and draw a picture; latents (1, c, h, w)."""
+    from _ablations import ABLATIONS, as_changed
+    from _learn import Models
+    from _methods import Lesson, sample
+    from _subjects import Settings, choice_artworks, make_subject
+
+    settings = Settings(steps=4, batch=2, sampler_steps=4, cfg=3.0)
+    subject = make_subject(choice_artworks(1)[0])
+
+    def draw(name: str) -> torch.Tensor:
+        models = Models(*load_checkpoint("sd15"), torch.float32)
+        lesson = Lesson(comfy_host, models, subject, settings, RATE, RATE)
+        with as_changed(name):
+            taught = ABLATIONS[name](lesson)
+            return sample(lesson, taught, f"a photo of {taught.words}", 1, seed=3)
+
+    return draw
+
+
+@pytest.fixture(scope="module")
+def drawn_as_it_is(drawn):
+    return drawn("as it is")
+
+
+def test_the_same_ablation_draws_the_same(drawn, drawn_as_it_is):
+    assert torch.equal(drawn("as it is"), drawn_as_it_is)
+
+
+@pytest.mark.parametrize("name", ABLATED)
+def test_an_ablation_changes_the_picture(drawn, drawn_as_it_is, name):
+    assert (drawn(name) - drawn_as_it_is).abs().max() > 1e-4
