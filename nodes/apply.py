@@ -63,7 +63,7 @@ class ApplySelfAttnInjection(io.ComfyNode):
                     default="all",
                     tooltip="Which part of the UNet looks at the reference. all: as trained. encoder: mostly layout "
                     "and shape. decoder: mostly colour and detail. middle: the coarsest layer alone, a faint hint. "
-                    "In the benchmark middle and decoder lost nothing, the encoder alone 0.06 of 0.83.",
+                    "In the benchmark middle and decoder lost nothing, the encoder alone 0.05 of 0.84.",
                 ),
                 io.Mask.Input(
                     "area",
