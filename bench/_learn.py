@@ -185,17 +185,18 @@ def cast_once(frozen: nn.Module, dtype: torch.dtype) -> contextlib.AbstractConte
 
 @contextlib.contextmanager
 def attention_written_out() -> Iterator[None]:
-    """Attention that gradients flow through is computed as two products and a softmax.
+    """In bfloat16 on a CPU, attention that gradients flow through is computed as two products and a softmax.
 
-    In bfloat16 on a CPU, torch's own kernel takes several times as long backwards: two fifths of a training. What comes
-    out differs by rounding.
+    Torch's own kernel takes several times as long backwards there: two fifths of a training. What comes out differs by
+    rounding.
     """
     kernel = F.scaled_dot_product_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         # Neither dropout nor a causal mask nor a scale of one's own is written out here: the kernel has them.
         is_plain = not any(args) and not any(kwargs.values())
-        if q.dtype != torch.bfloat16 or not torch.is_grad_enabled() or not is_plain:
+        is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+        if not is_slow or not is_plain:
             return kernel(q, k, v, attn_mask, *args, **kwargs)
         logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
         if attn_mask is not None and attn_mask.dtype == torch.bool:

@@ -5,7 +5,6 @@ Import only once the host is started.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -319,8 +318,7 @@ def decoded(lesson: Lesson, latents: Tensor) -> list[Image.Image]:
 def timed(lesson: Lesson, method: Method) -> tuple[Taught, float, int]:
     """Teach, and say how long it took and by how many bytes memory grew at its peak."""
     start = time.perf_counter()
-    attention = contextlib.nullcontext() if torch.cuda.is_available() else attention_written_out()
-    with peak_memory() as peak, attention:
+    with peak_memory() as peak, attention_written_out():
         taught = method.teach(lesson)
     return taught, time.perf_counter() - start, peak.added
 

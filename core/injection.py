@@ -2,8 +2,8 @@
 
 Li and Sun, IMAVIS 151 (2024) 105296, describe injecting the copy's self-attention features; that they are attended to
 in a softmax of their own and added is our reading of it. A fresh adapter hands over values of zero, so training begins
-at the base model and not at an attention that has to be unlearned, as concatenating to the UNet's own keys and values
-does. Trained, that draws as well (ablation "concatenated" of bench/quality.py), and it needs a bias on the tokens.
+at the base model and not at an attention that has to be unlearned. Concatenating to the UNet's own keys and values
+begins there; trained, it draws as well (ablation "concatenated" of bench/quality.py), and it needs a bias on tokens.
 """
 
 from __future__ import annotations
