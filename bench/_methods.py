@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import comfy.sample
 import numpy as np
 import peft
 import torch
@@ -34,6 +35,7 @@ from sa_inject.trainer.config import TrainConfig
 
 RANK = 16
 CLASS_PICTURES = 16  # for prior preservation
+PROMPTS_OF_CALL = 13  # drawn at once on CUDA, which would wait for single ones to be launched
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of both attentions of every block
 AS_USUAL: dict[str, Any] = {"reference_dropout": 1.0, "averaging": None}  # no references; the last step is what counts
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -190,7 +192,7 @@ def full_fine_tune_with_prior(lesson: Lesson) -> Taught:
     rng = np.random.RandomState(lesson.settings.seed)
     scenes = [random_scene(rng) for _ in range(CLASS_PICTURES)]
     texts = [caption(scene, 0, lesson.subject.artwork.class_word) for scene in scenes]
-    latents = torch.cat([sample(lesson, base_model(lesson), text, 1, place) for place, text in enumerate(texts)])
+    latents = sample(lesson, base_model(lesson), texts, 1, range(len(texts)))
     return fine_tuned(lesson, tuple(zip(latents, texts, strict=True)))
 
 
@@ -277,24 +279,50 @@ def size_of(tensors: dict[str, Tensor]) -> tuple[int, int]:
         return sum(tensor.numel() for tensor in tensors.values()), path.stat().st_size
 
 
-def sample(lesson: Lesson, taught: Taught, text: str, pictures: int, seed: int) -> Tensor:
-    """Latents of so many pictures of one prompt, by the host's KSampler. -> (pictures, c, h, w)"""
+def sample(
+    lesson: Lesson,
+    taught: Taught,
+    texts: Sequence[str],
+    pictures: int,
+    seeds: Sequence[int],
+    of_call: int | None = None,
+) -> Tensor:
+    """Latents of so many pictures of every prompt, each prompt's noise from a seed of its own, by the host's sampler.
+
+    of_call: prompts that are drawn at once. -> (prompts*pictures, c, h, w)
+    """
+    of_call = of_call or (PROMPTS_OF_CALL if torch.cuda.is_available() else 1)
+    return torch.cat(
+        [
+            _sample_at_once(lesson, taught, texts[first : first + of_call], pictures, seeds[first : first + of_call])
+            for first in range(0, len(texts), of_call)
+        ]
+    )
+
+
+def _sample_at_once(
+    lesson: Lesson, taught: Taught, texts: Sequence[str], pictures: int, seeds: Sequence[int]
+) -> Tensor:
+    """As KSampler does it, whose own noise has one seed for all."""
     host, settings = lesson.host, lesson.settings
-    positive = host.execute("CLIPTextEncode", clip=taught.clip, text=text)[0]
-    empty = host.execute("EmptyLatentImage", width=IMAGE_SIZE, height=IMAGE_SIZE, batch_size=pictures)[0]
-    return host.execute(
-        "KSampler",
-        model=taught.model,
-        positive=positive,
-        negative=unprompted(lesson),
-        latent_image=empty,
-        seed=seed,
-        steps=settings.sampler_steps,
-        cfg=settings.cfg,
-        sampler_name=settings.sampler,
-        scheduler=settings.scheduler,
-        denoise=1.0,
-    )[0]["samples"]
+    found = [host.execute("CLIPTextEncode", clip=taught.clip, text=text)[0][0] for text in texts]
+    cross_attn = torch.cat([text[0] for text in found]).repeat_interleave(pictures, dim=0)
+    empty = host.execute("EmptyLatentImage", width=IMAGE_SIZE, height=IMAGE_SIZE, batch_size=pictures)[0]["samples"]
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            taught.model,
+            torch.cat([comfy.sample.prepare_noise(empty, seed) for seed in seeds]),
+            settings.sampler_steps,
+            settings.cfg,
+            settings.sampler,
+            settings.scheduler,
+            [[cross_attn, {}]],
+            unprompted(lesson),
+            empty.repeat(len(texts), 1, 1, 1),
+            denoise=1.0,
+            seed=seeds[0],
+            disable_pbar=True,
+        )
 
 
 def unprompted(lesson: Lesson) -> Any:
@@ -306,8 +334,8 @@ def unprompted(lesson: Lesson) -> Any:
 
 def draw(lesson: Lesson, taught: Taught, texts: Sequence[str], pictures: int) -> list[Image.Image]:
     """So many pictures of every prompt, in the order of the prompts; seeds depend on the prompt's place alone."""
-    latents = torch.cat([sample(lesson, taught, text, pictures, seed=1000 * place) for place, text in enumerate(texts)])
-    return decoded(lesson, latents)
+    seeds = [1000 * place for place in range(len(texts))]
+    return decoded(lesson, sample(lesson, taught, texts, pictures, seeds))
 
 
 def decoded(lesson: Lesson, latents: Tensor) -> list[Image.Image]:

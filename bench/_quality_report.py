@@ -84,7 +84,13 @@ def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) ->
     text = "\n\n".join(f"## {title}\n\n{shown}" for title, shown in sections if shown)
     print(text, flush=True)
     facts = "\n".join(
-        f"- {name}: {value}" for name, value in {**settings._asdict(), **result["environment"], "base": base}.items()
+        f"- {name}: {value}"
+        for name, value in {
+            **settings._asdict(),
+            **result["environment"],
+            "base": base,
+            "seconds and memory of the first table": timed_on(found["main"]),
+        }.items()
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.md").write_text(f"# Quality\n\n{text}\n\n## How it was measured\n\n{facts}\n", encoding="utf-8")
@@ -104,17 +110,20 @@ def by_method(cells: Sequence[Cell]) -> dict[str, dict[str, Cell]]:
 
 def main_rows(cells: Sequence[Cell]) -> list[Row]:
     methods = by_method(cells)
+    device = timed_on(cells)
     rows: list[Row] = []
     for name, subjects in methods.items():
         row: Row = {"method": name, **scores_of(subjects)}
         row["copying"] = f"{mean(subjects, 'copying'):+.3f}"
-        measured = list(subjects.values())
-        if "parameters" in measured[0]:
-            row["parameters"] = measured[0]["parameters"]
-            row["file MB"] = measured[0]["file_bytes"] / 1e6
-            row["training s"] = median([cell["training_seconds"] for cell in measured])
-            row["memory MB"] = round(median([cell["added_bytes"] for cell in measured]) / 1e6)
-            row["s / image"] = median([cell["seconds_per_image"] for cell in measured])
+        learned = [cell for cell in subjects.values() if "parameters" in cell]
+        if learned:
+            row["parameters"] = learned[0]["parameters"]
+            row["file MB"] = learned[0]["file_bytes"] / 1e6
+        clocked = [cell for cell in learned if device_of(cell) == device]
+        if clocked:
+            row["training s"] = median([cell["training_seconds"] for cell in clocked])
+            row["memory MB"] = round(median([cell["added_bytes"] for cell in clocked]) / 1e6)
+            row["s / image"] = median([cell["seconds_per_image"] for cell in clocked])
         kept = {subject: cell["base_fidelity"] for subject, cell in subjects.items() if "base_fidelity" in cell}
         before = {s: c["base_fidelity"] for s, c in methods.get("base", {}).items() if "base_fidelity" in c}
         if kept and before:
@@ -126,10 +135,20 @@ def main_rows(cells: Sequence[Cell]) -> list[Row]:
     return rows
 
 
+def device_of(cell: Cell) -> str:
+    return cell.get("device", "cpu")  # the first cells do not say
+
+
+def timed_on(cells: Sequence[Cell]) -> str:
+    """The device of most cells: only theirs say what a method takes."""
+    devices = [device_of(cell) for cell in cells]
+    return max(devices, key=devices.count, default="cpu")
+
+
 def relative_losses(subjects: dict[str, Cell], base: dict[str, Cell]) -> list[float]:
     """The loss on unseen real scenes, as a share of the base model's: the mean over noise levels, for each subject."""
     found = []
-    for subject in subjects.keys() & base.keys():
+    for subject in sorted(subjects.keys() & base.keys()):  # the bootstrap depends on their order
         ours, theirs = (cells[subject].get("unseen_loss") for cells in (subjects, base))
         if ours and theirs:
             found.append(sum(a / b for a, b in zip(ours, theirs, strict=True)) / len(ours))

@@ -33,10 +33,10 @@ class Scored(NamedTuple):
 
 def score(judge: Judge, subject: Subject, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Scored:
     """`scenes[i]` is what `images[i]` was asked to show."""
-    embedded = judge.embed(list(images))  # (b, width)
-    similarity = float((embedded @ truth(judge, subject)).clamp(min=0).mean())
-    ranks = [found.index(subject.artwork) for found in judge.rank(list(images))]
     seen = [measure(image) for image in images]
+    embedded = judge.embed(list(images), seen)  # (b, width)
+    similarity = float((embedded @ truth(judge, subject)).clamp(min=0).mean())
+    ranks = [found.index(subject.artwork) for found in judge.rank_embedded(embedded)]
     right = np.array(
         [
             [a == b for a, b in zip(factors(s), factors(scene), strict=True)]

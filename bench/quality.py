@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from _cells import Cell, Cells
 from _host import CACHE, RESULTS, demo_checkpoint, start_host, use_demo
-from _report import print_json
+from _report import device_slug, print_json
 
 log = logging.getLogger("quality")
 
@@ -246,6 +246,7 @@ class Bench:
         per_image = (time.perf_counter() - began) / len(images)
         asked = [scene for scene in subject.prompts for _ in range(pictures)]
         value: Cell = {
+            "device": device_slug(),
             "scores": score(self.judge, subject, images, asked)._asdict(),
             "parameters": taught.parameters,
             "file_bytes": taught.file_bytes,

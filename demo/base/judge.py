@@ -178,14 +178,20 @@ class Judge:
         self._network.eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def embed(self, images: list[Image.Image]) -> Tensor:
-        """Identity of whatever stands out in each picture. -> (b, WIDTH) of length 1"""
-        return self._network(_to_input([crop_to_object(image, measure(image).box) for image in images]))
+    def embed(self, images: list[Image.Image], seen: list[Measured] | None = None) -> Tensor:
+        """Identity of whatever stands out in each picture; `seen`, where it is known, is what `measure` says of them.
+        -> (b, WIDTH) of length 1"""
+        seen = [measure(image) for image in images] if seen is None else seen
+        return self._network(_to_input([crop_to_object(image, s.box) for image, s in zip(images, seen, strict=True)]))
 
-    @torch.inference_mode()
     def rank(self, images: list[Image.Image]) -> list[list[Artwork]]:
         """All artwork for each picture, the likeliest first."""
-        cosine = self.embed(images) @ F.normalize(self._network.directions, dim=1).T
+        return self.rank_embedded(self.embed(images))
+
+    @torch.inference_mode()
+    def rank_embedded(self, embedded: Tensor) -> list[list[Artwork]]:
+        """The same for what `embed` found, (b, WIDTH)."""
+        cosine = embedded @ F.normalize(self._network.directions, dim=1).T
         return [[catalogue()[i] for i in order] for order in cosine.argsort(dim=1, descending=True).tolist()]
 
     def verdicts(self, images: list[Image.Image], scenes: list[Scene]) -> list[Verdict]:

@@ -211,22 +211,45 @@ def test_unseen_loss_is_the_error_of_the_predicted_noise(bench, artwork, comfy_h
 
 
 @pytest.fixture(scope="module")
-def drawn(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
-    """`drawn(name)` lets an ablation learn and draw a picture; latents (1, c, h, w)."""
-    from _ablations import ABLATIONS, as_changed
+def whole_lesson(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
+    """`whole_lesson()` is one of the bench's, in few steps, on a tiny SD1.5 of its own."""
     from _learn import Models
-    from _methods import Lesson, sample
+    from _methods import Lesson
     from _subjects import Settings, choice_artworks, make_subject
 
     settings = Settings(steps=4, batch=2, sampler_steps=4, cfg=3.0)
     subject = make_subject(choice_artworks(1)[0])
 
-    def draw(name: str) -> torch.Tensor:
+    def lesson():
         models = Models(*load_checkpoint("sd15"), torch.float32)
-        lesson = Lesson(comfy_host, models, subject, settings, RATE, RATE)
+        return Lesson(comfy_host, models, subject, settings, RATE, RATE)
+
+    return lesson
+
+
+def test_prompts_are_drawn_at_once_as_one_by_one(whole_lesson):
+    from _methods import ours, sample
+
+    lesson = whole_lesson()
+    taught = ours(lesson)
+    texts = lesson.subject.prompt_texts(taught.words)[:3]
+    alone, at_once = (sample(lesson, taught, texts, 2, [5, 6, 7], of_call=of_call) for of_call in (1, 2))
+    assert alone.shape[0] == 6
+    assert torch.allclose(at_once, alone, rtol=1e-4, atol=1e-4)
+    assert len({tuple(picture.flatten()[:4].tolist()) for picture in alone}) == 6  # no two pictures share their noise
+
+
+@pytest.fixture(scope="module")
+def drawn(whole_lesson):
+    """`drawn(name)` lets an ablation learn and draw a picture; latents (1, c, h, w)."""
+    from _ablations import ABLATIONS, as_changed
+    from _methods import sample
+
+    def draw(name: str) -> torch.Tensor:
+        lesson = whole_lesson()
         with as_changed(name):
             taught = ABLATIONS[name](lesson)
-            return sample(lesson, taught, f"a photo of {taught.words}", 1, seed=3)
+            return sample(lesson, taught, [f"a photo of {taught.words}"], 1, [3])
 
     return draw
 
