@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .attention import Attention, differentiable_attention
@@ -38,12 +39,13 @@ def inject(attended: Tensor, q: Tensor, references: Sequence[Reference], heads: 
     out = attended + sum over references of weight * query_mask * softmax(q k_r^T / sqrt(d)) v_r
     """
     for reference in references:
-        attended = attended + added(q, reference, heads, attend)
+        attended = torch.add(attended, said(q, reference, heads, attend), alpha=reference.weight)
     return attended
 
 
-def added(q: Tensor, reference: Reference, heads: int, attend: Attention) -> Tensor:
-    """One reference's term of that sum. -> (b, n, heads*d)"""
+def said(q: Tensor, reference: Reference, heads: int, attend: Attention) -> Tensor:
+    """One reference's term of that sum, before its weight: whoever adds it can weigh it for nothing.
+    -> (b, n, heads*d)"""
     k, v = (x.to(q).expand(q.shape[0], *x.shape[1:]) for x in reference.kv)
     if reference.key_mask is None:
         out = attend(q, k, v, heads)
@@ -51,4 +53,4 @@ def added(q: Tensor, reference: Reference, heads: int, attend: Attention) -> Ten
         out = differentiable_attention(q, k, v, heads, reference.key_mask)
     if reference.query_mask is not None:
         out = out * reference.query_mask.to(q)[:, None]
-    return out if reference.weight == 1 else reference.weight * out
+    return out

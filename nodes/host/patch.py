@@ -18,7 +18,7 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.attention import Attention
 from ...core.image_prompt import ImagePrompt
-from ...core.injection import Reference, added
+from ...core.injection import Reference, said
 from ...core.kv import BlockKey, KVBank
 from ...core.lora import Deltas
 from ...core.masks import token_weights
@@ -339,7 +339,8 @@ def attend_and_inject(
     out = attend(q, k, v, heads)  # (b, n, heads*d)
     for rows, references in given:
         for reference in references:
-            out[rows].add_(added(q[rows], reference, heads, attend))  # in place: nothing is copied
+            # In place: nothing is copied, and the weight costs nothing.
+            out[rows].add_(said(q[rows], reference, heads, attend), alpha=reference.weight)
     return out
 
 
