@@ -366,7 +366,7 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
         for share in (0.0, 0.5)
     },
     **{f"{count} references": with_references(count) for count in (1, 2, 8)},
-    **{f"strength {strength}": drawn_with(strength=strength) for strength in (0.25, 0.5, 2.0, 4.0)},
+    **{f"strength {strength}": drawn_with(strength=strength) for strength in (0.25, 0.5, 0.7, 2.0, 4.0)},
     **{f"cfg {cfg}": drawn_with(cfg) for cfg in (2.0, 4.5, 7.0)},
     **{f"cfg {cfg}, both rows": drawn_with(cfg, rows="both") for cfg in (4.5, 7.0)},
 }

@@ -53,6 +53,7 @@ class Lesson:
     word_rate: float = 0.0
     negative: Any = None  # see `unprompted`
     reference_texts: Sequence[ReferenceText] = ()  # of each picture, where the class word is not what is read
+    strength: float | None = None  # that ours is applied with; None: the node's default
 
     def pictures(self) -> Tensor:
         """(b, h, w, c) in 0..1, as ComfyUI has them."""
@@ -262,6 +263,8 @@ def taught_by(lesson: Lesson, adapter: Adapter, clip: Any, **changes: Any) -> Ta
 
 
 def injected(lesson: Lesson, adapter: Adapter, **changes: Any) -> Any:
+    if lesson.strength is not None:
+        changes = {"strength": lesson.strength, **changes}
     return lesson.host.execute(
         "ApplySelfAttnInjection",
         model=lesson.models.drawing,

@@ -37,6 +37,7 @@ PICTURES = 4  # of every prompt; rates and ablations draw one
 BYSTANDERS = 25
 SWEEP_PROMPTS = 25
 SHOWN = 6  # prompts whose first picture is kept to look at
+AS_TRAINED = 1.0  # the strength at which ours is compared to ours with one thing changed
 
 
 def main() -> None:
@@ -191,7 +192,8 @@ class Bench:
                 if self.options.ablations and name not in self.options.ablations:
                     continue
                 with as_changed(name):
-                    self.cell(part, name, rates, teach, subject, 1 if self.options.quick else pictures, bystanders=0)
+                    count = 1 if self.options.quick else pictures
+                    self.cell(part, name, rates, teach, subject, count, bystanders=0, strength=AS_TRAINED)
 
     def methods(self) -> dict[str, Any]:
         from _methods import METHODS
@@ -227,6 +229,7 @@ class Bench:
         subject: Any,
         pictures: int,
         bystanders: int,
+        strength: float | None = None,
     ) -> Cell | None:
         """Teach, draw and score, unless that is known already, or left to another process."""
         from _methods import Lesson, Method, draw, timed
@@ -239,7 +242,7 @@ class Bench:
         if known is not None or not is_ours:
             return known
         start = time.perf_counter()
-        lesson = Lesson(self.host, self.models, subject, self.settings, *rates)
+        lesson = Lesson(self.host, self.models, subject, self.settings, *rates, strength=strength)
         taught, seconds, memory = timed(lesson, Method(teach))
         began = time.perf_counter()
         images = draw(lesson, taught, subject.prompt_texts(taught.words), pictures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainer.config import REFERENCE_START
-from .host.injection import BLOCK_CHOICES, injection_for
+from .host.injection import BLOCK_CHOICES, USUAL_STRENGTH, injection_for
 from .host.patch import patch_self_attention
 from .sockets import CATEGORY, IMAGE_PROMPT, SA_INJECT_ADAPTER
 
@@ -24,12 +24,13 @@ class ApplySelfAttnInjection(io.ComfyNode):
                 IMAGE_PROMPT.Input("image_prompt", tooltip="Pictures of the subject, from Encode Image Prompt."),
                 io.Float.Input(
                     "strength",
-                    default=1.0,
+                    default=USUAL_STRENGTH,
                     min=0.0,
                     max=4.0,
                     step=0.05,
                     tooltip="How much of what the reference says is added, as a factor. 0 switches it off, exactly; 1 "
-                    "is what the adapter was trained with; 0.5 to 1.5 is useful; far above, colours and shapes burn.",
+                    "is what the adapter was trained with, but CFG amplifies it: in the benchmark 0.7 was 0.007 better "
+                    "than 1, and 1.4 0.03 worse. 0.4 to 1 is useful; far above, colours and shapes burn.",
                 ),
                 io.Float.Input(
                     "start_percent",

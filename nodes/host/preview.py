@@ -12,6 +12,7 @@ from ...core.adapter import Adapter
 from ...core.image_prompt import ImagePrompt
 from ...trainer.captions import TEMPLATES, subject_phrase
 from ...trainer.config import REFERENCE_START
+from .injection import USUAL_STRENGTH
 from .patch import Injection, patch_self_attention
 from .text import clip_with_token
 
@@ -42,7 +43,7 @@ def usual_injection(adapter: Adapter, prompt: ImagePrompt) -> Injection:
     return Injection(
         adapter=adapter,
         image_prompt=prompt,
-        strength=1.0,
+        strength=USUAL_STRENGTH,
         start_percent=REFERENCE_START,
         end_percent=1.0,
         rows="conditional",

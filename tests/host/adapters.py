@@ -78,10 +78,13 @@ def make_prompt(*sizes: tuple[int, int], seed: int = 0, masks: tuple[Tensor | No
 
 
 def apply(host: Any, model: Any, adapter: Adapter | None = None, prompt: ImagePrompt | None = None, **widgets) -> Any:
-    """The model that comes out of our Apply node, acting from the first step on: few-step runs have no late ones."""
+    """The model that comes out of our Apply node, as strong as trained.
+
+    It acts from the first step on: few-step runs have no late ones.
+    """
     host.pack_nodes()
     adapter, prompt = adapter or make_adapter(model), prompt or make_prompt()
-    inputs = {"model": model, "adapter": adapter, "image_prompt": prompt, "start_percent": 0.0}
+    inputs = {"model": model, "adapter": adapter, "image_prompt": prompt, "strength": 1.0, "start_percent": 0.0}
     return host.execute("ApplySelfAttnInjection", **{**inputs, **widgets})[0]
 
 

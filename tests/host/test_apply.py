@@ -24,6 +24,7 @@ from tests.host.adapters import (
     relative_error,
     sample,
 )
+from tests.host.in_process import defaults
 from tests.host.tiny_checkpoints import KINDS
 
 
@@ -42,6 +43,15 @@ def test_nothing_to_inject_gives_the_base_models_image(comfy_host, model, widget
     assert not any("sa_inject" in wrappers for wrappers in patched.wrappers.values())
     assert patched.patches_uuid == model.patches_uuid  # the host does not load it anew
     assert torch.equal(sample(comfy_host, patched), sample(comfy_host, model))
+
+
+def test_previews_are_drawn_as_apply_draws_by_itself(comfy_host, pack_nodes, model):
+    from sa_inject.nodes.host.injection import injection_for
+    from sa_inject.nodes.host.preview import usual_injection
+
+    adapter, prompt = make_adapter(model), make_prompt()
+    widgets = defaults(pack_nodes["ApplySelfAttnInjection"].INPUT_TYPES())
+    assert vars(usual_injection(adapter, prompt)) == vars(injection_for(model, adapter, prompt, area=None, **widgets))
 
 
 @pytest.mark.parametrize("kind, mode", [*((kind, "clean") for kind in KINDS), ("sd15", "matched")])
