@@ -15,6 +15,8 @@ from _measure import StepClock
 from _peer import with_reference_every_step
 from _scenes import Scene
 
+from sa_inject.nodes.host.injection import USUAL_STRENGTH
+
 CFG = 7.0
 SEED = 1
 PLAIN = "plain"
@@ -29,7 +31,7 @@ class Variant:
     references: int = 1
     masked: bool = False
     rows: str = "conditional"
-    strength: float = 1.0
+    strength: float = USUAL_STRENGTH
     is_outside: bool = False  # start and end lie between two steps
     at_most: float | None = None
 
