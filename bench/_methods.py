@@ -252,6 +252,11 @@ def ours_matched(lesson: Lesson) -> Taught:
     return ours(lesson, reference_mode="matched")
 
 
+def as_trained(mode: str) -> Callable[[Lesson], Taught]:
+    """Ours, applied at the strength that it was trained with."""
+    return lambda lesson: taught_by(lesson, *learned_adapter(lesson, reference_mode=mode), strength=1.0)
+
+
 def taught_by(lesson: Lesson, adapter: Adapter, clip: Any, **changes: Any) -> Taught:
     """`changes` are inputs of ApplySelfAttnInjection."""
     with tempfile.TemporaryDirectory() as folder:
@@ -369,4 +374,6 @@ METHODS: dict[str, Method] = {
     "full fine-tune, prior": Method(full_fine_tune_with_prior, swept_as="full fine-tune"),
     "ours, clean": Method(ours, with_words(3e-4, 1e-3, 3e-3)),
     "ours, matched": Method(ours_matched, swept_as="ours, clean"),
+    "ours, clean, strength 1": Method(as_trained("clean"), swept_as="ours, clean"),
+    "ours, matched, strength 1": Method(as_trained("matched"), swept_as="ours, clean"),
 }

@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402
 
-OURS, FULL = ("ours, clean", "ours, matched"), "full fine-tune"
+OURS = ("ours, clean", "ours, matched", "ours, clean, strength 1", "ours, matched, strength 1")
+FULL = "full fine-tune"
 BEATEN = ("TrainLoraNode", "PEFT LoRA", "textual inversion")
 REAL = ("real scenes", "real, autoencoded")
 MARGIN = -0.02  # ours is "not worse" while the lower bound of the difference lies above this
@@ -74,8 +75,8 @@ def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) ->
             "Ours against the others: paired difference of the harmonic mean",
             table(verdict, VERDICT_COLUMNS),
         ),
-        ("Ours with one thing changed", table(changes, CHANGE_COLUMNS)),
-        ("Ours with one thing changed, on the subjects that defaults are chosen on", table(choices, CHANGE_COLUMNS)),
+        ("Ours with one thing changed, at the strength that was trained", table(changes, CHANGE_COLUMNS)),
+        ("The same on the subjects that defaults are chosen on", table(choices, CHANGE_COLUMNS)),
         (
             "Learning rates: harmonic mean on subjects of their own",
             table(result["rates"], ("method", "rates", "subjects", "harmonic")),
@@ -163,7 +164,7 @@ def scores_of(subjects: dict[str, Cell]) -> Row:
 
 
 def judged(cells: Sequence[Cell]) -> list[Row]:
-    """Either mode of ours against every other method, subject by subject."""
+    """Ours in either mode against every other method, subject by subject."""
     methods = by_method(cells)
     rows = []
     for ours, (name, subjects) in itertools.product(OURS, methods.items()):
