@@ -229,6 +229,7 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     """Left: identity against prompt fidelity. Right: what the harmonic mean costs in file size."""
     methods = by_method(cells)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
+    sizes: list[float] = []
     for place, (name, subjects) in enumerate(methods.items()):
         colour = f"C{place % 10}"
         marker = "*" if name.startswith("ours") else "x" if name in REAL else "o"
@@ -237,7 +238,9 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
         size = next(iter(subjects.values())).get("file_bytes", 0) / 1e6
         if size:
             value, low, high = bootstrap(list(harmonics(subjects).values()))
-            right.errorbar(size, value, [[value - low], [high - value]], color=colour, marker=marker, capsize=3)
+            beside = size * 1.25 ** sizes.count(size)  # those of one size side by side
+            sizes.append(size)
+            right.errorbar(beside, value, [[value - low], [high - value]], color=colour, marker=marker, capsize=3)
     left.set(
         xlabel="prompt fidelity",
         ylabel="identity similarity",
