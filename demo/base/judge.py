@@ -196,12 +196,12 @@ class Judge:
 
     def verdicts(self, images: list[Image.Image], scenes: list[Scene]) -> list[Verdict]:
         """What each picture has right of the scene it should show."""
-        ranked = self.rank(images)
+        seen = [measure(image) for image in images]
+        ranked = self.rank_embedded(self.embed(images, seen))
         verdicts = []
-        for image, scene, (first, *_) in zip(images, scenes, ranked, strict=True):
-            seen = measure(image)
+        for measured, scene, (first, *_) in zip(seen, scenes, ranked, strict=True):
             factors = ("size", "side", "colour", "pattern")
-            agreed = (getattr(seen, factor) == getattr(scene, factor) for factor in factors)
+            agreed = (getattr(measured, factor) == getattr(scene, factor) for factor in factors)
             verdicts.append(Verdict(first == scene.artwork, *agreed))
         return verdicts
 
