@@ -38,6 +38,7 @@ CLASS_PICTURES = 16  # for prior preservation
 PROMPTS_OF_CALL = 13  # drawn at once on CUDA, which would wait for single ones to be launched
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of both attentions of every block
 AS_USUAL: dict[str, Any] = {"reference_dropout": 1.0, "averaging": None}  # no references; the last step is what counts
+AS_TRAINED = 1.0  # the strength that ours learns with
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -254,7 +255,7 @@ def ours_matched(lesson: Lesson) -> Taught:
 
 def as_trained(mode: str) -> Callable[[Lesson], Taught]:
     """Ours, applied at the strength that it was trained with."""
-    return lambda lesson: taught_by(lesson, *learned_adapter(lesson, reference_mode=mode), strength=1.0)
+    return lambda lesson: taught_by(lesson, *learned_adapter(lesson, reference_mode=mode), strength=AS_TRAINED)
 
 
 def taught_by(lesson: Lesson, adapter: Adapter, clip: Any, **changes: Any) -> Taught:

@@ -37,7 +37,6 @@ PICTURES = 4  # of every prompt; rates and ablations draw one
 BYSTANDERS = 25
 SWEEP_PROMPTS = 25
 SHOWN = 6  # prompts whose first picture is kept to look at
-AS_TRAINED = 1.0  # the strength at which ours is compared to ours with one thing changed
 
 
 def main() -> None:
@@ -181,8 +180,9 @@ class Bench:
         self.changed("ablations", table_artworks(count), pictures=1)
 
     def changed(self, part: str, artworks: list[Any], pictures: int) -> None:
-        """Every ablation on these subjects, as cells of the part."""
+        """Every ablation on these subjects, at the strength that was trained, as cells of the part."""
         from _ablations import ABLATIONS, as_changed
+        from _methods import AS_TRAINED
         from _subjects import make_subject
 
         rates = self.best_rates("ours, clean")
