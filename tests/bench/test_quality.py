@@ -195,3 +195,20 @@ def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
     assert ours["loss"].startswith("0.375"), "the mean of a half and a quarter"
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
     assert "ours, clean" in (tmp_path / "quality.md").read_text()
+
+
+def test_seconds_and_memory_are_those_of_the_device_of_most_cells(subjects):
+    from _quality_report import main_rows
+
+    scores = dict.fromkeys(("similarity", "top_1", "fidelity", "harmonic", "copying"), 0.5)
+
+    def cell(method: str, subject: str, seconds: float, **device: str) -> dict:
+        costs = {"training_seconds": seconds, "added_bytes": 0, "seconds_per_image": seconds}
+        key = {"method": method, "subject": subject}
+        return {"key": key, "scores": scores, "parameters": 1, "file_bytes": 1, **costs, **device}
+
+    cells = [cell("both", "a", 100.0), cell("elsewhere", "a", 100.0)]  # the first cells do not say where
+    cells += [cell("both", subject, 2.0, device="gpu") for subject in "bcd"]
+    both, elsewhere = main_rows(cells)
+    assert both["subjects"] == 4 and both["training s"] == both["s / image"] == 2.0
+    assert "training s" not in elsewhere and elsewhere["parameters"] == 1
