@@ -48,11 +48,13 @@ def read_image_prompt(
 
     `sigma` None reads the pictures free of noise; a number noises them to it first.
     `like` is the UNet's own input: device and dtype come from it. As many pictures are read at once as there is room
-    for. -> (1, m, heads*d) for every layer of `blocks`, where m counts the kept tokens of all pictures.
+    for; those that are read only once, in calls no larger than `like`, for there memory says more than a few launches.
+    -> (1, m, heads*d) for every layer of `blocks`, where m counts the kept tokens of all pictures.
     """
     order = [layer.key for layer in adapter.info.layers if layer.key in blocks]
     parts: dict[BlockKey, list[tuple[int, KV]]] = {key: [] for key in order}
-    for group in _batches(prompt.pictures, base, like.device):
+    cells = like.shape[0] * like.shape[-2] * like.shape[-1] if sigma is None else None
+    for group in _batches(prompt.pictures, base, like.device, cells):
         recorder = ReferenceRecorder(order, order[-1], deltas, host_attention(attention_options))
         pictures = [prompt.pictures[place] for place in group]
         inputs = reference_inputs(base, adapter, pictures, group, sigma, noise_seed, like)
@@ -93,14 +95,17 @@ def _noise(latent: Tensor, seed: int, place: int) -> Tensor:
     return torch.randn(latent.shape, generator=generator)
 
 
-def _batches(pictures: Sequence[Picture], base: Any, device: torch.device) -> Iterator[list[int]]:
-    """Places of pictures that are read in one call: one size of latent, one length of text, and no more than fit."""
+def _batches(pictures: Sequence[Picture], base: Any, device: torch.device, cells: int | None) -> Iterator[list[int]]:
+    """Places of pictures that are read in one call: one size of latent, one length of text, and no more than fit.
+
+    cells: of latent that a call may have, unless one picture alone has more; None: any number.
+    """
     groups: dict[tuple, list[int]] = {}
     for place, picture in enumerate(pictures):
         text = None if picture.text is None else picture.text.cross_attn.shape
         groups.setdefault((picture.latent.shape, text), []).append(place)
     for (shape, _), places in groups.items():
-        count = len(places)
+        count = len(places) if cells is None else min(len(places), max(1, cells // (shape[-2] * shape[-1])))
         while count > 1 and not has_room(base, [count, *shape[1:]], device):
             count -= 1
         yield from (places[first : first + count] for first in range(0, len(places), count))

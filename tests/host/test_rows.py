@@ -209,7 +209,7 @@ def count_unet_rows(model, draw) -> Drawn:
 def test_the_picture_is_read_once_a_run_or_once_a_noise_level(comfy_host, model, mode, sampler, passes):
     """heun calls the UNet twice a step, the second time at the next step's level; cond and uncond come separately."""
     spy = Spy(keys=())
-    patched = spy.on(apply(comfy_host, model, make_adapter(model, mode), make_prompt((8, 8), (8, 8))))
+    patched = spy.on(apply(comfy_host, model, make_adapter(model, mode), make_prompt((8, 8))))
     negative = conditioning(model, 22, tokens=5)
     found = unet_calls(
         model, spy, lambda: sample(comfy_host, patched, steps=3, sampler_name=sampler, negative=negative)
@@ -274,6 +274,16 @@ def test_pictures_are_read_one_by_one_where_there_is_no_room_for_more(comfy_host
     apart = count_unet_rows(model, lambda: sample(comfy_host, patched, steps=1))
     assert together.rows == [2, 1, 2] and apart.rows == [1, 1, 1, 2]
     assert relative_error(together.drawn, apart.drawn) < 1e-4
+
+
+@pytest.mark.parametrize("batch, further, rows", [(1, (8, 16), [2, 2, 1]), (2, (16, 24), [4, 1])])
+def test_pictures_read_once_are_read_in_calls_no_larger_than_the_one_that_draws(
+    comfy_host, model, batch, further, rows
+):
+    """Drawing takes two rows of 8x8 for each picture of the batch; one reference of 16x24 is larger than that alone."""
+    patched = apply(comfy_host, model, make_adapter(model, "clean"), make_prompt(*[(8, 8)] * 4, further))
+    calls = count_unet_rows(model, lambda: sample(comfy_host, patched, steps=1, batch=batch))
+    assert calls.rows == [*rows, 2 * batch]
 
 
 @pytest.mark.parametrize("size, tokens, rows", [((8, 8), 14, {3}), ((8, 8), 10, {1, 2}), ((8, 16), 7, {1, 2})])
