@@ -22,6 +22,7 @@ MINUTES = 10.0
 RESERVE = 10.0  # seconds for this script itself
 SDXL_PEAK_AT_MOST_GB = 10.0
 MEMORY_AT_MOST, OVER_LIMIT_AT_MOST = 1.08, 1.05
+MEASURED = ("ours", "TrainLoraNode", "full fine-tune")  # what is asked for compares these
 COLUMNS = ("figure", "at most", "measured", "reached")
 
 
@@ -40,12 +41,12 @@ class Stage:
 
 STAGES = (
     Stage("sampling", "sampling.py", "sd15", (), at_least=60),
-    Stage("training", "training.py", "sd15", (), at_least=120),
+    Stage("training", "training.py", "sd15", ("--trainers", *MEASURED), at_least=120),
     Stage(
         "training sdxl",
         "training.py",
         "sdxl",
-        ("--no-seconds", "--checkpointing", "on", "--trainers", "ours", "TrainLoraNode"),
+        ("--no-seconds", "--checkpointing", "on", "--trainers", *MEASURED[:2]),
         at_least=60,
     ),
     Stage("sampling sdxl", "sampling.py", "sdxl", ("--variants", "short"), at_least=60),

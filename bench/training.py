@@ -23,8 +23,8 @@ from _host import start_host, weights_of
 from _measure import peak_memory, spread
 from _report import Row, device_slug, environment, not_measured, print_json, publish, run_script
 
-NAMES = ("ours", "TrainLoraNode", "full fine-tune")
-HOST_LORA, FULL = NAMES[1:]
+NAMES = ("ours", "ours, word kept", "TrainLoraNode", "full fine-tune")
+HOST_LORA, FULL = NAMES[2:]
 BYTES_OF_A_PROCESS = 22e9  # that much CUDA memory for each of those whose peak is measured at once
 CPU_SIDES = {"sd15": 256}
 AT_MOST = {"seconds / LoRA": 1.00, "memory / LoRA": 0.85, "memory / full": 0.35}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -13,6 +16,18 @@ class ReferenceText(NamedTuple):
 
     cross_attn: Tensor
     pooled: Tensor | None = None
+
+
+def as_rows(texts: Sequence[ReferenceText]) -> ReferenceText:
+    """Texts as rows of one. There is a pooled vector if all have one.
+
+    Shorter texts are repeated up to a length that all have in common, which does not change what cross-attention makes
+    of them.
+    """
+    length = math.lcm(*(text.cross_attn.shape[1] for text in texts))
+    cross_attn = torch.cat([text.cross_attn.repeat(1, length // text.cross_attn.shape[1], 1) for text in texts])
+    pooled = [text.pooled for text in texts if text.pooled is not None]
+    return ReferenceText(cross_attn, torch.cat(pooled) if len(pooled) == len(texts) else None)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..core.image_prompt import ReferenceText
+from ..core.image_prompt import ReferenceText, as_rows
 from ..core.lora import SelfAttentionLoRA
 from .config import TrainConfig
 from .denoiser import Denoiser
@@ -58,6 +58,10 @@ class Training(Iterator[Step]):
         self._compute_dtype = compute_dtype
         self._trainables = nn.ParameterList([*lora.parameters(), *tokens])
         self._average = None if config.averaging is None else Average(self._trainables, config.averaging)
+        self._word_learns = config.token_learning_rate > 0
+        for token in tokens:
+            token.requires_grad_(self._word_learns)
+        self._texts: dict[str, ReferenceText] = {}  # of captions, where the word does not learn
         self._sigmas = denoiser.sigmas.cpu()  # ascending
         with torch.no_grad():
             self._reference_text = denoiser.encode([reference_caption])
@@ -83,6 +87,17 @@ class Training(Iterator[Step]):
             raise Diverged(
                 f"The loss became {loss} at step {number}. Lower the learning rates, or choose a wider precision."
             )
+        if any(parameter.grad is not None for parameter in self._trainables):
+            self._optimize(number)
+        self.losses.append(loss)
+        if self._average is not None:
+            self._average.update_parameters(self._trainables)
+        self._chance = self._chance_now()
+        return Step(number, loss)
+
+    def _optimize(self, number: int) -> None:
+        """Change what learns by its gradients, and drop those. Raises Diverged, and changes nothing then."""
+        config = self._config
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._trainables, config.max_gradient_norm)
         if not config.loss_scaling and not torch.isfinite(norm):
@@ -90,11 +105,6 @@ class Training(Iterator[Step]):
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        self.losses.append(loss)
-        if self._average is not None:
-            self._average.update_parameters(self._trainables)
-        self._chance = self._chance_now()
-        return Step(number, loss)
 
     def settle(self) -> None:
         """Let the trainables be their average over the steps, where one is kept."""
@@ -140,7 +150,8 @@ class Training(Iterator[Step]):
             group, sigma = [batch[place] for place in places], self._sigmas[levels[places]].to(self._device)
             share = len(group) / len(batch) / config.accumulation
             loss = share * self._group_loss(group, sigma)
-            self._scaler.scale(loss).backward()
+            if loss.requires_grad:  # not without a reference where the word does not learn
+                self._scaler.scale(loss).backward()
             total += loss.item()
         return total
 
@@ -161,9 +172,19 @@ class Training(Iterator[Step]):
                 mask=_stack_masks(references, device),
                 deltas=self._lora.deltas(device, self._compute_dtype),
             )
-        denoised = denoiser.denoise(noisy, sigma, denoiser.encode(captions), bank)
+        denoised = denoiser.denoise(noisy, sigma, self._encoded(captions), bank)
         mask, scale = _stack_masks(targets, device), denoiser.output_scale(sigma)
         return network_loss(denoised, latent, scale, None if mask is None else mask[:, None]).mean()
+
+    def _encoded(self, captions: Sequence[str]) -> ReferenceText:
+        """Captions as the text encoder reads them, a row each; where the word does not learn, each only once."""
+        if self._word_learns:
+            return self._denoiser.encode(captions)
+        with torch.no_grad():
+            for caption in captions:
+                if caption not in self._texts:
+                    self._texts[caption] = self._denoiser.encode([caption])
+        return as_rows([self._texts[caption] for caption in captions])
 
     def _reference_input(self, references: Sequence[Example], sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         latent = _stack(references, self._device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from comfy.sd1_clip import SDClipModel
 from torch import Tensor
 
-from ...core.image_prompt import ReferenceText
+from ...core.image_prompt import ReferenceText, as_rows
 
 MARKER = "sa-inject-token-"  # followed by a number, so that several adapters can share one CLIP
 
@@ -142,23 +141,16 @@ def class_word_vectors(clip: Any, class_word: str, count: int) -> dict[str, Tens
 
 
 def encode_text(clip: Any, texts: Sequence[str]) -> ReferenceText:
-    """Encode texts, one row each, on an already loaded CLIP; gradients reach the learned word.
-
-    Shorter texts are repeated up to the longest's length, which does not change what cross-attention makes of them.
-    """
+    """Encode texts, one row each, on an already loaded CLIP; gradients reach the learned word."""
     tokens = [clip.tokenize(text) for text in texts]
     lengths = {len(chunks) for of_text in tokens for chunks in of_text.values()}
     # Texts of one length are one batch: every weight is read, and cast if need be, once for all of them.
     batches = [tokens] if len(lengths) == 1 else [[of_text] for of_text in tokens]
-    encoded = [_encode_batch(clip, batch) for batch in batches]
-    length = math.lcm(*(cross_attn.shape[1] for cross_attn, _ in encoded))
-    cross_attn = torch.cat([c.repeat(1, length // c.shape[1], 1) for c, _ in encoded])  # (b, tokens, width)
-    pooled = [p for _, p in encoded]
-    return ReferenceText(cross_attn, None if any(p is None for p in pooled) else torch.cat(pooled))
+    return as_rows([_encode_batch(clip, batch) for batch in batches])
 
 
-def _encode_batch(clip: Any, tokens: Sequence[Mapping[str, list]]) -> tuple[Tensor, Tensor | None]:
-    """Texts that have equally many chunks. -> (b, tokens, width), (b, pooled width)
+def _encode_batch(clip: Any, tokens: Sequence[Mapping[str, list]]) -> ReferenceText:
+    """Texts that have equally many chunks.
 
     ComfyUI takes the chunks of one long prompt, joins what they give, and returns the first one's pooled vector.
     """
@@ -172,10 +164,12 @@ def _encode_batch(clip: Any, tokens: Sequence[Mapping[str, list]]) -> tuple[Tens
         cross_attn, pooled = stage.encode_token_weights(chunks)[:2]
     cross_attn = cross_attn.reshape(rows, -1, cross_attn.shape[-1])
     if pooled is None or rows == 1:
-        return cross_attn, pooled
+        return ReferenceText(cross_attn, pooled)
     per_text = len(next(iter(chunks.values()))) // rows
     firsts = [of_chunks[: rows * per_text : per_text].to(pooled) for of_chunks in pooled_of_chunks]  # one per encoder
-    return cross_attn, next(p for p in firsts if p.shape[1] == pooled.shape[1] and torch.equal(p[:1], pooled))
+    return ReferenceText(
+        cross_attn, next(p for p in firsts if p.shape[1] == pooled.shape[1] and torch.equal(p[:1], pooled))
+    )
 
 
 @contextlib.contextmanager

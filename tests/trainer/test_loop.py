@@ -113,6 +113,31 @@ def test_without_any_reference_the_word_learns_alone():
         assert torch.equal(tensor, before[name]) == (name != "token"), name
 
 
+@pytest.mark.parametrize("scaling", [False, True])
+def test_word_that_does_not_learn_is_read_only_once(scaling):
+    subject = fresh_subject(Recording)
+    word = subject.tokens[0].detach().clone()
+    data = GivenPairs([Pair(A, "a red sks", B), Pair(B, "sks in snow", A)])
+    found = losses(subject, data, batch_size=2, steps=3, token_learning_rate=0.0, loss_scaling=scaling)
+    assert subject.denoiser.captions == [(REFERENCE_CAPTION,), ("a red sks",), ("sks in snow",)]
+    assert torch.equal(subject.tokens[0], word)
+    learning = fresh_subject(Recording)  # at a rate too low to change a bit of it
+    assert found == losses(learning, data, batch_size=2, steps=3, token_learning_rate=1e-30, loss_scaling=scaling)
+    assert len(learning.denoiser.captions) == 4
+
+
+@pytest.mark.parametrize("scaling", [False, True])
+def test_step_without_reference_teaches_nothing_where_the_word_does_not_learn(scaling):
+    subject = fresh_subject()
+    before = values(subject)
+    data = GivenPairs([Pair(A, "a red sks", None), Pair(B, "sks in snow", A)])
+    steps = run(subject, data, steps=3, token_learning_rate=0.0, loss_scaling=scaling)
+    next(steps)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in values(subject).items())
+    assert next(steps).loss > 0
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in values(subject).items())
+
+
 # --- Learning
 
 
