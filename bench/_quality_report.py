@@ -55,7 +55,8 @@ def cells_of(cells: Cells, part: str, base: str, settings: Any) -> list[Cell]:
 def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) -> dict[str, Any]:
     """Write tables, plots and grids to the folder; the object that is the bench's last line."""
     found = {part: cells_of(cells, part, base, settings) for part in ("rates", "choices", "main", "ablations")}
-    rows = main_rows(found["main"])
+    whole = of_whole_subjects(found["main"])
+    rows = main_rows(whole)
     changes, choices = (ablation_rows(found[part]) for part in ("ablations", "choices"))
     verdict = judged(found["main"])
     result = {
@@ -90,15 +91,23 @@ def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) ->
             **settings._asdict(),
             **result["environment"],
             "base": base,
-            "seconds and memory of the first table": timed_on(found["main"]),
+            "subjects of the first table": "those that every method has had its turn with",
+            "subjects of the second table": "all that both methods have learned",
+            "seconds and memory of the first table": timed_on(whole),
         }.items()
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.md").write_text(f"# Quality\n\n{text}\n\n## How it was measured\n\n{facts}\n", encoding="utf-8")
     if rows:
-        plot(found["main"], folder / "pareto.png")
+        plot(whole, folder / "pareto.png")
         grid(found["main"], folder / "pictures.png")
     return result
+
+
+def of_whole_subjects(cells: Sequence[Cell]) -> list[Cell]:
+    """Without subjects that only a few methods have learned, which would make means of different subjects differ."""
+    begun = by_method(cells).get("base", {})  # the first method of every subject
+    return [cell for cell in cells if cell["key"]["subject"] in begun or not begun]
 
 
 def by_method(cells: Sequence[Cell]) -> dict[str, dict[str, Cell]]:
@@ -169,7 +178,7 @@ def judged(cells: Sequence[Cell]) -> list[Row]:
     rows = []
     for ours, (name, subjects) in itertools.product(OURS, methods.items()):
         common = subjects.keys() & methods.get(ours, {}).keys()
-        if name == ours or not common:
+        if name in (ours, *REAL) or not common:
             continue
         difference = paired(harmonics(methods[ours]), harmonics(subjects))
         row: Row = {"of": ours, "against": name, "subjects": len(common), "difference": with_interval(difference)}

@@ -212,3 +212,20 @@ def test_seconds_and_memory_are_those_of_the_device_of_most_cells(subjects):
     both, elsewhere = main_rows(cells)
     assert both["subjects"] == 4 and both["training s"] == both["s / image"] == 2.0
     assert "training s" not in elsewhere and elsewhere["parameters"] == 1
+
+
+def test_a_subject_that_few_methods_have_learned_is_compared_but_in_nobodys_mean(subjects):
+    from _quality_report import judged, main_rows, of_whole_subjects
+
+    def cell(method: str, subject: str, harmonic: float) -> dict:
+        scores = dict.fromkeys(("similarity", "top_1", "fidelity", "copying"), 0.5) | {"harmonic": harmonic}
+        return {"key": {"method": method, "subject": subject}, "scores": scores}
+
+    cells = [cell(method, "a", 0.5) for method in ("base", "full fine-tune", "ours, clean")]
+    cells += [cell("full fine-tune", "b", 0.9), cell("ours, clean", "b", 0.7)]
+    rows = main_rows(of_whole_subjects(cells))
+    assert [row["subjects"] for row in rows] == [1, 1, 1]
+    assert {row["harmonic"] for row in rows} == {"0.500 (0.500 to 0.500)"}
+    behind = next(row for row in judged(cells) if row["against"] == "full fine-tune")
+    assert behind["subjects"] == 2 and behind["difference"].startswith("-0.100")
+    assert of_whole_subjects(cells[1:]) == cells[1:], "without the floor, all that there is"
