@@ -59,6 +59,7 @@ def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) ->
     rows = main_rows(whole)
     changes, choices = (ablation_rows(found[part]) for part in ("ablations", "choices"))
     verdict = judged(found["main"])
+    others = with_other_settings(cells, base, settings)
     result = {
         "bench": "quality",
         "settings": settings._asdict(),
@@ -69,6 +70,7 @@ def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) ->
         "choices": choices,
         "rates": rate_rows(found["rates"]),
         "verdict": verdict,
+        "other settings": others,
     }
     sections = [
         ("Methods: means over subjects, 95 % intervals", table(rows, COLUMNS)),
@@ -82,6 +84,7 @@ def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) ->
             "Learning rates: harmonic mean on subjects of their own",
             table(result["rates"], ("method", "rates", "subjects", "harmonic")),
         ),
+        *((f"With {other['what']}", shown_otherwise(other)) for other in others),
     ]
     text = "\n\n".join(f"## {title}\n\n{shown}" for title, shown in sections if shown)
     print(text, flush=True)
@@ -91,8 +94,8 @@ def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) ->
             **settings._asdict(),
             **result["environment"],
             "base": base,
-            "subjects of the first table": "those that every method has had its turn with",
-            "subjects of the second table": "all that both methods have learned",
+            "subjects of the first table": "those that most methods have learned",
+            "subjects of the second table": "all that both have learned",
             "seconds and memory of the first table": timed_on(whole),
         }.items()
     )
@@ -104,10 +107,36 @@ def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) ->
     return result
 
 
+def with_other_settings(cells: Cells, base: str, settings: Any) -> list[dict[str, Any]]:
+    """The main table and its comparisons for all other settings that it has been begun with."""
+    apart: dict[tuple, list[Cell]] = {}
+    for cell in cells.all():
+        key = cell["key"]
+        if key["part"] == "main" and key["base"] == base and key["settings"] != settings._asdict():
+            apart.setdefault(tuple(key["settings"].values()), []).append(cell)
+    found = []
+    for same in apart.values():
+        theirs = same[0]["key"]["settings"]
+        changed = {name: value for name, value in theirs.items() if value != getattr(settings, name)}
+        rows, verdict = main_rows(of_whole_subjects(same)), judged(same)
+        if verdict:
+            what = ", ".join(f"{name} {value}" for name, value in changed.items())
+            found.append({"settings": theirs, "what": what, "rows": rows, "verdict": verdict})
+    return found
+
+
+def shown_otherwise(other: dict[str, Any]) -> str:
+    columns = [name for name in COLUMNS if any(name in row for row in other["rows"])]
+    return f"{table(other['rows'], columns)}\n\n{table(other['verdict'], VERDICT_COLUMNS)}"
+
+
 def of_whole_subjects(cells: Sequence[Cell]) -> list[Cell]:
     """Without subjects that only a few methods have learned, which would make means of different subjects differ."""
-    begun = by_method(cells).get("base", {})  # the first method of every subject
-    return [cell for cell in cells if cell["key"]["subject"] in begun or not begun]
+    learned: dict[str, set[str]] = {}
+    for cell in cells:
+        learned.setdefault(cell["key"]["subject"], set()).add(cell["key"]["method"])
+    most = max(map(len, learned.values()), default=0)
+    return [cell for cell in cells if len(learned[cell["key"]["subject"]]) > most / 2]
 
 
 def by_method(cells: Sequence[Cell]) -> dict[str, dict[str, Cell]]:

@@ -36,6 +36,7 @@ ABLATION_SUBJECTS = {"cpu": 6, "cuda": 20}
 PICTURES = 4  # of every prompt; rates and ablations draw one
 BYSTANDERS = 25
 SWEEP_PROMPTS = 25
+SWEPT_WITH: dict[str, Any] = {"sampler_steps": 10, "cfg": 3.0, "sampler": "dpmpp_2m", "scheduler": "karras"}
 SHOWN = 6  # prompts whose first picture is kept to look at
 
 
@@ -204,13 +205,17 @@ class Bench:
     def best_rates(self, name: str) -> tuple[float, float]:
         """The pair with the highest harmonic mean over the sweep's subjects; the middle one where nothing is known.
 
-        A pair that has been tried on fewer subjects than another does not count.
+        A pair that has been tried on fewer subjects than another does not count. With a sampler that has had no sweep,
+        what another found best for the same training.
         """
         from _methods import METHODS
         from _quality_report import cells_of
 
+        swept = cells_of(self.cells, "rates", self.base, self.settings) or cells_of(
+            self.cells, "rates", self.base, self.settings._replace(**SWEPT_WITH)
+        )
         found: dict[tuple, list[float]] = {}
-        for cell in cells_of(self.cells, "rates", self.base, self.settings):
+        for cell in swept:
             if cell["key"]["method"] == name:
                 found.setdefault(tuple(cell["key"]["rates"]), []).append(cell["scores"]["harmonic"])
         if not found:

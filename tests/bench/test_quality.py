@@ -197,6 +197,30 @@ def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
     assert "ours, clean" in (tmp_path / "quality.md").read_text()
 
 
+def test_other_settings_have_tables_of_their_own(tmp_path, subjects):
+    from _cells import Cells
+    from _quality_report import with_other_settings
+    from _subjects import Settings
+
+    usual = Settings(steps=1, batch=1, sampler_steps=1, cfg=1.0)
+    other = usual._replace(steps=2, sampler="heun")
+    cells = Cells(tmp_path / "cells.jsonl")
+    scores = dict.fromkeys(("similarity", "top_1", "fidelity", "copying"), 0.5)
+    for settings, levels in (
+        (usual, {"full fine-tune": 0.9, "ours, clean": 0.5}),
+        (other, {"full fine-tune": 0.7, "ours, clean": 0.8}),
+        (usual._replace(cfg=2.0), {"full fine-tune": 0.7}),  # nothing to compare
+    ):
+        for method, level in levels.items():
+            key = {"part": "main", "method": method, "subject": "a", "settings": settings._asdict(), "base": "x"}
+            cells.add(key, {"scores": scores | {"harmonic": level}})
+    (found,) = with_other_settings(cells, "x", usual)
+    assert found["what"] == "steps 2, sampler heun"
+    assert [row["subjects"] for row in found["rows"]] == [1, 1]
+    assert found["verdict"][0]["difference"].startswith("0.100")
+    assert with_other_settings(cells, "another base", usual) == []
+
+
 def test_seconds_and_memory_are_those_of_the_device_of_most_cells(subjects):
     from _quality_report import main_rows
 
@@ -221,11 +245,13 @@ def test_a_subject_that_few_methods_have_learned_is_compared_but_in_nobodys_mean
         scores = dict.fromkeys(("similarity", "top_1", "fidelity", "copying"), 0.5) | {"harmonic": harmonic}
         return {"key": {"method": method, "subject": subject}, "scores": scores}
 
-    cells = [cell(method, "a", 0.5) for method in ("base", "full fine-tune", "ours, clean")]
+    names = ("base", "textual inversion", "full fine-tune", "ours, clean")
+    cells = [cell(method, "a", 0.5) for method in names]
     cells += [cell("full fine-tune", "b", 0.9), cell("ours, clean", "b", 0.7)]
     rows = main_rows(of_whole_subjects(cells))
-    assert [row["subjects"] for row in rows] == [1, 1, 1]
+    assert [row["subjects"] for row in rows] == [1, 1, 1, 1]
     assert {row["harmonic"] for row in rows} == {"0.500 (0.500 to 0.500)"}
     behind = next(row for row in judged(cells) if row["against"] == "full fine-tune")
     assert behind["subjects"] == 2 and behind["difference"].startswith("-0.100")
-    assert of_whole_subjects(cells[1:]) == cells[1:], "without the floor, all that there is"
+    assert of_whole_subjects(cells[1:]) == cells[1:], "two of three have learned it"
+    assert of_whole_subjects([]) == []
