@@ -54,8 +54,9 @@ class WholePass(ReferenceRecorder):
         attend: Attention,
         stop_early: bool = True,
         own: Deltas | None = None,
+        **more: Any,
     ) -> None:
-        super().__init__(wanted, last, deltas, attend, stop_early)
+        super().__init__(wanted, last, deltas, attend, stop_early, **more)
         self._own = deltas if own is None else own
 
     def transformer_options(self, blocks: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ whose `lora_B` is zero, adds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -43,19 +43,27 @@ class Recorded(NamedTuple):
 class ReferenceRecorder:
     """Patches that turn one UNet call into a reference pass.
 
-    After the call `bank` holds what every layer in `wanted` handed over. With `stop_early` the call ends with
-    ReferencePassComplete as soon as the last of them is there.
+    After the call `bank` holds what every layer in `wanted` handed over, or what `select` took of it there and then, so
+    that the rest takes up no memory while the call goes on. With `stop_early` the call ends with ReferencePassComplete
+    as soon as the last of them is there.
     """
 
     def __init__(
-        self, wanted: Collection[BlockKey], last: BlockKey, deltas: Deltas, attend: Attention, stop_early: bool = True
+        self,
+        wanted: Collection[BlockKey],
+        last: BlockKey,
+        deltas: Deltas,
+        attend: Attention,
+        stop_early: bool = True,
+        select: Callable[[Recorded], Any] = lambda recorded: recorded,
     ) -> None:
-        self.bank: dict[BlockKey, Recorded] = {}
+        self.bank: dict[BlockKey, Any] = {}
         self.wanted = frozenset(wanted)
         self._last = last
         self._deltas = deltas
         self._attend = attend
         self._stop_early = stop_early
+        self._select = select
 
     def transformer_options(self, blocks: Collection[BlockKey]) -> dict[str, Any]:
         """The private options of the reference pass; `blocks` are all self-attention layers of the UNet."""
@@ -72,7 +80,8 @@ class ReferenceRecorder:
         key = block_key(extra_options)
         if key in self.wanted:
             height, width = extra_options["activations_shape"][-2:]
-            self.bank[key] = Recorded(self.handed_over(k, v, extra_options[HIDDEN], key), height, width)
+            recorded = Recorded(self.handed_over(k, v, extra_options[HIDDEN], key), height, width)
+            self.bank[key] = self._select(recorded)
         if self._stop_early and key == self._last:
             raise ReferencePassComplete
 
@@ -95,7 +104,7 @@ def block_key(extra_options: dict[str, Any]) -> BlockKey:
     return BlockKey(stage, index, extra_options["block_index"])
 
 
-def run_to_last_layer(unet_call: Any, recorder: ReferenceRecorder) -> dict[BlockKey, Recorded]:
+def run_to_last_layer(unet_call: Any, recorder: ReferenceRecorder) -> dict[BlockKey, Any]:
     """Call the UNet until the recorder has all it wants, and return the bank."""
     try:
         unet_call()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,15 +56,15 @@ def read_image_prompt(
     parts: dict[BlockKey, list[tuple[int, KV]]] = {key: [] for key in order}
     cells = like.shape[0] * like.shape[-2] * like.shape[-1] if sigma is None else None
     for group in _batches(prompt.pictures, base, like.device, cells):
-        recorder = ReferenceRecorder(order, order[-1], deltas, host_attention(attention_options))
         pictures = [prompt.pictures[place] for place in group]
+        select = partial(tokens_of_each, pictures=pictures)
+        recorder = ReferenceRecorder(order, order[-1], deltas, host_attention(attention_options), select=select)
         inputs = reference_inputs(base, adapter, pictures, group, sigma, noise_seed, like)
         options = {**recorder.transformer_options(adapter.blocks()), **attention_options}
         bank = run_to_last_layer(lambda inputs=inputs, options=options: unet(*inputs, None, options), recorder)
         for key in order:
-            for row, place in enumerate(group):
-                parts[key].append((place, tokens_of(bank[key], row, prompt.pictures[place])))
-    return {key: _in_order(parts[key]) for key in order}
+            parts[key].extend(zip(group, bank.pop(key), strict=True))
+    return {key: _in_order(parts.pop(key)) for key in order}
 
 
 def reference_inputs(
@@ -124,11 +125,10 @@ def _stack_texts(texts: Sequence[ReferenceText], device: torch.device) -> Refere
     )
 
 
-def tokens_of(recorded: Recorded, row: int, picture: Picture) -> KV:
-    """What one picture of a batch hands over, without its masked-out tokens. -> (1, m, heads*d) each"""
-    if picture.mask is None:
-        return select_tokens(recorded.kv, row, None)
-    return select_tokens(recorded.kv, row, kept_tokens(picture.mask, recorded.height, recorded.width))
+def tokens_of_each(recorded: Recorded, pictures: Sequence[Picture]) -> list[KV]:
+    """What each picture of a batch hands over, without its masked-out tokens. -> (1, m, heads*d) each"""
+    kept = [p.mask if p.mask is None else kept_tokens(p.mask, recorded.height, recorded.width) for p in pictures]
+    return [select_tokens(recorded.kv, row, tokens) for row, tokens in enumerate(kept)]
 
 
 def _in_order(parts: list[tuple[int, KV]]) -> KV:

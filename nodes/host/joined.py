@@ -16,7 +16,7 @@ from torch import Tensor
 from ...core.image_prompt import ImagePrompt
 from ...core.kv import BlockKey, KVBank
 from ...core.reference import HIDDEN, Recorded, ReferenceRecorder
-from .bank import has_room, lined_up, tokens_of
+from .bank import has_room, lined_up, tokens_of_each
 from .unet import NetworkInputs
 
 
@@ -34,8 +34,7 @@ class JoinedPictures(NamedTuple):
             return
         kv = self.recorder.handed_over(k[self.rows], v[self.rows], extra_options[HIDDEN][self.rows], key)
         recorded = Recorded(kv, *extra_options["activations_shape"][-2:])
-        pictures = enumerate(self.prompt.pictures)
-        self.bank[key] = lined_up([tokens_of(recorded, row, picture) for row, picture in pictures])
+        self.bank[key] = lined_up(tokens_of_each(recorded, self.prompt.pictures))
 
 
 class LargerCall:

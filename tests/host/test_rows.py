@@ -1,6 +1,7 @@
 """Which rows, tokens, steps and parts of the picture see the reference, for every way in which a UNet gets called."""
 
 import logging
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -284,6 +285,26 @@ def test_pictures_read_once_are_read_in_calls_no_larger_than_the_one_that_draws(
     patched = apply(comfy_host, model, make_adapter(model, "clean"), make_prompt(*[(8, 8)] * 4, further))
     calls = count_unet_rows(model, lambda: sample(comfy_host, patched, steps=1, batch=batch))
     assert calls.rows == [*rows, 2 * batch]
+
+
+def test_masked_out_tokens_are_let_go_layer_by_layer(comfy_host, model, monkeypatch):
+    """Not when the reading is over: until then the keys and values of all layers would be held whole."""
+    from sa_inject.nodes.host import bank  # pyright: ignore[reportMissingImports]
+
+    whole, alive, select = [], [], bank.tokens_of_each
+
+    def watched(recorded, pictures):
+        whole.append(weakref.ref(recorded.kv.k))
+        alive.append(sum(tensor() is not None for tensor in whole))
+        return select(recorded, pictures)
+
+    monkeypatch.setattr(bank, "tokens_of_each", watched)
+    quarter = torch.zeros(8, 8)
+    quarter[:4, :4] = 1
+    prompt = make_prompt(*[(8, 8)] * 4, masks=(quarter,) * 4)
+    sample(comfy_host, apply(comfy_host, model, make_adapter(model, "clean"), prompt), steps=1)
+    assert len(alive) == 2 * len(make_adapter(model).blocks()), "two calls of two pictures"
+    assert set(alive) == {1}
 
 
 @pytest.mark.parametrize("size, tokens, rows", [((8, 8), 14, {3}), ((8, 8), 10, {1, 2}), ((8, 16), 7, {1, 2})])
