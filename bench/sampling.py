@@ -71,7 +71,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="20; on a CPU 2 for sd15")
     parser.add_argument("--repeats", type=int, help="pairs for each variant, 5")
     parser.add_argument("--warm-ups", type=int, help="pairs that do not count, 1; 0 on a CPU")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16; on a CPU float32")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights: bfloat16; on a CPU float32"
+    )
     parser.add_argument("--attention", choices=("host", "pytorch"), default="host", help="the kernel: host's choice")
     parser.add_argument(
         "--variants", nargs="+", default=["all"], metavar="NAME", help="all, short, or names of variants"
@@ -109,6 +111,8 @@ def bench(host: Any, geometry: str, options: argparse.Namespace) -> dict[str, An
     from _limit import Limit
     from _variants import PLAIN, SEED, choose_variants
 
+    from sa_inject.nodes.host.unet import compute_dtype
+
     sampling = set_up(host, geometry, options)
     limit = Limit(sampling.scene)
     chosen = choose_variants(options.variants)
@@ -122,6 +126,7 @@ def bench(host: Any, geometry: str, options: argparse.Namespace) -> dict[str, An
         "steps": sampling.steps,
         "repeats": options.repeats,
         "dtype": options.dtype,
+        "computed in": str(compute_dtype(sampling.scene.model.model)).removeprefix("torch."),
         "attention": options.attention,
         "weights": weights_of(geometry),
         "seed": SEED,
