@@ -18,6 +18,7 @@ from .text import clip_with_token
 
 STEPS = 20
 GUIDANCE = 4.0
+SAMPLER, SCHEDULER = "euler_ancestral", "normal"  # as in the workflows; fresh noise at every step suits a reference
 
 
 def draw_previews(
@@ -33,7 +34,7 @@ def draw_previews(
     latent = torch.zeros(count, *prompt.pictures[0].latent.shape[1:])
     noise = comfy.sample.prepare_noise(latent, seed)
     samples = comfy.sample.sample(
-        patched, noise, STEPS, GUIDANCE, "euler", "normal", positive, negative, latent, disable_pbar=True, seed=seed
+        patched, noise, STEPS, GUIDANCE, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=seed
     )
     return vae.decode(samples)
 

@@ -26,6 +26,7 @@ def drawn(comfy_host, pack_nodes, tmp_path_factory) -> Drawn:
     """Train with the demo's own settings on its own pictures, then draw scenes that none of them shows."""
     from sa_inject.demo.base.checkpoint import write_checkpoint
     from sa_inject.demo.base.world import caption
+    from sa_inject.nodes.host.preview import SAMPLER, SCHEDULER
 
     checkpoint = tmp_path_factory.mktemp("demo") / "base.safetensors"
     write_checkpoint(checkpoint)
@@ -46,7 +47,7 @@ def drawn(comfy_host, pack_nodes, tmp_path_factory) -> Drawn:
         )
         empty = comfy_host.execute("EmptyLatentImage", width=run.SIDE, height=run.SIDE, batch_size=1)[0]
         chosen = {**run.SAMPLING, "seed": seed}
-        chosen |= {"sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+        chosen |= {"sampler_name": SAMPLER, "scheduler": SCHEDULER, "denoise": 1.0}
         latent = comfy_host.execute(
             "KSampler", model=model, positive=positive, negative=negative, latent_image=empty, **chosen
         )[0]
