@@ -127,7 +127,8 @@ def _stack_texts(texts: Sequence[ReferenceText], device: torch.device) -> Refere
 
 def tokens_of_each(recorded: Recorded, pictures: Sequence[Picture]) -> list[KV]:
     """What each picture of a batch hands over, without its masked-out tokens. -> (1, m, heads*d) each"""
-    kept = [p.mask if p.mask is None else kept_tokens(p.mask, recorded.height, recorded.width) for p in pictures]
+    size = (recorded.height, recorded.width)
+    kept = [None if picture.mask is None else kept_tokens(picture.mask, *size) for picture in pictures]
     return [select_tokens(recorded.kv, row, tokens) for row, tokens in enumerate(kept)]
 
 
