@@ -79,6 +79,25 @@ def test_every_workflow_uses_our_nodes_and_only_nodes_that_exist(client):
         assert used & OURS
 
 
+def test_previews_are_sampled_as_the_workflows_sample(comfy_host, pack_nodes, client):
+    from sa_inject.nodes.host import preview
+
+    samplers = [
+        node["inputs"]
+        for path in WORKFLOWS
+        for node in workflow_to_prompt(load(path), client.object_info()).values()
+        if node["class_type"] == "KSampler"
+    ]
+    assert len(samplers) == 3
+    for name, usual in (
+        ("steps", preview.STEPS),
+        ("cfg", preview.GUIDANCE),
+        ("sampler_name", preview.SAMPLER),
+        ("scheduler", preview.SCHEDULER),
+    ):
+        assert {inputs[name] for inputs in samplers} == {usual}
+
+
 def test_train_workflow_saves_an_adapter_and_shows_what_it_learned(server, trained):
     name, outputs = trained
     assert (server.base / "models" / "sa_inject" / name).exists()
