@@ -114,9 +114,12 @@ def run_to_last_layer(unet_call: Any, recorder: ReferenceRecorder) -> dict[Block
 
 
 def select_tokens(kv: KV, row: int, kept: Tensor | None) -> KV:
-    """Take one reference out of a batch, without its masked-out tokens. kept (n,) bool -> (1, m, heads*d) each"""
+    """Take one reference out of a batch, without its masked-out tokens.
+
+    kept (n,) bool, on the CPU, where counting them waits for no device -> (1, m, heads*d) each
+    """
     k, v = kv.k[row : row + 1], kv.v[row : row + 1]
     if kept is None:
         return KV(k, v)
-    places = torch.nonzero(kept.to(k.device)).flatten()
+    places = torch.nonzero(kept.cpu()).flatten().to(k.device)
     return KV(k.index_select(1, places), v.index_select(1, places))

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...core.attention import differentiable_attention
 from ...core.image_prompt import ReferenceText
 from ...core.injection import Reference, inject
 from ...core.layers import SelfAttentionLayer
 from ...core.lora import Deltas
-from ...core.masks import KEEP_ABOVE
+from ...core.masks import kept_tokens
 from ...core.reference import ReferenceRecorder, block_key, run_to_last_layer
 from ...trainer.denoiser import References
 from .text import encode_text
@@ -68,10 +67,11 @@ class ComfyDenoiser:
         inputs = network_inputs(self._base, latent, sigma, text, self._dtype)
         options = {**differentiable_options(), **recorder.transformer_options(self._blocks)}
         bank = run_to_last_layer(lambda: self._base.diffusion_model(*inputs, None, options), recorder)
-        return {
-            key: Reference(kv, key_mask=None if mask is None else _key_mask(mask, height, width))
-            for key, (kv, height, width) in bank.items()
-        }
+        if mask is None:
+            return {key: Reference(recorded.kv) for key, recorded in bank.items()}
+        sizes = {(recorded.height, recorded.width) for recorded in bank.values()}
+        kept = {size: kept_tokens(mask, *size).to(latent.device) for size in sizes}
+        return {key: Reference(kv, key_mask=kept[height, width]) for key, (kv, height, width) in bank.items()}
 
     def denoise(self, noisy: Tensor, sigma: Tensor, text: ReferenceText, references: References | None) -> Tensor:
         conditions = model_conditions(self._base, noisy, text)
@@ -91,13 +91,6 @@ class _Injected:
         heads = extra_options["n_heads"]
         attended = differentiable_attention(q, k, v, heads)
         return inject(attended, q, [self._references[block_key(extra_options)]], heads, differentiable_attention)
-
-
-def _key_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """mask (b, h, w) -> (b, height*width) bool, as the token selection is when sampling"""
-    weights = F.adaptive_avg_pool2d(mask[:, None], (height, width)).flatten(1)
-    best = weights == weights.amax(dim=1, keepdim=True)  # at least one token stays
-    return (weights >= KEEP_ABOVE) | best
 
 
 def _per_row(sigma: Tensor) -> Tensor:

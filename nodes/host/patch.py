@@ -104,7 +104,7 @@ class SamplingRun:
         key = (id(injection), height, width, device)
         if key not in self.areas:
             assert injection.area is not None
-            self.areas[key] = token_weights(injection.area.to(device), height, width)
+            self.areas[key] = token_weights(injection.area, height, width).to(device)
         return self.areas[key]
 
     def step_aside(self, reason: str, *blocks: BlockKey) -> None:

@@ -1,5 +1,6 @@
 """Masks, brought to the tokens of a layer."""
 
+import pytest
 import torch
 
 from sa_inject.core.masks import kept_tokens, token_weights
@@ -50,3 +51,27 @@ def test_empty_mask_keeps_one_token():
 
 def test_full_mask_keeps_all():
     assert bool(kept_tokens(torch.ones(5, 7), 3, 2).all())
+
+
+@pytest.mark.parametrize("grey", [0.1, 0.3, 0.49])
+@pytest.mark.parametrize("size", [(8, 8), (13, 7), (64, 48), (5, 300)])
+def test_all_tokens_that_a_faint_mask_covers_best_are_kept(grey, size):
+    """A mask of one grey says of no token more than of another, whatever size it has."""
+    assert bool(kept_tokens(torch.full(size, grey), 4, 6).all())
+
+
+def test_two_equal_spots_that_reach_no_half_are_both_kept():
+    mask = torch.zeros(16, 16)
+    mask[1, 1:4] = mask[13, 9:12] = 1
+    assert kept_tokens(mask, 4, 4).nonzero().flatten().tolist() == [0, 14]
+
+
+def test_masks_of_a_batch_are_read_each_by_itself():
+    masks = torch.stack([torch.ones(8, 8), torch.zeros(8, 8), torch.full((8, 8), 0.4), torch.zeros(8, 8)])
+    masks[3, 6, 1] = 0.2
+    together = kept_tokens(masks, 4, 4)
+    assert together.shape == (4, 16)
+    assert together.sum(-1).tolist() == [16, 1, 16, 1]
+    for mask, kept in zip(masks, together, strict=True):
+        assert torch.equal(kept_tokens(mask, 4, 4), kept)
+    assert torch.equal(kept_tokens(masks[:, None], 4, 4), together[:, None])
