@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MOST_REPEATS: int = 4  # of the shortest text
+
 
 class ReferenceText(NamedTuple):
     """What the text encoder said. cross_attn (b, tokens, width), pooled (b, width) where the model wants one."""
@@ -25,9 +27,21 @@ def as_rows(texts: Sequence[ReferenceText]) -> ReferenceText:
     of them.
     """
     length = math.lcm(*(text.cross_attn.shape[1] for text in texts))
-    cross_attn = torch.cat([text.cross_attn.repeat(1, length // text.cross_attn.shape[1], 1) for text in texts])
+    cross_attn = torch.cat([repeated(text.cross_attn, length) for text in texts])
     pooled = [text.pooled for text in texts if text.pooled is not None]
     return ReferenceText(cross_attn, torch.cat(pooled) if len(pooled) == len(texts) else None)
+
+
+def repeated(cross_attn: Tensor, length: int) -> Tensor:
+    """A text as often as it takes to be so many tokens long. (b, tokens, width) -> (b, length, width)"""
+    times, left = divmod(length, cross_attn.shape[1])
+    assert times and not left, "the length is a multiple of the text's"
+    return cross_attn.repeat(1, times, 1)
+
+
+def fit_together(lengths: Sequence[int]) -> bool:
+    """Whether texts of so many tokens are worth having as rows of one, as ComfyUI decides it."""
+    return math.lcm(*lengths) <= MOST_REPEATS * min(lengths)
 
 
 @dataclass(frozen=True)

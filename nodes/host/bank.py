@@ -12,7 +12,7 @@ from comfy.model_management import get_free_memory
 from torch import Tensor
 
 from ...core.adapter import Adapter
-from ...core.image_prompt import ImagePrompt, Picture, ReferenceText
+from ...core.image_prompt import ImagePrompt, Picture, as_rows, fit_together
 from ...core.kv import KV, BlockKey, KVBank
 from ...core.lora import Deltas
 from ...core.masks import kept_tokens
@@ -55,7 +55,7 @@ def read_image_prompt(
     order = [layer.key for layer in adapter.info.layers if layer.key in blocks]
     parts: dict[BlockKey, list[tuple[int, KV]]] = {key: [] for key in order}
     cells = like.shape[0] * like.shape[-2] * like.shape[-1] if sigma is None else None
-    for group in _batches(prompt.pictures, base, like.device, cells):
+    for group in _batches(prompt.pictures, adapter, base, like.device, cells):
         pictures = [prompt.pictures[place] for place in group]
         select = partial(tokens_of_each, pictures=pictures)
         recorder = ReferenceRecorder(order, order[-1], deltas, host_attention(attention_options), select=select)
@@ -86,7 +86,7 @@ def reference_inputs(
             [_noise(picture.latent, noise_seed, place) for picture, place in zip(pictures, places, strict=True)]
         )
         latent = sampling.noise_scaling(sigmas.view(-1, 1, 1, 1), noise.to(latent), latent)
-    text = _stack_texts([picture.text or adapter.text for picture in pictures], like.device)
+    text = as_rows([picture.text or adapter.text for picture in pictures])
     return network_inputs(base, latent, sigmas, text, like.dtype)
 
 
@@ -96,33 +96,39 @@ def _noise(latent: Tensor, seed: int, place: int) -> Tensor:
     return torch.randn(latent.shape, generator=generator)
 
 
-def _batches(pictures: Sequence[Picture], base: Any, device: torch.device, cells: int | None) -> Iterator[list[int]]:
-    """Places of pictures that are read in one call: one size of latent, one length of text, and no more than fit.
+def _batches(
+    pictures: Sequence[Picture], adapter: Adapter, base: Any, device: torch.device, cells: int | None
+) -> Iterator[list[int]]:
+    """Places of pictures that are read in one call: one size of latent, and no more than fit.
 
     cells: of latent that a call may have, unless one picture alone has more; None: any number.
     """
-    groups: dict[tuple, list[int]] = {}
-    for place, picture in enumerate(pictures):
-        text = None if picture.text is None else picture.text.cross_attn.shape
-        groups.setdefault((picture.latent.shape, text), []).append(place)
-    for (shape, _), places in groups.items():
+    for places in _alike(pictures, adapter):
+        shape = pictures[places[0]].latent.shape
         count = len(places) if cells is None else min(len(places), max(1, cells // (shape[-2] * shape[-1])))
         while count > 1 and not has_room(base, [count, *shape[1:]], device):
             count -= 1
         yield from (places[first : first + count] for first in range(0, len(places), count))
 
 
+def _alike(pictures: Sequence[Picture], adapter: Adapter) -> list[list[int]]:
+    """Places of pictures that can be rows of one call, in groups: by size, and by lengths of text that go together."""
+    lengths = [(picture.text or adapter.text).cross_attn.shape[1] for picture in pictures]
+    groups: list[list[int]] = []
+    for place, picture in enumerate(pictures):
+        for group in groups:
+            is_of_size = pictures[group[0]].latent.shape == picture.latent.shape
+            if is_of_size and fit_together([lengths[other] for other in (*group, place)]):
+                group.append(place)
+                break
+        else:
+            groups.append([place])
+    return groups
+
+
 def has_room(base: Any, shape: Sequence[int], device: torch.device) -> bool:
     """Whether ComfyUI would itself make one call of latents (b, c, h, w)."""
     return base.memory_required(shape) * 1.5 < get_free_memory(device)
-
-
-def _stack_texts(texts: Sequence[ReferenceText], device: torch.device) -> ReferenceText:
-    pooled = [text.pooled[:1] for text in texts if text.pooled is not None]
-    return ReferenceText(
-        torch.cat([text.cross_attn[:1] for text in texts]).to(device),
-        torch.cat(pooled).to(device) if len(pooled) == len(texts) else None,
-    )
 
 
 def tokens_of_each(recorded: Recorded, pictures: Sequence[Picture]) -> list[KV]:

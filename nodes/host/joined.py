@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.image_prompt import ImagePrompt
+from ...core.image_prompt import ImagePrompt, repeated
 from ...core.kv import BlockKey, KVBank
 from ...core.reference import HIDDEN, Recorded, ReferenceRecorder
 from .bank import has_room, lined_up, tokens_of_each
@@ -62,17 +62,16 @@ class LargerCall:
     def join(self, key: tuple, prompt: ImagePrompt, inputs: NetworkInputs, recorder: ReferenceRecorder) -> bool:
         """Add the pictures as rows, unless they are of another kind than those of the call.
 
-        Tokens of a text that are there several times weigh as much as once, so a shorter text is repeated to the
-        length of a longer one, as ComfyUI does itself.
+        The text of the call stays as it is, so theirs has to go into its length.
         """
         x, timestep, context, y, control = self.arguments
-        times, left = divmod(context.shape[1], inputs.context.shape[1])
-        if left or not times or x.shape[1:] != inputs.x.shape[1:] or (y is None) != (inputs.y is None):
+        length = context.shape[1]
+        if length % inputs.context.shape[1] or x.shape[1:] != inputs.x.shape[1:] or (y is None) != (inputs.y is None):
             return False
         self.arguments = [
             torch.cat([x, inputs.x]),
             torch.cat([timestep, inputs.timestep.to(timestep)]),
-            torch.cat([context, inputs.context.repeat(1, times, 1)]),
+            torch.cat([context, repeated(inputs.context, length)]),
             None if y is None else torch.cat([y, inputs.y]),
             control,
         ]

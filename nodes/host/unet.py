@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from comfy.ldm.modules.attention import SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_base import SDXL, SDXLRefiner
 from torch import Tensor
 
 from ...core.image_prompt import ReferenceText
@@ -49,6 +50,12 @@ def describe(model: Any) -> UnetDescription:
     return UnetDescription(FAMILIES.get(width, type(base).__name__), layers)
 
 
+def pooled_width(base: Any) -> int | None:
+    """How wide a pooled vector the model wants beside its text. None: it wants none."""
+    sizes = 6 if isinstance(base, SDXL) else 5 if isinstance(base, SDXLRefiner) else None  # 256 channels for each
+    return None if sizes is None else base.adm_channels - 256 * sizes
+
+
 def compute_dtype(base: Any) -> Any:
     """The precision in which ComfyUI runs the model, whatever its weights are stored in."""
     return base.manual_cast_dtype or base.get_dtype()
@@ -69,8 +76,8 @@ def model_conditions(base: Any, latent: Tensor, text: ReferenceText) -> dict[str
         noise=latent,
         latent_image=latent,  # only read for its shape: without a mask an inpainting model sees a blank picture
         device=latent.device,
-        cross_attn=text.cross_attn,
-        pooled_output=text.pooled,
+        cross_attn=text.cross_attn.to(latent.device),
+        pooled_output=None if text.pooled is None else text.pooled.to(latent.device),
         width=w * 8,
         height=h * 8,
         prompt_type="positive",
