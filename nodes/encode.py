@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.image_prompt import ImagePrompt, Picture
-from .host.conditioning import reference_text
+from .host.conditioning import reference_texts
 from .host.images import SNAP, encode_picture, fit_picture, masks_of, pictures_of
 from .sockets import CATEGORY, IMAGE_PROMPT
 
@@ -52,8 +52,8 @@ class EncodeImagePrompt(io.ComfyNode):
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="Text that the model reads beside these pictures. Left open, the class word that "
-                    "the adapter was trained with.",
+                    tooltip="Text that the model reads beside these pictures: one for all of them, or a list with one "
+                    "for each. Only its text counts. Left open, the class word that the adapter was trained with.",
                 ),
                 IMAGE_PROMPT.Input(
                     "image_prompt",
@@ -68,9 +68,9 @@ class EncodeImagePrompt(io.ComfyNode):
     def execute(cls, images, vae, resolution, fit, mask=None, conditioning=None, image_prompt=None) -> io.NodeOutput:
         pictures = pictures_of(images, "Encode Image Prompt")
         masks = masks_of(mask, pictures, "Encode Image Prompt")
-        text = reference_text(conditioning[0]) if conditioning else None
+        texts = reference_texts(conditioning or [], len(pictures), "Encode Image Prompt")
         encoded = []
-        for picture, subject in zip(pictures, masks, strict=True):
+        for picture, subject, text in zip(pictures, masks, texts, strict=True):
             picture, subject = fit_picture(picture, subject, resolution[0], fit[0])
             encoded.append(Picture(encode_picture(vae[0], picture), subject, text))
         prompt = ImagePrompt(tuple(encoded))

@@ -2,15 +2,66 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from ...core.image_prompt import ReferenceText
 
+log = logging.getLogger(__name__)
+
+# What a conditioning may say beside its text, by ComfyUI's names, and how people know it.
+NOT_READ = {
+    "area": "area",
+    "mask": "mask",
+    "control": "ControlNet",
+    "gligen": "GLIGEN",
+    "hooks": "LoRA hooks",
+    "start_percent": "timestep range",
+    "end_percent": "timestep range",
+    "unclip_conditioning": "unCLIP picture",
+    "concat_latent_image": "inpainting picture",
+}
+
+
+def reference_texts(conditionings: Sequence[list[Any]], pictures: int, node: str) -> list[ReferenceText | None]:
+    """A text for each picture: none, one for all, or one for each. Raises ValueError where it cannot be told."""
+    if not conditionings:
+        return [None] * pictures
+    if len(conditionings) not in (1, pictures):
+        raise ValueError(
+            f"{node}: there are {len(conditionings)} conditionings for {pictures} pictures. Connect one for all, or "
+            f"one for each."
+        )
+    texts = [reference_text(conditioning) for conditioning in conditionings]
+    return texts * pictures if len(texts) == 1 else texts
+
 
 def reference_text(conditioning: list[Any]) -> ReferenceText:
-    """Take the first entry of a CONDITIONING. Raises ValueError when it is empty."""
+    """The text of a CONDITIONING. Raises ValueError when there is none, or more than one."""
     if not conditioning:
         raise ValueError("The conditioning is empty. Connect the output of a CLIPTextEncode, or leave it open.")
+    if len(conditioning) > 1:
+        raise ValueError(
+            f"The conditioning has {len(conditioning)} entries, as after Conditioning (Combine), but a picture is read "
+            f"with one text. Use Conditioning (Concat), or connect one CLIPTextEncode."
+        )
     cross_attn, options = conditioning[0]
+    ignored = sorted({name for key, name in NOT_READ.items() if options.get(key) is not None})
+    if ignored:
+        log.warning(
+            "SA-Inject reads only the text of the conditioning at Encode Image Prompt, not its %s.", ", ".join(ignored)
+        )
     pooled = options.get("pooled_output")
-    return ReferenceText(cross_attn[:1], None if pooled is None else pooled[:1])
+    return ReferenceText(_only_row(cross_attn), None if pooled is None else _only_row(pooled))
+
+
+def _only_row(text: Tensor) -> Tensor:
+    if any(not row.equal(text[0]) for row in text[1:]):
+        raise ValueError(
+            f"The conditioning holds a batch of {len(text)} texts, but a picture is read with one. Connect one "
+            f"CLIPTextEncode, or a list of conditionings, one for each picture."
+        )
+    return text[:1]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.image_prompt import ImagePrompt
 from .patch import Injection, Rows
-from .unet import describe
+from .unet import describe, pooled_width
 
 # Less than the 1 that was trained: guidance multiplies what the reference adds as well. 0.7 drew better than 1 in 13 of
 # 16 subjects (bench/results/quality/explored-on-cuda.md).
@@ -45,8 +45,7 @@ def injection_for(
     adapter.check_fits(*description)
     _check_latents(model, image_prompt)
     _check_texts(model, image_prompt)
-    if area is not None and not bool(torch.isfinite(area).all()):
-        raise ValueError("The area mask holds values that are not numbers.")
+    mask = None if area is None else _one_mask(area)
     stages = BLOCK_CHOICES[blocks]
     chosen = frozenset(key for key in adapter.blocks() if key.stage in stages)
     if strength == 0 or start_percent >= end_percent or not chosen:
@@ -59,7 +58,7 @@ def injection_for(
         end_percent=end_percent,
         rows=rows,
         blocks=chosen,
-        area=None if area is None else area.reshape(-1, *area.shape[-2:])[0].float().clamp(0, 1),
+        area=mask,
     )
 
 
@@ -74,11 +73,35 @@ def _check_latents(model: Any, image_prompt: ImagePrompt) -> None:
 
 
 def _check_texts(model: Any, image_prompt: ImagePrompt) -> None:
-    wanted = model.model.model_config.unet_config["context_dim"]
+    wanted, pooled = model.model.model_config.unet_config["context_dim"], pooled_width(model.model)
     for number, picture in enumerate(image_prompt.pictures, start=1):
-        width = wanted if picture.text is None else picture.text.cross_attn.shape[-1]
+        if picture.text is None:
+            continue
+        name, width = f"The conditioning of picture {number} of the image prompt", picture.text.cross_attn.shape[-1]
         if width != wanted:
             raise ValueError(
-                f"The conditioning of picture {number} of the image prompt is {width} wide, "
-                f"but the model wants {wanted}. Encode the text with the CLIP of this base model."
+                f"{name} is {width} wide, but the model wants {wanted}. Encode the text with the CLIP of this base "
+                f"model."
             )
+        found = None if picture.text.pooled is None else picture.text.pooled.shape[-1]
+        if pooled not in (None, found):
+            has = "no pooled vector" if found is None else f"a pooled vector of {found}"
+            raise ValueError(
+                f"{name} has {has}, but the model wants one of {pooled}. Encode the text with CLIPTextEncode and the "
+                f"CLIP of this base model."
+            )
+
+
+def _one_mask(area: Tensor) -> Tensor:
+    """(h, w) in 0..1"""
+    if not area.numel():
+        raise ValueError("The area mask is empty. Connect a mask of at least one pixel, or leave it open.")
+    masks = area.reshape(-1, *area.shape[-2:]).float()
+    if not bool(torch.isfinite(masks).all()):
+        raise ValueError("The area mask holds values that are not numbers.")
+    if any(not mask.equal(masks[0]) for mask in masks[1:]):
+        raise ValueError(
+            f"The area is a batch of {len(masks)} masks, but one mask is wanted. Pick one of them, or chain an Apply "
+            f"node for each."
+        )
+    return masks[0].clamp(0, 1)
