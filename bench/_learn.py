@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.lora import SelfAttentionLoRA
-from sa_inject.nodes.host import training
+from sa_inject.nodes.host import training, training_set
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.text import class_word_vectors, clip_with_token, word_pattern
 from sa_inject.nodes.host.trainable import (
@@ -75,7 +75,7 @@ class Room:
     description: UnetDescription
     denoiser: ComfyDenoiser
     data: TrainingSet
-    subject: training.Subject
+    subject: training_set.Subject
     lora: SelfAttentionLoRA
     tokens: dict[str, nn.Parameter]
     config: TrainConfig
@@ -110,7 +110,7 @@ class Room:
 @contextlib.contextmanager
 def classroom(
     models: Models,
-    subject: training.Subject,
+    subject: training_set.Subject,
     config: TrainConfig,
     extra: Sequence[Example] = (),
     denoiser_class: Callable[..., ComfyDenoiser] = ComfyDenoiser,
@@ -129,7 +129,7 @@ def classroom(
             word_pattern(subject.placeholder),
         )
         initial = class_word_vectors(models.clip, subject.class_word, config.token_vectors)
-        data = training._training_set(models.model, models.vae, subject, captions, config.seed)
+        data = training_set.training_set(models.model, models.vae, subject, captions, config.seed)
     patcher = models.model.clone()
     with training_mode(), contextlib.ExitStack() as undo:
         management.load_models_gpu([patcher, models.clip.patcher], memory_required=1e20, force_full_load=True)
@@ -148,7 +148,7 @@ def classroom(
             unet=base.diffusion_model,
             description=description,
             denoiser=denoiser_class(base, sampling, taught, description.layers, device, torch.float32),
-            data=mixed(training._normal(data), extra),
+            data=mixed(training_set.without_inference_tensors(data), extra),
             subject=subject,
             lora=lora,
             tokens=tokens,

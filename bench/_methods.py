@@ -28,7 +28,7 @@ from demo.base.world import IMAGE_SIZE, caption, random_scene
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.adapter_file import save_adapter
 from sa_inject.core.image_prompt import ImagePrompt, ReferenceText
-from sa_inject.nodes.host import training
+from sa_inject.nodes.host import training_set
 from sa_inject.nodes.host.images import pictures_of
 from sa_inject.nodes.host.unet import describe
 from sa_inject.trainer.config import TrainConfig
@@ -61,9 +61,9 @@ class Lesson:
         stacked = np.stack([np.asarray(picture) for picture in self.subject.pictures()])
         return torch.from_numpy(stacked).float() / 255
 
-    def training_subject(self) -> training.Subject:
+    def training_subject(self) -> training_set.Subject:
         pictures = pictures_of([self.pictures()], "bench")
-        return training.Subject(
+        return training_set.Subject(
             pictures=pictures,
             masks=[None] * len(pictures),
             captions=self.subject.captions(self.subject.phrase),

@@ -12,7 +12,8 @@ from .host.images import SNAP, encode_picture, fit_picture, masks_of, pictures_o
 from .host.preview import draw_previews
 from .host.progress import TrainingProgress
 from .host.text import clip_with_token
-from .host.training import PRECISIONS, Subject, train_adapter
+from .host.training import PRECISIONS, train_adapter
+from .host.training_set import Subject
 from .sockets import CATEGORY, SA_INJECT_ADAPTER
 from .version import VERSION
 

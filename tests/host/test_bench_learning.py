@@ -56,7 +56,7 @@ def lesson(bench, load_checkpoint):
     """`lesson(dtype)` opens a classroom on a tiny SD1.5."""
     from _learn import Models, classroom
 
-    from sa_inject.nodes.host import training
+    from sa_inject.nodes.host import training_set
     from sa_inject.nodes.host.images import pictures_of
     from sa_inject.trainer.config import TrainConfig
 
@@ -64,7 +64,7 @@ def lesson(bench, load_checkpoint):
 
     def open_room(dtype: torch.dtype):
         taken = pictures_of([pictures(3)], "bench")
-        subject = training.Subject(taken, [None] * 3, [], "sainj", "toy", 64)
+        subject = training_set.Subject(taken, [None] * 3, [], "sainj", "toy", 64)
         config = TrainConfig(
             steps=STEPS, lora_learning_rate=RATE, token_learning_rate=1e-3, rank=2, alpha=2.0, seed=1, batch_size=1
         )
