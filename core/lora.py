@@ -1,8 +1,8 @@
 """The trainable part of the copy: LoRA on the projections of its self-attention, carried by PEFT.
 
-PEFT never sees the live UNet. It adapts a skeleton: a tree of empty Linear layers on the `meta` device that has the
-names and sizes of the UNet's key and value projections. The reference pass then applies the low-rank products beside
-the frozen projections, so that no weight of the model is ever touched.
+PEFT never sees the live UNet. Its layers stand in a skeleton: a tree of empty Linear layers on the `meta` device that
+has the names and sizes of the UNet's key and value projections. The reference pass then applies the low-rank products
+beside the frozen projections, so that no weight of the model is ever touched.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from .kv import BlockKey
 from .layers import SelfAttentionLayer
+from .lora_layer import ADAPTER_NAME, lora_linear
 
 KEY_PREFIX = "base_model.model."  # PEFT's prefix in the files it writes
-ADAPTER_NAME = "default"
 
 
 class LowRank(NamedTuple):
@@ -45,18 +45,14 @@ class SelfAttentionLoRA:
         self, layers: Sequence[SelfAttentionLayer], rank: int, alpha: float, generator: torch.Generator | None = None
     ) -> None:
         """Build float32 trainables on the CPU, `lora_A` drawn from `generator` as PEFT draws it (Kaiming uniform)."""
-        import peft  # slow to import, and only needed here
-
         self.layers = tuple(layers)
         self.rank = rank
         self.alpha = alpha
         self._addresses = {
             f"{layer.path}.{projection}": (layer.key, projection) for layer in layers for projection in self.projections
         }
-        self.skeleton = _skeleton(layers, self._addresses)
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(self._addresses))
-        with torch.random.fork_rng(devices=[]):  # PEFT draws numbers of its own, which are not kept
-            peft.inject_adapter_in_model(config, self.skeleton, adapter_name=ADAPTER_NAME)
+        with torch.random.fork_rng(devices=[]):  # in case that PEFT draws numbers of its own, which are not kept
+            self.skeleton = _skeleton(layers, self._addresses, rank, alpha)
         for path in self._addresses:
             a, b = self._linears(path)
             a.to_empty(device="cpu")
@@ -108,12 +104,15 @@ class SelfAttentionLoRA:
         return self.skeleton.get_submodule(path).scaling[ADAPTER_NAME]
 
 
-def _skeleton(layers: Sequence[SelfAttentionLayer], addresses: dict[str, tuple[BlockKey, str]]) -> nn.Module:
+def _skeleton(
+    layers: Sequence[SelfAttentionLayer], addresses: dict[str, tuple[BlockKey, str]], rank: int, alpha: float
+) -> nn.Module:
     sizes = {layer.key: layer for layer in layers}
     root = nn.Module()
     for path, (key, _) in addresses.items():
         layer = sizes[key]
-        _graft(root, path, nn.Linear(layer.query_dim, layer.inner_dim, bias=False, device="meta"))
+        base = nn.Linear(layer.query_dim, layer.inner_dim, bias=False, device="meta")
+        _graft(root, path, lora_linear(base, rank, alpha))
     return root
 
 

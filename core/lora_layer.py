@@ -1,0 +1,89 @@
+"""PEFT's LoRA layer, whatever other packages are installed beside it.
+
+PEFT asks every quantization package that it knows whether a layer is one of its own, and an old or broken one answers
+with an error. So the layer is built directly, and a package that breaks the import of PEFT is left out of that import.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import nn
+
+ADAPTER_NAME = "default"
+REQUIREMENT = "peft>=0.18.1"  # the same as in requirements.txt; README says what it was tested with
+NEEDED = {"peft", "transformers", "accelerate", "torch"}  # without one of these there is no PEFT
+
+
+def lora_linear(base: nn.Linear, rank: int, alpha: float) -> nn.Module:
+    """PEFT's LoRA around an empty Linear, empty as well. Raises ImportError that says how PEFT is repaired."""
+    peft = import_peft()
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha)
+    with torch.device("meta"):
+        return peft.tuners.lora.Linear(base, ADAPTER_NAME, config=config, r=rank, lora_alpha=alpha)
+
+
+@functools.cache
+def import_peft() -> ModuleType:
+    """Import PEFT, without the packages that it would like to use and that cannot be imported."""
+    left_out: dict[str, ModuleType | None] = {}
+    first: Exception | None = None
+    try:
+        while True:
+            try:
+                import peft
+
+                return peft
+            except Exception as error:
+                first = first or error
+                broken = next((name for name in _involved(error) if name not in NEEDED), None)
+                if broken is None or broken in left_out:
+                    raise ImportError(_advice(first, broken)) from first
+                left_out[broken] = sys.modules.get(broken)
+                sys.modules[broken] = None  # pyright: ignore[reportArgumentType]  # Python's way to say: not there
+                _forget_what_is_installed()
+    finally:
+        for name, module in left_out.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+def _forget_what_is_installed() -> None:
+    """Let PEFT begin anew, and the two it stands on ask again which packages there are."""
+    for name, module in list(sys.modules.items()):
+        package, _, rest = name.partition(".")
+        if package == "peft":
+            del sys.modules[name]
+        elif package in NEEDED and rest in ("utils.import_utils", "utils.imports"):
+            for value in list(vars(module).values()):
+                if callable(forget := getattr(value, "cache_clear", None)):
+                    forget()
+
+
+def _advice(error: Exception, broken: str | None) -> str:
+    reason = " ".join(str(error).split())[:300]
+    at_fault = f"The package {broken} is in the way: update or uninstall it. " if broken else ""
+    return (
+        f"SA-Inject needs the package peft, which cannot be imported ({type(error).__name__}: {reason}). {at_fault}"
+        f'Run: "{sys.executable}" -m pip install --upgrade "{REQUIREMENT}" accelerate   Then restart ComfyUI.'
+    )
+
+
+def _involved(error: BaseException | None) -> Iterator[str]:
+    """The packages in which an import failed, the innermost first, of the cause before the effect."""
+    if error is None:
+        return
+    yield from _involved(error.__cause__ or error.__context__)
+    if isinstance(error, ImportError) and error.name:
+        yield error.name.split(".")[0]
+    modules = []
+    frame = error.__traceback__ and error.__traceback__.tb_next  # after our own
+    while frame is not None:
+        modules.append(frame.tb_frame.f_globals.get("__name__", "").split(".")[0])
+        frame = frame.tb_next
+    yield from (name for name in reversed(modules) if name not in sys.stdlib_module_names)
