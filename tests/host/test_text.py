@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.host.adapters import make_adapter, random
-
-PLACEHOLDER = "sainj"
-WIDTHS = {"clip_l": 768, "clip_g": 1280, "clip_h": 1024}
+from tests.host.learned_words import encoder_of_prompts, same, teach, vectors
 
 
 @pytest.fixture(scope="module")
@@ -24,27 +22,9 @@ def sdxl(load_checkpoint):
     return load_checkpoint("sdxl")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def encode(comfy_host):
-    """`encode(clip, text)` through the stock CLIPTextEncode. -> (1, tokens, width), (1, width)"""
-
-    def run(clip: Any, text: str, node: str = "CLIPTextEncode", **inputs) -> tuple[Tensor, Tensor]:
-        texts = inputs or {"text": text}
-        ((cond, options),) = comfy_host.execute(node, clip=clip, **texts)[0]
-        return cond, options["pooled_output"]
-
-    return run
-
-
-def vectors(*encoders: str, seed: int = 0, count: int = 1) -> dict[str, Tensor]:
-    """Learned vectors of the size of real token embeddings."""
-    return {name: 0.02 * random(count, WIDTHS[name], seed=seed) for name in encoders or ("clip_l",)}
-
-
-def teach(clip: Any, tokens: dict[str, Tensor], placeholder: str = PLACEHOLDER) -> Any:
-    from sa_inject.nodes.host.text import clip_with_token
-
-    return clip_with_token(clip, placeholder, tokens)
+    return encoder_of_prompts(comfy_host)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +45,6 @@ def taught(sd15_clip, write_embedding):
     """A CLIP that reads `sainj` as the vector that is also the embedding `word`."""
     write_embedding("word", vectors())
     return teach(sd15_clip, vectors())
-
-
-def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
-    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
 # --- where the word is found ------------------------------------------------------------------------------------------
