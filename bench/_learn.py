@@ -22,7 +22,7 @@ from sa_inject.core.adapter import Adapter
 from sa_inject.core.lora import SelfAttentionLoRA
 from sa_inject.nodes.host import training, training_set
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
-from sa_inject.nodes.host.text import class_word_vectors, clip_with_token, word_pattern
+from sa_inject.nodes.host.text import class_word_vectors, clip_with_token, finder
 from sa_inject.nodes.host.trainable import (
     make_differentiable,
     normal_tensor,
@@ -126,7 +126,7 @@ def classroom(
             len(subject.pictures),
             subject.placeholder,
             subject.class_word,
-            word_pattern(subject.placeholder),
+            finder(models.clip, subject.placeholder),
         )
         initial = class_word_vectors(models.clip, subject.class_word, config.token_vectors)
         data = training_set.training_set(models.model, models.vae, subject, captions, config.seed)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # After DreamBooth and Textual Inversion: neutral wordings, so that the word takes up the subject and not the scene.
 TEMPLATES: tuple[str, ...] = (
@@ -22,12 +21,12 @@ def subject_phrase(placeholder: str, class_word: str) -> str:
 
 
 def captions_for(
-    captions: Sequence[str] | None, count: int, placeholder: str, class_word: str, word: re.Pattern[str]
+    captions: Sequence[str] | None, count: int, placeholder: str, class_word: str, has_word: Callable[[str], bool]
 ) -> list[tuple[str, ...]]:
     """Captions of every picture; templates stand in where there is none.
 
     One caption alone serves all pictures. Raises ValueError for another number of captions than pictures, and when
-    `word` matches none of them, for then nothing would teach the placeholder.
+    `has_word` finds it in none of them, for then nothing would teach the placeholder.
     """
     templates = tuple(template.format(subject_phrase(placeholder, class_word)) for template in TEMPLATES)
     given = [caption.strip() for caption in captions or []]
@@ -39,7 +38,7 @@ def captions_for(
         raise ValueError(
             f"{len(given)} captions came with {count} images. Connect one caption for each image, or one for all."
         )
-    if not any(word.search(caption) for caption in given):
+    if not any(has_word(caption) for caption in given):
         raise ValueError(
             f"The placeholder token '{placeholder}' is in none of the captions, so it could not be learned. Write it "
             f"where the subject is named, such as 'a photo of {subject_phrase(placeholder, class_word)} in the snow'."

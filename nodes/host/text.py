@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +20,20 @@ from comfy.sd1_clip import SDClipModel
 from torch import Tensor
 
 from ...core.image_prompt import ReferenceText, as_rows
+from .words import find_words, folded, hidden_words
+
+log = logging.getLogger(__name__)
 
 MARKER = "sa-inject-token-"  # followed by a number, so that several adapters can share one CLIP
 
 
 def encoder_tokenizers(clip: Any) -> dict[str, Any]:
     """The CLIP tokenizers of a ComfyUI CLIP by the name of their encoder: {"clip_l": SDTokenizer, ...}."""
-    inner = vars(_unwrapped(clip.tokenizer)).values()
+    return _encoder_tokenizers(clip.tokenizer)
+
+
+def _encoder_tokenizers(tokenizer: Any) -> dict[str, Any]:
+    inner = vars(_unwrapped(tokenizer)).values()
     return {t.embedding_key: t for t in inner if hasattr(t, "_try_get_embedding")}
 
 
@@ -57,8 +67,9 @@ class TokenizerWithWord:
 
     def __init__(self, tokenizer: Any, placeholder: str, vectors: Mapping[str, Tensor]) -> None:
         self._tokenizer = copy.copy(_unwrapped(tokenizer))
-        # By their lower-case spelling, as they are matched: of two adapters with one word the later counts.
-        self._words = {**getattr(tokenizer, "_words", {}), placeholder.lower(): dict(vectors)}
+        # By their folded spelling, as they are matched: of two adapters with one word the later counts.
+        self._words = {**getattr(tokenizer, "_words", {}), folded(placeholder): dict(vectors)}
+        self._reported: set[str] = set()  # texts of which the log has said that a word was not found
         for attribute, inner in vars(self._tokenizer).items():
             if hasattr(inner, "_try_get_embedding"):
                 setattr(self._tokenizer, attribute, self._taught(inner))
@@ -69,25 +80,39 @@ class TokenizerWithWord:
         return getattr(self._tokenizer, name)
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
-        # Longer words first: a word may be the start of another.
-        for number, placeholder in sorted(enumerate(self._words), key=lambda word: -len(word[1])):
-            text = _marked(text, placeholder, f" embedding:{MARKER}{number} ")
+        found = find_words(text, self._words, partial(_is_embedding, self))
+        self._report(text, hidden_words(text, self._words, found))
+        numbers = {word: number for number, word in enumerate(self._words)}
+        for start, end, word in reversed(found):
+            text = f"{text[:start]} embedding:{MARKER}{numbers[word]} {text[end:]}"
         return self._tokenizer.tokenize_with_weights(text, return_word_ids, **kwargs)
+
+    def _report(self, text: str, hidden: Sequence[str]) -> None:
+        if not hidden or text in self._reported:
+            return
+        self._reported.add(text)
+        log.warning(
+            "SA-Inject: the learned word '%s' was not found in the prompt '%s', where its letters are part of a longer "
+            "word. Put a space beside it.",
+            "', '".join(hidden),
+            text,
+        )
 
     def _taught(self, inner: Any) -> Any:
         original = copy.copy(inner)
         if original.embedding_directory is None:
             original.embedding_directory = []  # None would switch the `embedding:` syntax off
-        taught = copy.copy(original)
+        taught, without_files = copy.copy(original), copy.copy(original)
+        without_files.embedding_directory = []
         untaught = getattr(inner, "_sa_inject_original", original._try_get_embedding)
-        vectors = [word[inner.embedding_key] for word in self._words.values()]
+        vectors = {f"{MARKER}{at}": word[inner.embedding_key] for at, word in enumerate(self._words.values())}
 
         def try_get_embedding(name: str) -> tuple:
-            found = untaught(name)  # newer hosts return a third value: keep whatever comes
-            word = name.split()[0] if name.split() else ""
-            if not word.startswith(MARKER):
-                return found
-            return (vectors[int(word.removeprefix(MARKER))], *found[1:])
+            mark = name.split()[0] if name.split() else ""
+            if mark not in vectors:
+                return untaught(name)
+            # The host's answer for a name that no file has, whatever its length: without a look into the folders.
+            return (vectors[mark], *type(inner)._try_get_embedding(without_files, name)[1:])
 
         taught._try_get_embedding = try_get_embedding
         taught._sa_inject_original = untaught
@@ -98,30 +123,53 @@ def _unwrapped(tokenizer: Any) -> Any:
     return tokenizer._tokenizer if isinstance(tokenizer, TokenizerWithWord) else tokenizer
 
 
-def _marked(text: str, placeholder: str, mark: str) -> str:
-    """Put the mark where the placeholder stands, but not into the names of embeddings, among them earlier marks."""
-    pattern = re.compile(rf"embedding:\S+|({word_pattern(placeholder).pattern})", re.IGNORECASE)
-    return pattern.sub(lambda found: mark if found[1] else found[0], text)
+def _is_embedding(tokenizer: Any, name: str) -> bool:
+    """Whether the host reads the whole name as an embedding of its folders."""
+    for inner in _encoder_tokenizers(tokenizer).values():
+        if inner.embedding_directory is not None and name.split():
+            embedding, *_, leftover = inner._try_get_embedding(name)
+            if embedding is not None and not leftover.strip(" ,"):
+                return True
+    return False
 
 
-def word_pattern(placeholder: str) -> re.Pattern[str]:
-    """Match the placeholder as a whole word, in any case, as CLIP's lower-casing tokenizer would."""
-    return re.compile(rf"(?<!\w){re.escape(placeholder)}(?!\w)", re.IGNORECASE)
+def finder(clip: Any, placeholder: str) -> Callable[[str], bool]:
+    """Whether a text holds the placeholder, as it will be found once the CLIP has learned it."""
+    return lambda text: bool(find_words(text, [placeholder], partial(_is_embedding, clip.tokenizer)))
 
 
 def check_placeholder(clip: Any, placeholder: str) -> None:
-    """Refuse a word that cannot be learned safely. Raises ValueError with a word that can."""
-    if not placeholder or re.search(r"[\s():\\,]", placeholder) or placeholder.lower().startswith("embedding"):
-        raise ValueError(
-            f"The placeholder token is '{placeholder}'. Use one made-up word without spaces, commas, colons or "
-            "parentheses, such as 'sainj'."
-        )
+    """Refuse a word that cannot be learned safely, or not be found in a prompt. Raises ValueError with one that can."""
+    spelling = folded(placeholder)
+    what_to_use = (
+        f"The placeholder token is '{placeholder}'. Use one made-up word of letters, without spaces, commas, colons, "
+        "parentheses or braces, such as 'sainj'."
+    )
+    if not spelling or _breaks_the_prompt(spelling) or _breaks_the_prompt(placeholder):
+        raise ValueError(what_to_use)
     for name, tokenizer in encoder_tokenizers(clip).items():
-        if len(_token_ids(tokenizer, placeholder)) == 1:
+        if 1 in (len(_token_ids(tokenizer, placeholder)), len(_token_ids(tokenizer, spelling))):
             raise ValueError(
                 f"The placeholder token '{placeholder}' is an ordinary word of the text encoder's vocabulary "
                 f"({name}), whose meaning would be lost. Use a made-up word such as '{placeholder}xyz'."
             )
+    if not _is_found(placeholder):
+        raise ValueError(what_to_use)
+
+
+def _breaks_the_prompt(word: str) -> bool:
+    """Whether a prompt with the word would be read in another way: by the host, or by its frontend."""
+    if re.search(r"[\s():\\,{}|]|//|/\*", word) or word.startswith("embedding"):
+        return True
+    with contextlib.suppress(ValueError):
+        float(word)  # a weight
+        return True
+    return False
+
+
+def _is_found(word: str) -> bool:
+    has_letters = any(unicodedata.category(c) in ("Lu", "Ll", "Lt", "Lm", "Lo", "So") for c in word)
+    return has_letters and find_words(f"a photo of {word} toy", [word]) == [(11, 11 + len(word), word)]
 
 
 def class_word_vectors(clip: Any, class_word: str, count: int) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from ...trainer.captions import captions_for
 from ...trainer.config import TrainConfig
 from ...trainer.loop import Diverged, Step, Training
 from .denoiser import ComfyDenoiser
-from .text import check_placeholder, class_word_vectors, clip_with_token, word_pattern
+from .text import check_placeholder, class_word_vectors, clip_with_token, finder
 from .trainable import (
     lean_activations,
     lean_layers,
@@ -70,7 +70,7 @@ def train_adapter(
         len(subject.pictures),
         subject.placeholder,
         subject.class_word,
-        word_pattern(subject.placeholder),
+        finder(clip, subject.placeholder),
     )
     initial = class_word_vectors(clip, subject.class_word, config.token_vectors)
     data = training_set(model, vae, subject, captions, config.seed)

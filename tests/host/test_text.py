@@ -78,7 +78,7 @@ def test_weight_of_the_placeholder_counts(encode, taught):
 
 
 def test_other_prompts_are_read_as_before(encode, taught, sd15_clip):
-    for prompt in ("", "a photo of a toy", "sainjs", "mysainj", "sainj2", "_sainj", "unsainjé", "sain j"):
+    for prompt in ("", "a photo of a toy", "sainjs", "mysainj", "sainj2", "unsainjé", "sain j"):
         assert same(encode(taught, prompt), encode(sd15_clip, prompt)), prompt
 
 
