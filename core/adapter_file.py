@@ -1,9 +1,11 @@
-"""One adapter, one `.safetensors`: what is written, what is checked on reading, and what is said when it is wrong."""
+"""One adapter, one `.safetensors`: what is written, what is checked on reading, and what is said when it is wrong.
+
+A file is read from its small end: the header first, then what the header says about itself, and its numbers only when
+all of that is an adapter's.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapter import REFERENCE_MODES, Adapter, AdapterInfo
+from .adapter import Adapter, AdapterInfo
+from .adapter_metadata import FORMAT, FORMAT_VERSION, MAX_WIDTH, UnusableMetadata, from_metadata, shortened, to_metadata
 from .image_prompt import ReferenceText
-from .kv import BlockKey
-from .layers import SelfAttentionLayer
-from .lora import SelfAttentionLoRA
+from .lora import SelfAttentionLoRA, parameter_shapes
 from .whole_file import whole_file
 
-FORMAT = "sa_inject"
-FORMAT_VERSION = "1"
 TOKEN_PREFIX = "token_embedding."
 TEXT_KEY = "reference_text.cross_attn"
 POOLED_KEY = "reference_text.pooled"
-MAX_RANK = 1024  # far above anything useful; a damaged number must not ask for all the memory there is
+MAX_NUMBERS = 2**29  # in one file, 2 GB once they are float32; rank 128 on SDXL has 46 million
+FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -47,7 +47,7 @@ def save_adapter(
         **({} if adapter.text.pooled is None else {POOLED_KEY: adapter.text.pooled}),
     }
     tensors = {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in tensors.items()}
-    metadata = {**(extra_metadata or {}), **_metadata(adapter.info)}
+    metadata = {**(extra_metadata or {}), **to_metadata(adapter.info)}
     with whole_file(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -58,25 +58,24 @@ def save_adapter(
 def load_adapter(path: Path) -> Adapter:
     """Read and check an adapter. Trainables come back as float32 on the CPU.
 
-    Raises AdapterFileError for a file that is empty, truncated, pickled, of another format or version, or whose
-    tensors are missing, surplus, misshapen or not finite.
+    Raises AdapterFileError for a file that is empty, truncated, pickled, of another format or version, whose metadata
+    make no sense, or whose tensors are missing, surplus, misshapen or not finite. Of a file that is no adapter the
+    header alone is read.
     """
     name = path.name
-    tensors, metadata = _read(path)
-    if metadata.get("format") != FORMAT:
+    _refuse_other_kinds(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = _info(name, file.metadata() or {})
+            _check_header(name, file, info)
+            # float() copies half precision, clone() the rest: nothing keeps the file mapped.
+            tensors = {key: file.get_tensor(key).float().clone() for key in file.keys()}
+    except SafetensorError as error:
         raise AdapterFileError(
-            f"'{name}' is a safetensors file but not an SA-Inject adapter (its metadata names no '{FORMAT}' format). "
-            "LoRA files and embeddings belong in the host's own loaders."
-        )
-    version = metadata.get("format_version", "none")
-    if version != FORMAT_VERSION:
-        raise AdapterFileError(
-            f"'{name}' has adapter format version {version}; this pack reads version {FORMAT_VERSION}. "
-            "Update SA-Inject, or train the adapter again."
-        )
-    info = _info(name, metadata)
+            f"'{name}' is truncated or damaged ({shortened(error)}). Copy it again, or train it again."
+        ) from error
+    _check_values(name, tensors)
     lora = SelfAttentionLoRA(info.layers, info.rank, info.alpha, torch.Generator())
-    _check_tensors(name, tensors, lora)
     lora.load_state_dict(tensors)
     return Adapter(
         name=path.stem,
@@ -87,7 +86,20 @@ def load_adapter(path: Path) -> Adapter:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def adapter_metadata(path: Path) -> dict[str, str] | None:
+    """The metadata of an adapter file, from its header alone, unchecked; None for a file that is none of ours.
+
+    Raises OSError when the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError:
+        return None
+    return metadata if metadata.get("format") == FORMAT else None
+
+
+def _refuse_other_kinds(path: Path) -> None:
     name = path.name
     if path.stat().st_size == 0:
         raise AdapterFileError(f"'{name}' is empty. Copy or train it again.")
@@ -99,87 +111,71 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"'{name}' is a pickled file, which could run code when opened; it was not opened. "
             "SA-Inject adapters are safetensors files."
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            # float() copies half precision, clone() the rest: nothing keeps the file mapped.
-            return {key: file.get_tensor(key).float().clone() for key in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise AdapterFileError(
-            f"'{name}' is truncated or damaged ({error}). Copy it again, or train it again."
-        ) from error
 
 
 def _info(name: str, metadata: Mapping[str, str]) -> AdapterInfo:
-    try:
-        mode = metadata["reference_mode"]
-        if mode not in REFERENCE_MODES:
-            raise ValueError(f"reference_mode is '{mode}'")
-        layers = tuple(_layer(entry) for entry in json.loads(metadata["blocks"]))
-        rank, alpha = int(metadata["rank"]), float(metadata["alpha"])
-        if not layers or not 1 <= rank <= MAX_RANK or not 0 < alpha < math.inf:
-            raise ValueError(f"{len(layers)} blocks, rank {rank}, alpha {alpha}")
-        return AdapterInfo(
-            architecture=metadata["architecture"],
-            layers=layers,
-            rank=rank,
-            alpha=alpha,
-            reference_mode=mode,
-            placeholder=metadata["placeholder"],
-            class_word=metadata["class_word"],
-            training=json.loads(metadata["training"]),
+    if metadata.get("format") != FORMAT:
+        raise AdapterFileError(
+            f"'{name}' is a safetensors file but not an SA-Inject adapter (its metadata names no '{FORMAT}' format). "
+            "LoRA files and embeddings belong in the host's own loaders."
         )
+    version = metadata.get("format_version", "none")
+    if version != FORMAT_VERSION:
+        raise AdapterFileError(
+            f"'{name}' has adapter format version {version[:20]}; this pack reads version {FORMAT_VERSION}. "
+            "Update SA-Inject, or train the adapter again."
+        )
+    try:
+        return from_metadata(metadata)
     except KeyError as error:
         raise AdapterFileError(f"'{name}' lacks the metadata entry {error}. Train it again.") from error
-    except (ValueError, TypeError) as error:
+    except UnusableMetadata as error:
         raise AdapterFileError(f"'{name}' has unreadable metadata ({error}). Train it again.") from error
 
 
-def _metadata(info: AdapterInfo) -> dict[str, str]:
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "architecture": info.architecture,
-        "blocks": json.dumps([[*layer.key, layer.path, layer.query_dim, layer.inner_dim] for layer in info.layers]),
-        "rank": str(info.rank),
-        "alpha": str(info.alpha),
-        "reference_mode": info.reference_mode,
-        "placeholder": info.placeholder,
-        "class_word": info.class_word,
-        "training": json.dumps(info.training, sort_keys=True),
-    }
-
-
-def _layer(entry: list[Any]) -> SelfAttentionLayer:
-    stage, index, depth, path, query_dim, inner_dim = entry
-    return SelfAttentionLayer(BlockKey(stage, index, depth), path, query_dim, inner_dim)
-
-
-def _check_tensors(name: str, tensors: Mapping[str, Tensor], lora: SelfAttentionLoRA) -> None:
-    expected = {key: parameter.shape for key, parameter in lora.named_parameters()}
-    tokens = [key for key in tensors if key.startswith(TOKEN_PREFIX)]
-    missing = [key for key in (*expected, TEXT_KEY) if key not in tensors]
+def _check_header(name: str, file: Any, info: AdapterInfo) -> None:
+    """Check which tensors there are, of what shape and type, before any is read or made room for."""
+    found = {key: file.get_slice(key) for key in file.keys()}
+    shapes = {key: tuple(tensor.get_shape()) for key, tensor in found.items()}
+    expected = parameter_shapes(info.layers, info.rank)
+    tokens = [key for key in found if key.startswith(TOKEN_PREFIX)]
+    missing = [key for key in (*expected, TEXT_KEY) if key not in found]
     if not tokens:
         missing.append(f"{TOKEN_PREFIX}<encoder>")
     if missing:
         raise AdapterFileError(f"'{name}' lacks {_some(missing)}. The file is incomplete: train it again.")
-    surplus = [key for key in tensors if key not in {*expected, *tokens, TEXT_KEY, POOLED_KEY}]
+    surplus = [key for key in found if key not in {*expected, *tokens, TEXT_KEY, POOLED_KEY}]
     if surplus:
         raise AdapterFileError(
             f"'{name}' holds {_some(surplus)}, which an adapter of format {FORMAT_VERSION} does not have. "
             "It was changed by another program: use the original file."
         )
-    misshapen = [key for key, shape in expected.items() if tensors[key].shape != shape]
-    if misshapen:
-        key = misshapen[0]
-        raise AdapterFileError(
-            f"'{name}': {key} has shape {tuple(tensors[key].shape)}, expected {tuple(expected[key])}. Train it again."
-        )
+    for key, shape in expected.items():
+        if shapes[key] != shape:
+            raise AdapterFileError(f"'{name}': {key} has shape {shapes[key]}, expected {shape}. Train it again.")
     dimensions = {**dict.fromkeys(tokens, 2), TEXT_KEY: 3, POOLED_KEY: 2}
     for key, wanted in dimensions.items():
-        if key in tensors and tensors[key].ndim != wanted:
+        shape = shapes.get(key)
+        if shape is not None and len(shape) != wanted:
             raise AdapterFileError(
-                f"'{name}': {key} has {tensors[key].ndim} dimensions, expected {wanted}. Train it again."
+                f"'{name}': {shortened(key)} has {len(shape)} dimensions, expected {wanted}. Train it again."
             )
+        if shape is not None and (0 in shape or shape[-1] > MAX_WIDTH or (key not in tokens and shape[0] != 1)):
+            raise AdapterFileError(
+                f"'{name}': {shortened(key)} has shape {shape}, which no training gives. Train it again."
+            )
+    numbers = sum(torch.Size(shape).numel() for shape in shapes.values())
+    if numbers > MAX_NUMBERS:
+        raise AdapterFileError(f"'{name}' holds {numbers} numbers, more than any adapter has. Train it again.")
+    others = [key for key, tensor in found.items() if tensor.get_dtype() not in FLOATS]
+    if others:
+        raise AdapterFileError(
+            f"'{name}': {_some(others)} holds numbers of the type {found[others[0]].get_dtype()}. "
+            "It was changed by another program: use the original file."
+        )
+
+
+def _check_values(name: str, tensors: Mapping[str, Tensor]) -> None:
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise AdapterFileError(
@@ -189,4 +185,5 @@ def _check_tensors(name: str, tensors: Mapping[str, Tensor], lora: SelfAttention
 
 
 def _some(keys: list[str]) -> str:
-    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
+    first = shortened(keys[0])
+    return first if len(keys) == 1 else f"{first} and {len(keys) - 1} more"

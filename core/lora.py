@@ -104,6 +104,16 @@ class SelfAttentionLoRA:
         return self.skeleton.get_submodule(path).scaling[ADAPTER_NAME]
 
 
+def parameter_shapes(layers: Sequence[SelfAttentionLayer], rank: int) -> dict[str, tuple[int, int]]:
+    """The keys and shapes of the state dict that a LoRA for these layers has."""
+    return {
+        f"{KEY_PREFIX}{layer.path}.{projection}.lora_{matrix}.weight": shape
+        for layer in layers
+        for projection in SelfAttentionLoRA.projections
+        for matrix, shape in (("A", (rank, layer.query_dim)), ("B", (layer.inner_dim, rank)))
+    }
+
+
 def _skeleton(
     layers: Sequence[SelfAttentionLayer], addresses: dict[str, tuple[BlockKey, str]], rank: int, alpha: float
 ) -> nn.Module:

@@ -67,7 +67,8 @@ def _forget_what_is_installed() -> None:
 
 def _advice(error: Exception, broken: str | None) -> str:
     reason = " ".join(str(error).split())[:300]
-    at_fault = f"The package {broken} is in the way: update or uninstall it. " if broken else ""
+    missing = isinstance(error, ModuleNotFoundError)
+    at_fault = f"The package {broken} is in the way: update or uninstall it. " if broken and not missing else ""
     return (
         f"SA-Inject needs the package peft, which cannot be imported ({type(error).__name__}: {reason}). {at_fault}"
         f'Run: "{sys.executable}" -m pip install --upgrade "{REQUIREMENT}" accelerate   Then restart ComfyUI.'

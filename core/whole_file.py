@@ -21,7 +21,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)  # mkstemp keeps its file to its owner
+        with contextlib.suppress(OSError):  # some network drives have no rights to set
+            temporary.chmod(0o644)  # mkstemp keeps its file to its owner
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -33,3 +33,18 @@ def test_others_may_read_it(tmp_path: Path) -> None:
     with whole_file(tmp_path / "learned.bin") as temporary:
         temporary.write_bytes(b"whole")
     assert stat.S_IMODE((tmp_path / "learned.bin").stat().st_mode) == 0o644
+
+
+def test_where_rights_cannot_be_set_the_file_is_written_all_the_same(tmp_path: Path, monkeypatch) -> None:
+    """Network drives: CIFS, and NFS with another owner."""
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(1, "Operation not permitted")
+
+    for name in ("chmod", "fchmod", "lchmod"):
+        monkeypatch.setattr(os, name, refuse, raising=False)
+    with whole_file(tmp_path / "learned.bin") as temporary:
+        temporary.write_bytes(b"whole")
+    monkeypatch.undo()
+    assert (tmp_path / "learned.bin").read_bytes() == b"whole"
+    assert os.listdir(tmp_path) == ["learned.bin"]

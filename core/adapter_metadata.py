@@ -1,0 +1,125 @@
+"""What an adapter file says about itself: written as text, and believed only after every value was checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .adapter import REFERENCE_MODES, AdapterInfo
+from .kv import BlockKey
+from .layers import SelfAttentionLayer
+
+FORMAT = "sa_inject"
+FORMAT_VERSION = "1"
+
+# Far above anything useful: a damaged number must not ask for all the memory or time there is.
+MAX_RANK = 1024
+MAX_ALPHA = 2.0**20
+MAX_LAYERS = 1000
+MAX_WIDTH = 2**16
+MAX_PLACE = 1000  # of a block in its stage, and of a layer in its block
+MAX_WORD = 200  # letters
+STAGES = ("input", "middle", "output")
+PATH = re.compile(r"\w{1,64}(\.\w{1,64}){0,15}", re.ASCII)
+EMPTY_MODULE = nn.Module()
+
+
+class UnusableMetadata(ValueError):
+    """A value that cannot be meant. The message names it."""
+
+
+def to_metadata(info: AdapterInfo) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "architecture": info.architecture,
+        "blocks": json.dumps([[*layer.key, layer.path, layer.query_dim, layer.inner_dim] for layer in info.layers]),
+        "rank": str(info.rank),
+        "alpha": str(info.alpha),
+        "reference_mode": info.reference_mode,
+        "placeholder": info.placeholder,
+        "class_word": info.class_word,
+        "training": json.dumps(info.training, sort_keys=True),
+    }
+
+
+def from_metadata(metadata: Mapping[str, str]) -> AdapterInfo:
+    """Raises KeyError for an entry that is missing, UnusableMetadata for one that no training writes."""
+    mode = metadata["reference_mode"]
+    if mode not in REFERENCE_MODES:
+        raise UnusableMetadata(f"reference_mode is '{shortened(mode)}'")
+    rank = _number(metadata["rank"], int, "rank")
+    alpha = _number(metadata["alpha"], float, "alpha")
+    if not 1 <= rank <= MAX_RANK:
+        raise UnusableMetadata(f"rank is {shortened(rank)}")
+    if not (math.isfinite(alpha) and 0 < alpha <= MAX_ALPHA):
+        raise UnusableMetadata(f"alpha is {alpha}")
+    placeholder = metadata["placeholder"]
+    if not 0 < len(placeholder) <= MAX_WORD or re.search(r"\s", placeholder):
+        raise UnusableMetadata(f"placeholder is '{shortened(placeholder)}'")
+    training = _json(metadata["training"], "training")
+    if not isinstance(training, dict):
+        raise UnusableMetadata("training is no list of settings")
+    return AdapterInfo(
+        architecture=metadata["architecture"],
+        layers=_layers(_json(metadata["blocks"], "blocks")),
+        rank=rank,
+        alpha=alpha,
+        reference_mode=mode,
+        placeholder=placeholder,
+        class_word=metadata["class_word"],
+        training=training,
+    )
+
+
+def _layers(entries: Any) -> tuple[SelfAttentionLayer, ...]:
+    if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_LAYERS:
+        raise UnusableMetadata(f"blocks is no list of 1 to {MAX_LAYERS} layers")
+    layers = tuple(_layer(entry) for entry in entries)
+    if len({layer.key for layer in layers}) < len(layers):
+        raise UnusableMetadata("blocks names a layer twice")
+    # Sorted, a path stands right before the first of those that lie inside it.
+    paths = sorted(layer.path.split(".") for layer in layers)
+    for outer, inner in zip(paths, paths[1:], strict=False):
+        if inner[: len(outer)] == outer:
+            raise UnusableMetadata(f"blocks has a layer at {shortened('.'.join(outer))} and one inside it")
+    return layers
+
+
+def _layer(entry: Any) -> SelfAttentionLayer:
+    if not isinstance(entry, list) or len(entry) != 6:
+        raise UnusableMetadata(f"blocks has the entry {shortened(entry)}")
+    stage, index, depth, path, query_dim, inner_dim = entry
+    places = all(type(place) is int and 0 <= place < MAX_PLACE for place in (index, depth))
+    widths = all(type(width) is int and 1 <= width <= MAX_WIDTH for width in (query_dim, inner_dim))
+    named = isinstance(path, str) and PATH.fullmatch(path) is not None
+    if stage not in STAGES or not places or not widths or not named:
+        raise UnusableMetadata(f"blocks has the entry {shortened(entry)}")
+    if any(hasattr(EMPTY_MODULE, name) for name in path.split(".")):  # no module can have a part of that name
+        raise UnusableMetadata(f"blocks has a layer at {shortened(path)}")
+    return SelfAttentionLayer(BlockKey(stage, index, depth), path, query_dim, inner_dim)
+
+
+def _number(text: str, kind: type, entry: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise UnusableMetadata(f"{entry} is '{shortened(text)}'") from error
+
+
+def _json(text: str, entry: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnusableMetadata(f"{entry} is no JSON: {shortened(error)}") from error
+
+
+def shortened(value: Any) -> str:
+    """What a message says of a value that a file may have made any length."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
