@@ -3,7 +3,7 @@
     python dev.py demo              train, load, apply and draw on a real ComfyUI
     python dev.py test [args]       lint, then every test; the args go to pytest
     python dev.py serve [args]      ComfyUI with the pack, for a browser; the args go to its main.py
-    python dev.py bench NAME [args] run bench/NAME.py
+    python dev.py bench NAME [args] run a benchmark of bench/
     python dev.py setup             only the set-up, which every other command does first
 
 The standard library is all it needs. It makes `.venv` and, where COMFYUI_PATH names no checkout, a ComfyUI in
@@ -275,11 +275,11 @@ def bench(arguments: list[str]) -> int:
     names = benchmarks(ROOT / "bench")
     if not arguments or arguments[0] not in names:
         raise Stop(f"bench takes one of these names: {', '.join(names)}.")
-    return run_script(ROOT / "bench" / f"{arguments[0]}.py", arguments[1:], set_up())
+    return run_script(ROOT / "bench" / "run.py", arguments, set_up())
 
 
 def benchmarks(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return sorted(path.parent.name for path in folder.glob("*/main.py"))
 
 
 def test(arguments: list[str]) -> int:

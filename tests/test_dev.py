@@ -193,9 +193,16 @@ def test_an_unknown_command_shows_the_usage(capsys):
 
 
 def test_an_unknown_benchmark_lists_the_known_ones(tmp_path, monkeypatch, capsys):
-    (tmp_path / "bench").mkdir()
-    for name in ("sampling.py", "training.py", "_shared.py"):
-        (tmp_path / "bench" / name).touch()
+    for name in (
+        "sampling/main.py",
+        "training/main.py",
+        "training/trainers.py",
+        "results/training/a.json",
+        "report.py",
+    ):
+        path = tmp_path / "bench" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     monkeypatch.setattr(dev, "ROOT", tmp_path)
     assert dev.main(["bench", "nothing"]) == 1
     assert "sampling, training." in capsys.readouterr().err

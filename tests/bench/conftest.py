@@ -1,4 +1,4 @@
-"""Makes the benches importable by their plain names, as they import each other, and the host's models with them."""
+"""Makes the benches importable, and the host's models with them."""
 
 import os
 import sys
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT, import_folder
 from tests.demo.conftest import artwork  # noqa: F401  # a fixture that both need
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))  # last, so that it hides nobody's modules
+if "bench" not in sys.modules:
+    import_folder("bench", ROOT / "bench")
 
 
 @pytest.fixture(scope="session")

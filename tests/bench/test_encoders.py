@@ -11,14 +11,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import _encoders
-import _interval
-import _report
-import encoders as bench
 import pytest
 import torch
 from PIL import Image
 
+from bench import bootstrap, report
+from bench.encoders import encoders as embedders
+from bench.encoders import main as bench
 from tests.host.tiny_checkpoints import Weights
 
 IMAGE_LAYERS = 3
@@ -67,7 +66,7 @@ def files(comfyui, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def encoders(files):
-    loaded = _encoders.Encoders(files["clip"], files["clip"], files["dino"])
+    loaded = embedders.Encoders(files["clip"], files["clip"], files["dino"])
     del loaded.clip_vision.model.vision_model.encoder.layers[IMAGE_LAYERS:]
     yield loaded
     import comfy.model_management
@@ -145,7 +144,7 @@ def test_the_bench_scores_every_method_over_subjects(files, encoders, folders, t
     monkeypatch.setattr(bench, "Encoders", lambda *paths: given.append(paths) or encoders)
     monkeypatch.setattr(bench, "start_host", lambda **options: None)
     monkeypatch.setattr(bench, "environment", dict)
-    monkeypatch.setattr(_report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["encoders.py", *arguments(folders, files)])
     bench.main()
 
@@ -176,18 +175,18 @@ def test_scores_are_means_over_all_pairs():
         dino_image = clip_image = staticmethod(lambda pictures: torch.stack([vectors[path] for path in pictures]))
         clip_text = staticmethod(lambda prompts: torch.eye(3)[[int(prompt) for prompt in prompts]])
 
-    subject = _encoders.Subject("m", "s", dict(zip(generated, ["0", "2"], strict=True)), real)
-    assert _encoders.score(Known(), subject) == pytest.approx({"DINO": 2 / 6, "CLIP-I": 2 / 6, "CLIP-T": 1 / 2})
+    subject = embedders.Subject("m", "s", dict(zip(generated, ["0", "2"], strict=True)), real)
+    assert embedders.score(Known(), subject) == pytest.approx({"DINO": 2 / 6, "CLIP-I": 2 / 6, "CLIP-T": 1 / 2})
 
 
 def test_the_interval_holds_the_mean_and_is_the_same_every_time():
     values = torch.rand(30, generator=torch.Generator().manual_seed(0)).tolist()
-    interval = _interval.interval(values)
-    assert interval == _interval.interval(values)
+    interval = bootstrap.interval(values)
+    assert interval == bootstrap.interval(values)
     low, high = interval
     error = torch.tensor(values).std().item() / 30**0.5
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1) and low < sum(values) / 30 < high
-    assert _interval.interval([0.5]) is None
+    assert bootstrap.interval([0.5]) is None
 
 
 MISSING = {
@@ -208,17 +207,17 @@ def test_an_error_names_what_is_missing(gone, folders, tmp_path):
     else:
         path.unlink()
     with pytest.raises(ValueError, match=MISSING[gone]):
-        _encoders.find_subjects(*folders)
+        embedders.find_subjects(*folders)
 
 
 def test_every_picture_has_a_prompt_and_every_prompt_a_picture(folders):
     file = folders[0] / "other" / "dog" / "prompts.json"
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"gives no prompt for '1\.png'"):
-        _encoders.find_subjects(*folders)
+        embedders.find_subjects(*folders)
     file.write_text(json.dumps({"1.png": "a dog", "2.png": "a dog"}))
     with pytest.raises(ValueError, match=r"names a picture that is not there: '2\.png'"):
-        _encoders.find_subjects(*folders)
+        embedders.find_subjects(*folders)
 
 
 def test_a_missing_file_is_named_with_its_option(folders, tmp_path, monkeypatch, capsys):
@@ -235,19 +234,19 @@ def test_an_unfit_encoder_is_refused(comfyui, files, tmp_path):
     file, dino = tmp_path / "clip.bin", tmp_path / "dino"
     torch.save({"text_model.encoder.layers.0.mlp.fc1.weight": torch.ones(1), "other": torch.ones(1)}, file)
     with pytest.raises(ValueError, match=r"clip\.bin' has no text_projection\.weight"):
-        _encoders.load_clip(file)
+        embedders.load_clip(file)
     with pytest.raises(ValueError, match=r"clip\.bin' has no visual_projection\.weight"):
-        _encoders.load_clip_vision(file)
+        embedders.load_clip_vision(file)
     torch.save({"visual_projection.weight": torch.ones(1), "other": torch.ones(1)}, file)
     with pytest.raises(ValueError, match="holds no CLIP image encoder that ComfyUI knows"):
-        _encoders.load_clip_vision(file)
+        embedders.load_clip_vision(file)
     with pytest.raises(ValueError, match=r"There is no '.*config\.json'"):
-        _encoders.load_dino(dino)
+        embedders.load_dino(dino)
     shutil.copytree(files["dino"], dino)
     config = json.loads((dino / "config.json").read_text())
     (dino / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"lacks weights of its model: .*layer"):
-        _encoders.load_dino(dino)
+        embedders.load_dino(dino)
     (dino / "config.json").write_text(json.dumps(config | {"model_type": "dinov2"}))
     with pytest.raises(ValueError, match="of type dinov2, and DINO's is vit"):
-        _encoders.load_dino(dino)
+        embedders.load_dino(dino)

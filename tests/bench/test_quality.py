@@ -19,16 +19,16 @@ def demo(comfyui):
 
 @pytest.fixture(scope="module")
 def subjects(demo):
-    import _subjects
+    from bench.quality import subjects
 
-    return _subjects
+    return subjects
 
 
 @pytest.fixture(scope="module")
 def scores(subjects):
-    import _scores
+    from bench.quality import scores
 
-    return _scores
+    return scores
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_pairing_removes_what_all_methods_find_hard(scores):
 
 
 def test_a_cell_is_found_again_by_another_run_and_never_by_another_base(tmp_path, subjects):
-    from _cells import Cells
+    from bench.quality.results import Cells
 
     key = {"part": "main", "method": "ours", "base": "abc"}
     Cells(tmp_path / "cells.jsonl").add(key, {"scores": {"harmonic": 0.5}})
@@ -129,7 +129,7 @@ def test_a_cell_is_found_again_by_another_run_and_never_by_another_base(tmp_path
 
 
 def test_a_line_that_was_cut_off_loses_that_cell_only(tmp_path, subjects):
-    from _cells import Cells
+    from bench.quality.results import Cells
 
     path = tmp_path / "cells.jsonl"
     Cells(path).add({"part": "main"}, {"scores": 1})
@@ -142,7 +142,7 @@ def test_a_line_that_was_cut_off_loses_that_cell_only(tmp_path, subjects):
 
 
 def test_shares_are_told_apart_and_those_that_do_not_exist_refused(subjects):
-    from quality import share
+    from bench.quality.main import share
 
     assert share("2/8") == (2, 8)
     for wrong in ("8/8", "-1/4", "1", "a/b"):
@@ -151,9 +151,9 @@ def test_shares_are_told_apart_and_those_that_do_not_exist_refused(subjects):
 
 
 def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
-    from _cells import Cells
-    from _quality_report import report
-    from _subjects import Settings
+    from bench.quality.report import report
+    from bench.quality.results import Cells
+    from bench.quality.subjects import Settings
 
     settings = Settings(steps=1, batch=1, sampler_steps=1, cfg=1.0)
     cells = Cells(tmp_path / "cells.jsonl")
@@ -198,9 +198,9 @@ def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
 
 
 def test_other_settings_have_tables_of_their_own(tmp_path, subjects):
-    from _cells import Cells
-    from _quality_report import with_other_settings
-    from _subjects import Settings
+    from bench.quality.report import with_other_settings
+    from bench.quality.results import Cells
+    from bench.quality.subjects import Settings
 
     usual = Settings(steps=1, batch=1, sampler_steps=1, cfg=1.0)
     other = usual._replace(steps=2, sampler="heun")
@@ -222,7 +222,7 @@ def test_other_settings_have_tables_of_their_own(tmp_path, subjects):
 
 
 def test_seconds_and_memory_are_those_of_the_device_of_most_cells(subjects):
-    from _quality_report import main_rows
+    from bench.quality.report import main_rows
 
     scores = dict.fromkeys(("similarity", "top_1", "fidelity", "harmonic", "copying"), 0.5)
 
@@ -239,7 +239,7 @@ def test_seconds_and_memory_are_those_of_the_device_of_most_cells(subjects):
 
 
 def test_a_subject_that_few_methods_have_learned_is_compared_but_in_nobodys_mean(subjects):
-    from _quality_report import judged, main_rows, of_whole_subjects
+    from bench.quality.report import judged, main_rows, of_whole_subjects
 
     def cell(method: str, subject: str, harmonic: float) -> dict:
         scores = dict.fromkeys(("similarity", "top_1", "fidelity", "copying"), 0.5) | {"harmonic": harmonic}

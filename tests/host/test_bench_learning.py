@@ -43,19 +43,16 @@ RATE = 1e-2  # large: what was learned has to matter to the next step
 
 @pytest.fixture(scope="module")
 def bench(comfy_host, pack_nodes):
-    """The bench's modules importable by their plain names, as they import each other."""
-    sys.path.append(str(ROOT / "bench"))
-    if "demo" not in sys.modules:
-        import_folder("demo", ROOT / "demo")
-    yield
-    sys.path.remove(str(ROOT / "bench"))
+    """The bench's modules importable, and the demo's, which they use."""
+    for name in ("bench", "demo"):
+        if name not in sys.modules:
+            import_folder(name, ROOT / name)
 
 
 @pytest.fixture(scope="module")
 def lesson(bench, load_checkpoint):
     """`lesson(dtype)` opens a classroom on a tiny SD1.5."""
-    from _learn import Models, classroom
-
+    from bench.quality.learn import Models, classroom
     from sa_inject.nodes.host import training_set
     from sa_inject.nodes.host.images import pictures_of
     from sa_inject.trainer.config import TrainConfig
@@ -74,7 +71,7 @@ def lesson(bench, load_checkpoint):
 
 
 def test_weights_that_are_cast_once_compute_the_same(bench):
-    from _learn import cast_once
+    from bench.quality.learn import cast_once
 
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4, bias=False))
@@ -96,7 +93,7 @@ def test_weights_that_are_cast_once_compute_the_same(bench):
 
 @pytest.mark.parametrize("mask", [None, "leaves out", "adds"])
 def test_written_out_attention_is_the_kernels(bench, mask):
-    from _learn import attention_written_out
+    from bench.quality.learn import attention_written_out
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (5, 7, 7))
@@ -120,7 +117,7 @@ def test_written_out_attention_is_the_kernels(bench, mask):
 
 
 def test_what_is_not_written_out_is_left_to_the_kernel(bench):
-    from _learn import attention_written_out
+    from bench.quality.learn import attention_written_out
 
     q = torch.randn(1, 1, 6, 8, dtype=torch.bfloat16, requires_grad=True)
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -167,7 +164,7 @@ def test_half_precision_computes_with_what_it_has_learned(lesson):
     """It did not while autocast kept its copies of the first step's weights: the loss was that of no learning."""
 
     def losses(rate: float) -> list[float]:
-        from _learn import Trainables
+        from bench.quality.learn import Trainables
 
         with lesson(torch.bfloat16) as room:
             weights = [p.requires_grad_() for name, p in room.unet.named_parameters() if name.endswith("to_q.weight")]
@@ -182,11 +179,11 @@ def test_half_precision_computes_with_what_it_has_learned(lesson):
 
 def test_unseen_loss_is_the_error_of_the_predicted_noise(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
     import numpy as np
-    from _learn import Models
-    from _methods import Lesson, base_model
-    from _subjects import Settings, make_subject, table_artworks
-    from _unseen import LEVELS, SEED, unseen_loss
 
+    from bench.quality.learn import Models
+    from bench.quality.methods import Lesson, base_model
+    from bench.quality.subjects import Settings, make_subject, table_artworks
+    from bench.quality.validation_loss import LEVELS, SEED, unseen_loss
     from demo.base.world import render
 
     model, clip, vae = load_checkpoint("sd15")
@@ -213,9 +210,9 @@ def test_unseen_loss_is_the_error_of_the_predicted_noise(bench, artwork, comfy_h
 @pytest.fixture(scope="module")
 def whole_lesson(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
     """`whole_lesson()` is one of the bench's, in few steps, on a tiny SD1.5 of its own."""
-    from _learn import Models
-    from _methods import Lesson
-    from _subjects import Settings, choice_artworks, make_subject
+    from bench.quality.learn import Models
+    from bench.quality.methods import Lesson
+    from bench.quality.subjects import Settings, choice_artworks, make_subject
 
     settings = Settings(steps=4, batch=2, sampler_steps=4, cfg=3.0)
     subject = make_subject(choice_artworks(1)[0])
@@ -228,7 +225,7 @@ def whole_lesson(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
 
 
 def test_prompts_are_drawn_at_once_as_one_by_one(whole_lesson):
-    from _methods import ours, sample
+    from bench.quality.methods import ours, sample
 
     lesson = whole_lesson()
     taught = ours(lesson)
@@ -242,8 +239,8 @@ def test_prompts_are_drawn_at_once_as_one_by_one(whole_lesson):
 @pytest.fixture(scope="module")
 def drawn(whole_lesson):
     """`drawn(name)` lets an ablation learn and draw a picture; latents (1, c, h, w)."""
-    from _ablations import ABLATIONS, as_changed
-    from _methods import sample
+    from bench.quality.ablations import ABLATIONS, as_changed
+    from bench.quality.methods import sample
 
     def draw(name: str) -> torch.Tensor:
         lesson = whole_lesson()
@@ -260,7 +257,7 @@ def drawn_as_it_is(drawn):
 
 
 def test_the_same_ablation_draws_the_same(drawn, drawn_as_it_is):
-    from _ablations import _learned
+    from bench.quality.ablations import _learned
 
     _learned.clear()  # it would be drawn with the adapter that is there, and learn nothing
     assert torch.equal(drawn("as it is"), drawn_as_it_is)

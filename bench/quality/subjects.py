@@ -1,6 +1,6 @@
 """Who is taught and what is asked for: held-out objects of the demo's world, reference scenes, prompts.
 
-Import only once the demo is importable (`_host.use_demo`).
+Import only once the demo is importable (`bench.host.use_demo`).
 """
 
 from __future__ import annotations

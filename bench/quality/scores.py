@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from _interval import interval
-from _subjects import Subject, factors
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from demo.base.judge import Judge, measure
 from demo.base.world import Scene, render
+
+from ..bootstrap import interval
+from .subjects import Subject, factors
 
 
 class Scored(NamedTuple):

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import comfy.ops
 import torch
-from _scenes import RANK, TEXT_TOKENS, Scene, quarter_mask
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +21,8 @@ from sa_inject.core.kv import BlockKey
 from sa_inject.core.lora import SelfAttentionLoRA
 from sa_inject.core.masks import kept_tokens
 from sa_inject.core.reference import ReferenceRecorder, block_key, run_to_last_layer
+
+from ..scenes import RANK, TEXT_TOKENS, Scene, quarter_mask
 
 
 class Shape(NamedTuple):

@@ -16,10 +16,10 @@ import logging
 import sys
 from pathlib import Path
 
-from _encoders import METRICS, Encoders, Subject, find_subjects, score
-from _host import start_host
-from _interval import interval
-from _report import Row, device_slug, environment, print_json, publish
+from ..bootstrap import interval
+from ..host import start_host
+from ..report import Row, device_slug, environment, print_json, publish
+from .encoders import METRICS, Encoders, Subject, find_subjects, score
 
 COLUMNS = ("method", "subjects", "pictures", *(name for metric in METRICS for name in (metric, f"{metric} 95 %")))
 
@@ -84,7 +84,3 @@ def row(method: str, by_subject: dict[str, dict[str, float]], subjects: list[Sub
         found[f"{metric} interval"] = ends
         found[f"{metric} 95 %"] = f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else "one subject"
     return found
-
-
-if __name__ == "__main__":
-    main()

@@ -14,10 +14,11 @@ import comfy.sample
 import comfy.samplers
 import numpy as np
 import torch
-from _methods import Lesson, Taught, unprompted
 from torch import Tensor
 
 from demo.base.world import render
+
+from .methods import Lesson, Taught, unprompted
 
 LEVELS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # places in the model's schedule of 1000
 SEED = 5

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from _limit import Shape
-from _measure import StepClock
-from _peer import with_reference_every_step
-from _scenes import Scene
 
 from sa_inject.nodes.host.injection import USUAL_STRENGTH
+
+from ..measure import StepClock
+from ..reference_only import with_reference_every_step
+from ..scenes import Scene
+from .lower_bound import Shape
 
 CFG = 7.0
 SEED = 1

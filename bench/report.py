@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _host import CACHE, RESULTS, ROOT, comfyui
+
+from .host import CACHE, RESULTS, ROOT, comfyui
 
 Row = dict[str, Any]
 
@@ -31,7 +32,7 @@ def not_measured(why: str) -> str:
 def environment(**more: Any) -> dict[str, Any]:
     """Everything that is needed to repeat a run."""
     return {
-        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", *sys.argv]),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(),
@@ -116,14 +117,14 @@ def print_json(result: Any) -> None:
     print(json.dumps(result), flush=True)
 
 
-def run_script(
+def run_bench(
     name: str, *arguments: str, timeout: float | None = None, echo: bool = False
 ) -> tuple[dict[str, Any] | None, str]:
-    """Run a script of this folder in a process of its own and return the object in its last line, or None and why.
+    """Run a benchmark in a process of its own and return the object in its last line, or None and why.
 
     echo: print its other lines while it runs. After `timeout` seconds it is ended, with whatever it has started.
     """
-    command = [sys.executable, str(ROOT / "bench" / name), *arguments]
+    command = [sys.executable, str(ROOT / "bench" / "run.py"), name, *arguments]
     is_group = timeout is not None and os.name == "posix"  # children of its own then end with it
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from _cells import Cell, Cells
-from _host import CACHE
-from _report import Row, environment, table
-from _scores import bootstrap, paired
 from PIL import Image, ImageDraw, ImageFont
+
+from ..host import CACHE
+from ..report import Row, environment, table
+from .results import Cell, Cells
+from .scores import bootstrap, paired
 
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402
@@ -312,9 +313,9 @@ def grid(cells: Sequence[Cell], path: Path) -> None:
 
     Pictures are kept on the machine that drew them: elsewhere a sheet that is there already stays as it is.
     """
-    from _subjects import make_subject
-
     from demo.base.artwork import find
+
+    from .subjects import make_subject
 
     methods = by_method(cells)
     files = {

@@ -1,12 +1,12 @@
 """Is ours as good as a full fine-tune? Every method learns the same subjects from the same pictures, and a judge
 that never saw a generated picture says what came out.
 
-    python bench/quality.py                 everything, for hours; goes on where it was stopped
-    python bench/quality.py --part main     one part: rates, choices, main or ablations
-    python bench/quality.py --quick         minutes: one subject, few steps and pictures
-    python bench/quality.py --part rates --methods "ours, clean" --rates 1e-4,5e-4    rates of one's own
-    python bench/quality.py --share 0/4     a quarter of the cells; three more processes with 1/4 to 3/4 do the rest
-    python bench/quality.py --report        tables and plots of what has been measured so far
+    python dev.py bench quality                 everything, for hours; goes on where it was stopped
+    python dev.py bench quality --part main     one part: rates, choices, main or ablations
+    python dev.py bench quality --quick         minutes: one subject, few steps and pictures
+    python dev.py bench quality --part rates --methods "ours, clean" --rates 1e-4,5e-4    rates of one's own
+    python dev.py bench quality --share 0/4     a quarter of the cells; three more processes with 1/4 to 3/4 do the rest
+    python dev.py bench quality --report        tables and plots of what has been measured so far
 
 Results are kept cell by cell in bench/results/quality/cells.jsonl. The judge has to have learned first:
 python -m demo.base.judge train.
@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _cells import Cell, Cells
-from _host import CACHE, RESULTS, demo_checkpoint, start_host, use_demo
-from _report import device_slug, print_json
+
+from ..host import CACHE, RESULTS, demo_checkpoint, start_host, use_demo
+from ..report import device_slug, print_json
+from .results import Cell, Cells
 
 log = logging.getLogger("quality")
 
@@ -51,7 +52,7 @@ def main() -> None:
     if not options.report:
         for part in options.part:
             getattr(bench, part)()
-    from _quality_report import report
+    from .report import report
 
     everyones = Cells(folder / "cells.jsonl")  # read again: other processes may have added theirs
     print_json(report(everyones, folder, bench.base, bench.settings, options.quick))
@@ -105,11 +106,12 @@ class Bench:
     def __init__(self, host: Any, options: argparse.Namespace, cells: Cells) -> None:
         import comfy.sd
         import folder_paths
-        from _learn import Models
-        from _subjects import Settings
 
         from demo.base.judge import Judge
         from demo.base.weights import WEIGHTS, sha256
+
+        from .learn import Models
+        from .subjects import Settings
 
         checkpoint = demo_checkpoint()
         with torch.inference_mode():
@@ -133,8 +135,8 @@ class Bench:
 
     def rates(self) -> None:
         """Every method at each of its rates, on subjects of their own, in whatever precision."""
-        from _quality_report import cells_of
-        from _subjects import make_subject, sweep_artworks
+        from .report import cells_of
+        from .subjects import make_subject, sweep_artworks
 
         known = {
             (cell["key"]["method"], cell["key"]["subject"], tuple(cell["key"]["rates"]))
@@ -152,7 +154,7 @@ class Bench:
     def main(self) -> None:
         """The table: every method at its best rate, all prompts, all seeds. Subject by subject, so that a run that is
         cut short has compared all methods on fewer subjects."""
-        from _subjects import make_subject, table_artworks
+        from .subjects import make_subject, table_artworks
 
         count = self.options.subjects or TABLE_SUBJECTS[self.kind]
         for artwork in table_artworks(count):
@@ -168,23 +170,23 @@ class Bench:
 
         All pictures, because one of every prompt says less than two settings differ by.
         """
-        from _subjects import choice_artworks
+        from .subjects import choice_artworks
 
         count = self.options.subjects or CHOICE_SUBJECTS[self.kind]
         self.changed("choices", choice_artworks(count), PICTURES)
 
     def ablations(self) -> None:
         """Ours with one thing changed, fewer subjects and one seed."""
-        from _subjects import table_artworks
+        from .subjects import table_artworks
 
         count = self.options.subjects or ABLATION_SUBJECTS[self.kind]
         self.changed("ablations", table_artworks(count), pictures=1)
 
     def changed(self, part: str, artworks: list[Any], pictures: int) -> None:
         """Every ablation on these subjects, at the strength that was trained, as cells of the part."""
-        from _ablations import ABLATIONS, as_changed
-        from _methods import AS_TRAINED
-        from _subjects import make_subject
+        from .ablations import ABLATIONS, as_changed
+        from .methods import AS_TRAINED
+        from .subjects import make_subject
 
         rates = self.best_rates("ours, clean")
         for artwork in artworks[: 1 if self.options.quick else None]:
@@ -197,7 +199,7 @@ class Bench:
                     self.cell(part, name, rates, teach, subject, count, bystanders=0, strength=AS_TRAINED)
 
     def methods(self) -> dict[str, Any]:
-        from _methods import METHODS
+        from .methods import METHODS
 
         wanted = self.options.methods or list(METHODS)
         return {name: METHODS[name] for name in wanted}
@@ -208,8 +210,8 @@ class Bench:
         A pair that has been tried on fewer subjects than another does not count. With a sampler that has had no sweep,
         what another found best for the same training.
         """
-        from _methods import METHODS
-        from _quality_report import cells_of
+        from .methods import METHODS
+        from .report import cells_of
 
         swept = cells_of(self.cells, "rates", self.base, self.settings) or cells_of(
             self.cells, "rates", self.base, self.settings._replace(**SWEPT_WITH)
@@ -237,10 +239,10 @@ class Bench:
         strength: float | None = None,
     ) -> Cell | None:
         """Teach, draw and score, unless that is known already, or left to another process."""
-        from _methods import Lesson, Method, draw, timed
-        from _scores import base_fidelity, score
-        from _subjects import bystander_scenes, texts_of
-        from _unseen import unseen_loss
+        from .methods import Lesson, Method, draw, timed
+        from .scores import base_fidelity, score
+        from .subjects import bystander_scenes, texts_of
+        from .validation_loss import unseen_loss
 
         key = self.key(part, name, subject, rates=list(rates), pictures=pictures, prompts=len(subject.prompts))
         known, is_ours = self.cells.find(key), self.is_ours()
@@ -289,9 +291,9 @@ class Bench:
 
     def ceiling(self, subject: Any) -> None:
         """Real scenes of what is asked for, as they are and after the autoencoder."""
-        from _scores import score
-
         from demo.base.world import render
+
+        from .scores import score
 
         real = [render(scene) for scene in subject.prompts]
         for name, images in (("real scenes", real), ("real, autoencoded", self.autoencoded(real))):
@@ -321,12 +323,8 @@ class Bench:
         }
 
     def keep_pictures(self, part: str, name: str, subject: Any, images: list) -> None:
-        from _quality_report import picture_file, strip
+        from .report import picture_file, strip
 
         path: Path = picture_file(part, name, subject.artwork.word)
         path.parent.mkdir(parents=True, exist_ok=True)
         strip(images[:SHOWN]).save(path)
-
-
-if __name__ == "__main__":
-    main()

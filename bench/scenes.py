@@ -12,7 +12,6 @@ from typing import Any
 import comfy.sd
 import folder_paths
 import torch
-from _host import demo_checkpoint
 from torch import Tensor
 
 from sa_inject.core.adapter import Adapter, AdapterInfo, ReferenceMode
@@ -20,6 +19,8 @@ from sa_inject.core.image_prompt import ImagePrompt, Picture, ReferenceText
 from sa_inject.core.lora import SelfAttentionLoRA
 from sa_inject.nodes.host.unet import UnetDescription, describe
 from tests.host import full_size
+
+from .host import demo_checkpoint
 
 RANK = 16
 TEXT_TOKENS = 77

@@ -1,10 +1,10 @@
 """What injection costs while sampling: seconds and peak memory against plain sampling, beside the least it can cost.
 
-    python bench/sampling.py                      the demo's base model
-    python bench/sampling.py --geometry sd15      full-size SD1.5 at 512 px, random weights
-    python bench/sampling.py --geometry sdxl      full-size SDXL at 1024 px, CUDA only
-    python bench/sampling.py --graph              whole graphs through the server's /prompt as well
-    python bench/sampling.py --quick              smoke run: few steps, nothing is meant to be measured
+    python dev.py bench sampling                      the demo's base model
+    python dev.py bench sampling --geometry sd15      full-size SD1.5 at 512 px, random weights
+    python dev.py bench sampling --geometry sdxl      full-size SDXL at 1024 px, CUDA only
+    python dev.py bench sampling --graph              whole graphs through the server's /prompt as well
+    python dev.py bench sampling --quick              smoke run: few steps, nothing is meant to be measured
 
 Every variant alternates with plain sampling on the same loaded model; a ratio is that of the medians of those pairs.
 "kernels" is the ratio of the time in which a CUDA device is at work, whatever it waits for in between.
@@ -19,9 +19,10 @@ import statistics
 from typing import Any
 
 import torch
-from _host import start_host, weights_of
-from _measure import alternate, kernel_seconds, live_tensor_bytes, peak_memory, ratio, spread
-from _report import Row, device_slug, environment, keep, not_measured, print_json, publish, run_script
+
+from ..host import start_host, weights_of
+from ..measure import alternate, kernel_seconds, live_tensor_bytes, peak_memory, ratio, spread
+from ..report import Row, device_slug, environment, keep, not_measured, print_json, publish, run_bench
 
 STEPS = 20
 CPU_STEPS = {"sd15": 2}  # a step of the full-size UNet takes a CPU many seconds
@@ -59,7 +60,7 @@ def main() -> None:
         results.append(bench(host, geometry, options))
         gc.collect()
     if options.graph:
-        from _graph import graph_overhead
+        from .server_timing import graph_overhead
 
         results.append(graph_overhead(host, options.repeats, options.quick))
     print_json({"bench": "sampling", "results": results})
@@ -98,8 +99,9 @@ def steps_of(options: argparse.Namespace, geometry: str) -> int:
 
 def set_up(host: Any, geometry: str, options: argparse.Namespace) -> Any:
     import comfy.model_management
-    from _scenes import Scene, load_model, side_of
-    from _variants import Sampling
+
+    from ..scenes import Scene, load_model, side_of
+    from .variants import Sampling
 
     scene = Scene(geometry, load_model(geometry, getattr(torch, options.dtype)), side_of(geometry))
     with torch.inference_mode():
@@ -108,10 +110,10 @@ def set_up(host: Any, geometry: str, options: argparse.Namespace) -> Any:
 
 
 def bench(host: Any, geometry: str, options: argparse.Namespace) -> dict[str, Any]:
-    from _limit import Limit
-    from _variants import PLAIN, SEED, choose_variants
-
     from sa_inject.nodes.host.unet import compute_dtype
+
+    from .lower_bound import Limit
+    from .variants import PLAIN, SEED, choose_variants
 
     sampling = set_up(host, geometry, options)
     limit = Limit(sampling.scene)
@@ -211,11 +213,11 @@ def memory_ratios(sampling: Any, geometry: str, chosen: list[Any], options: argp
     if options.quick:
         chosen = chosen[:1]  # each is a process of its own
     common = ["--geometry", geometry, "--steps", "2", "--dtype", options.dtype, "--attention", options.attention]
-    found, why = run_script("sampling.py", *common, "--memory-of", "plain")
+    found, why = run_bench("sampling", *common, "--memory-of", "plain")
     if found is None:
         return {variant.name: not_measured(why) for variant in chosen}
     for variant in chosen:
-        other, why = run_script("sampling.py", *common, "--memory-of", variant.name)
+        other, why = run_bench("sampling", *common, "--memory-of", variant.name)
         ratios[variant.name] = not_measured(why) if other is None else other["peak"] / found["peak"]
     return ratios
 
@@ -223,7 +225,7 @@ def memory_ratios(sampling: Any, geometry: str, chosen: list[Any], options: argp
 def memory_of(options: argparse.Namespace) -> dict[str, int]:
     """One run of one variant in this process."""
     sampling = set_up(start_host(options.attention), options.geometry[0], options)
-    from _variants import PLAIN, VARIANTS
+    from .variants import PLAIN, VARIANTS
 
     variant = None if options.memory_of == PLAIN else next(v for v in VARIANTS if v.name == options.memory_of)
     with peak_memory() as memory:
@@ -236,7 +238,3 @@ def kept_after_a_run(sampling: Any, variant: Any) -> int:
     before = live_tensor_bytes()
     sampling.run(variant)
     return live_tensor_bytes() - before
-
-
-if __name__ == "__main__":
-    main()

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _host import ROOT, comfyui, demo_checkpoint
-from _measure import ratio, spread
-from _report import Row, device_slug, environment, publish
-from _scenes import DEMO_SIDE, Scene, load_model
 
 from sa_inject.core.adapter_file import save_adapter
 from tests.host.client import Graph, HostClient
 from tests.host.server_process import ServerProcess
+
+from ..host import ROOT, comfyui, demo_checkpoint
+from ..measure import ratio, spread
+from ..report import Row, device_slug, environment, publish
+from ..scenes import DEMO_SIDE, Scene, load_model
 
 COLUMNS = ("graph", "seconds", "ratio", "at most", "spread")
 STEPS = 20

@@ -12,8 +12,6 @@ from typing import Any
 
 import comfy.model_management as management
 import torch
-from _measure import StepClock
-from _scenes import RANK, Scene
 from comfy.utils import ProgressBar
 from torch.nn import functional as F
 
@@ -27,6 +25,9 @@ from sa_inject.nodes.host.trainable import (
 )
 from sa_inject.nodes.host.unet import network_inputs
 from tests.host import full_size
+
+from ..measure import StepClock
+from ..scenes import RANK, Scene
 
 PICTURES = 4
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}

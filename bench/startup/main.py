@@ -1,7 +1,7 @@
 """What the pack costs before anything is drawn: its import in the host, and the time from queueing Load to an adapter.
 
-python bench/startup.py             five starts of the real server
-python bench/startup.py --quick     one start
+python dev.py bench startup             five starts of the real server
+python dev.py bench startup --quick     one start
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _host import CACHE, ROOT, comfyui, full_size, start_host
-from _report import Row, cell, device_slug, environment, print_json, publish, run_script
+from ..host import CACHE, ROOT, comfyui, full_size, start_host
+from ..report import Row, cell, device_slug, environment, print_json, publish, run_bench
 
 STARTS = 5
 WARM_LOADS = 5
@@ -46,12 +46,12 @@ def main() -> None:
 def bench(quick: bool) -> None:
     starts = 1 if quick else STARTS
     adapter = CACHE / NAME
-    written, why = run_script("startup.py", "--write-adapter", str(adapter))
+    written, why = run_bench("startup", "--write-adapter", str(adapter))
     if written is None:
         raise SystemExit(f"The adapter to load could not be written: {why}")
     imports, printed, cold, warm = [], [], [], []
     for number in range(starts):
-        once, why = run_script("startup.py", "--import-once")
+        once, why = run_bench("startup", "--import-once")
         if once is None:
             raise SystemExit(f"The pack could not be imported: {why}")
         imports.append(once)
@@ -153,7 +153,6 @@ def write_adapter(path: Path) -> dict[str, int]:
     start_host()
     import comfy.ops
     import comfy.supported_models
-    from _scenes import TEXT_TOKENS, random, untrained_adapter
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     from sa_inject.core.adapter_file import save_adapter
@@ -161,13 +160,11 @@ def write_adapter(path: Path) -> dict[str, int]:
     from sa_inject.core.layers import self_attention_layers
     from sa_inject.nodes.host.unet import UnetDescription
 
+    from ..scenes import TEXT_TOKENS, random, untrained_adapter
+
     config = comfy.supported_models.SD15(full_size().SD15.unet).unet_config
     unet = UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init)
     text = ReferenceText(random(1, TEXT_TOKENS, config["context_dim"], seed=7))
     adapter = untrained_adapter(UnetDescription("SD1.x", self_attention_layers(unet)), text, "clean")
     save_adapter(adapter, path)
     return {"bytes": path.stat().st_size}
-
-
-if __name__ == "__main__":
-    main()

@@ -12,8 +12,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _learn import Room, classroom, with_word
-from _methods import PLACEHOLDER, Lesson, Taught, taught_by
 from torch import Tensor
 
 from sa_inject.core.attention import Attention, differentiable_attention
@@ -23,6 +21,9 @@ from sa_inject.core.reference import HIDDEN, ReferenceRecorder, block_key
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.trainable import differentiable_options
 from sa_inject.nodes.host.unet import model_conditions
+
+from .learn import Room, classroom, with_word
+from .methods import PLACEHOLDER, Lesson, Taught, taught_by
 
 ATTENDED = "bench_attended"
 Replacements = tuple[tuple[tuple[str, ...], Any], ...]

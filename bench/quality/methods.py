@@ -16,10 +16,6 @@ import comfy.sample
 import numpy as np
 import peft
 import torch
-from _learn import Models, Trainables, attention_written_out, class_examples, classroom, with_differences, with_word
-from _measure import peak_memory
-from _peer import with_reference_every_step
-from _subjects import PLACEHOLDER, Settings, Subject
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,6 +28,11 @@ from sa_inject.nodes.host import training_set
 from sa_inject.nodes.host.images import pictures_of
 from sa_inject.nodes.host.unet import describe
 from sa_inject.trainer.config import TrainConfig
+
+from ..measure import peak_memory
+from ..reference_only import with_reference_every_step
+from .learn import Models, Trainables, attention_written_out, class_examples, classroom, with_differences, with_word
+from .subjects import PLACEHOLDER, Settings, Subject
 
 RANK = 16
 CLASS_PICTURES = 16  # for prior preservation

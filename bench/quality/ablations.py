@@ -12,10 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _adapted import RECORDER, Replacements, WholePass, lora_on_both, replaced, whole_lora_for
-from _learn import Room, classroom, with_word
-from _methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, ours_matched, taught_by
-from _subjects import Subject, make_subject
 from torch import Tensor
 
 from sa_inject.core.attention import Attention, differentiable_attention
@@ -29,6 +25,11 @@ from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.unet import clean_sigma
 from sa_inject.trainer.config import REFERENCE_START
 from sa_inject.trainer.examples import Pair, PairStream, TrainingSet
+
+from .adapted import RECORDER, Replacements, WholePass, lora_on_both, replaced, whole_lora_for
+from .learn import Room, classroom, with_word
+from .methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, ours_matched, taught_by
+from .subjects import Subject, make_subject
 
 REFERENCE_INPUTS = ("sa_inject.nodes.host.bank.reference_inputs", "sa_inject.nodes.host.patch.reference_inputs")
 CLEAN_SIGMA = ("sa_inject.nodes.host.bank.clean_sigma", "sa_inject.nodes.host.denoiser.clean_sigma")

@@ -1,7 +1,7 @@
 """Fills the whole CUDA table in one go: sampling and training, full-size SD1.5 and SDXL, within ten minutes.
 
-    python bench/all_cuda.py             writes bench/results/, most important figures first
-    python bench/all_cuda.py --quick     the same stages on small models, also without CUDA: a smoke run
+    python dev.py bench all_cuda             writes bench/results/, most important figures first
+    python dev.py bench all_cuda --quick     the same stages on small models, also without CUDA: a smoke run
 
 A stage for which the time does not suffice is left out and marked so.
 """
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _report import Row, device_slug, environment, not_measured, print_json, publish, run_script
+
+from ..report import Row, device_slug, environment, not_measured, print_json, publish, run_bench
 
 MINUTES = 10.0
 RESERVE = 10.0  # seconds for this script itself
@@ -40,16 +41,16 @@ class Stage:
 
 
 STAGES = (
-    Stage("sampling", "sampling.py", "sd15", (), at_least=60),
-    Stage("training", "training.py", "sd15", ("--trainers", *MEASURED), at_least=120),
+    Stage("sampling", "sampling", "sd15", (), at_least=60),
+    Stage("training", "training", "sd15", ("--trainers", *MEASURED), at_least=120),
     Stage(
         "training sdxl",
-        "training.py",
+        "training",
         "sdxl",
         ("--no-seconds", "--checkpointing", "on", "--trainers", *MEASURED[:2]),
         at_least=60,
     ),
-    Stage("sampling sdxl", "sampling.py", "sdxl", ("--variants", "short"), at_least=60),
+    Stage("sampling sdxl", "sampling", "sdxl", ("--variants", "short"), at_least=60),
 )
 
 
@@ -71,7 +72,7 @@ def main() -> None:
         print(f"== {stage.name}, {left:.0f} s left", flush=True)
         begun = time.monotonic()
         command = stage.command(options.quick)
-        found, why = run_script(stage.script, *command, timeout=None if options.quick else left, echo=True)
+        found, why = run_bench(stage.script, *command, timeout=None if options.quick else left, echo=True)
         seconds[stage.name] = time.monotonic() - begun
         results[stage.name] = not_measured(why) if found is None else found["results"][0]
     rows = list(figures(results))
@@ -129,7 +130,3 @@ def figure(name: str, measured: Any, at_most: float | None) -> Row:
     if at_most is not None and isinstance(measured, float | int):
         reached = "yes" if measured <= at_most else "no"
     return {"figure": name, "at most": at_most, "measured": measured, "reached": reached}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
 """What training costs: seconds of an optimizer step and peak memory, ours against the host's LoRA and a full fine-tune.
 
-    python bench/training.py                      the demo's base model
-    python bench/training.py --full               full-size SD1.5 as well; on a CPU at 256 px with few steps
-    python bench/training.py --geometry sdxl      full-size SDXL at 1024 px, CUDA only
-    python bench/training.py --quick              smoke run: nothing is meant to be measured
+    python dev.py bench training                      the demo's base model
+    python dev.py bench training --full               full-size SD1.5 as well; on a CPU at 256 px with few steps
+    python dev.py bench training --geometry sdxl      full-size SDXL at 1024 px, CUDA only
+    python dev.py bench training --quick              smoke run: nothing is meant to be measured
 
 Same model, pictures, resolution, batch, rank and precision for all. Seconds: one process in which the trainers take
 turns. Memory: each in a process of its own.
@@ -19,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from _host import start_host, weights_of
-from _measure import peak_memory, spread
-from _report import Row, device_slug, environment, not_measured, print_json, publish, run_script
+
+from ..host import start_host, weights_of
+from ..measure import peak_memory, spread
+from ..report import Row, device_slug, environment, not_measured, print_json, publish, run_bench
 
 NAMES = ("ours", "ours, word kept", "TrainLoraNode", "full fine-tune")
 HOST_LORA, FULL = NAMES[2:]
@@ -88,8 +89,9 @@ def set_up(geometry: str, options: argparse.Namespace, checkpointing: bool) -> A
     """A Task on a host of this process, with model and text encoder on their device."""
     host = start_host(options.attention)
     import comfy.model_management
-    from _scenes import Scene, load_model, load_text_and_vae, side_of
-    from _trainers import Task
+
+    from ..scenes import Scene, load_model, load_text_and_vae, side_of
+    from .trainers import Task
 
     side = options.side or (None if torch.cuda.is_available() else CPU_SIDES.get(geometry)) or side_of(geometry)
     scene = Scene(geometry, load_model(geometry, getattr(torch, options.dtype)), side)
@@ -132,7 +134,7 @@ def bench(geometry: str, options: argparse.Namespace) -> dict[str, Any]:
 def seconds_in_turns(geometry: str, options: argparse.Namespace) -> tuple[dict[tuple[str, str], Any], Any]:
     """Median seconds of a step for every round; in a round each trainer has its turn, in every other one backwards."""
     task = set_up(geometry, options, checkpointing=False)
-    from _trainers import TRAINERS
+    from .trainers import TRAINERS
 
     seconds: dict[tuple[str, str], Any] = {}
     for switch in options.checkpointing:
@@ -173,13 +175,13 @@ def memory_of_all(geometry: str, common: list[str], options: argparse.Namespace)
 def memory_in_process(name: str, common: list[str], options: argparse.Namespace) -> dict[str, Any]:
     if options.no_memory:
         return {"note": not_measured("left out")}
-    found, why = run_script("training.py", *common, "--memory-of", name)
+    found, why = run_bench("training", *common, "--memory-of", name)
     return {"note": not_measured(why)} if found is None else found
 
 
 def memory_of(options: argparse.Namespace) -> dict[str, Any]:
     task = set_up(options.geometry[0], options, options.checkpointing[0] == "on")
-    from _trainers import TRAINERS
+    from .trainers import TRAINERS
 
     with peak_memory() as memory:
         steps = TRAINERS[options.memory_of](task, options.steps + 1)[1:]
@@ -213,7 +215,3 @@ def row_of(
         if "peak" in used and "peak" in theirs:
             row[column] = used["peak"] / theirs["peak"]
     return row
-
-
-if __name__ == "__main__":
-    main()

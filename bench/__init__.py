@@ -1,0 +1,1 @@
+"""Measurements. `run.py` runs them, README.md says what each one asks."""
