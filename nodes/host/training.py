@@ -20,6 +20,7 @@ from ...trainer.captions import captions_for
 from ...trainer.config import TrainConfig
 from ...trainer.loop import Diverged, Step, Training
 from .denoiser import ComfyDenoiser
+from .fingerprint import training_fingerprint
 from .text import check_placeholder, class_word_vectors, clip_with_token, finder
 from .trainable import (
     lean_activations,
@@ -32,7 +33,7 @@ from .trainable import (
 )
 from .training_set import Subject, training_set, without_inference_tensors
 from .unet import UnetDescription, compute_dtype, describe
-from .unfinished import Unfinished, fingerprint
+from .unfinished import Unfinished
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +112,9 @@ def train_adapter(
                 device=patcher.load_device,
                 compute_dtype=dtype,
             )
-            settings = _what_counts(patcher, description, subject, captions, config, dtype)
-            tensors = (*subject.pictures, *subject.masks, *initial.values(), *_some_weights(base, vae))
-            unfinished = Unfinished(folder, fingerprint(settings, tensors))
+            names = {"placeholder": subject.placeholder, "class_word": subject.class_word}
+            same = training_fingerprint(patcher, taught, data, subject.class_word, config, dtype, names)
+            unfinished = Unfinished(folder, same)
             _take_steps(training, config.steps, unfinished, on_step)
             with torch.no_grad():
                 text = denoiser.encode([subject.class_word])
@@ -145,36 +146,6 @@ def _take_steps(training: Training, steps: int, unfinished: Unfinished, on_step:
         unfinished.keep(training)
         raise
     training.settle()
-
-
-def _what_counts(
-    patcher: Any,
-    description: UnetDescription,
-    subject: Subject,
-    captions: Sequence[tuple[str, ...]],
-    config: TrainConfig,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """Everything but tensors that decides what a training gives, and at how many steps it ends does not."""
-    settings = dataclasses.asdict(config)
-    del settings["steps"]
-    return {
-        **settings,
-        "dtype": str(dtype),
-        "resolution": subject.resolution,
-        "placeholder": subject.placeholder,
-        "class_word": subject.class_word,
-        "captions": captions,
-        "architecture": description.architecture,
-        # The user's LoRAs. In some memory modes they are applied on the fly, and do not show in the weights.
-        "patches": {name: [patch[0] for patch in patches] for name, patches in patcher.patches.items()},
-    }
-
-
-def _some_weights(base: Any, vae: Any) -> list[Tensor]:
-    """Enough to tell one base model from another, and little enough to read at once."""
-    unet = base.diffusion_model
-    return [unet.input_blocks[0][0].weight, unet.out[-1].weight, next(vae.first_stage_model.parameters())]
 
 
 def _training_clone(model: Any, dtype: torch.dtype | None) -> Any:

@@ -6,26 +6,19 @@ question is needed: whoever queues the same again gets what an undisturbed run w
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...core.whole_file import whole_file
 from ...trainer.loop import Training
-from .trainable import normal_tensor
 
 log = logging.getLogger(__name__)
 
 FOLDER = "unfinished"  # inside models/sa_inject
 EXTENSION = ".pt"  # which the list of adapters does not show
-FORMAT = 1
 SECONDS_BETWEEN = 300.0  # what a crash may cost
 
 
@@ -80,15 +73,3 @@ class Unfinished:
 
 class UnfinishedError(RuntimeError):
     """A file of a stopped training that cannot be used."""
-
-
-def fingerprint(settings: dict[str, Any], tensors: Iterable[Tensor | None]) -> str:
-    """Sixteen hexadecimal digits that tell trainings apart. `settings` must be what JSON can write."""
-    digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode())
-    for tensor in tensors:
-        if tensor is None:
-            digest.update(b"none")
-            continue
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(normal_tensor(tensor).cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

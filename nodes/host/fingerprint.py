@@ -1,0 +1,209 @@
+"""Which trainings are the same: a fingerprint of everything that the training loop is given, by value.
+
+Inputs are hashed and not what is computed from them, wherever another device computes a few last bits differently: a
+training that ran out of memory goes on when ComfyUI is started with other memory settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import types
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...trainer.config import TrainConfig
+from ...trainer.examples import Example, TrainingSet
+from .unet import clean_sigma
+
+FORMAT = 2  # raised when the same inputs train differently, or a kept file is written differently
+DIGITS = 16
+# A weight is known by so many of its values, evenly spread: enough to see another model or a merge, and little enough
+# to read a whole SDXL model in a fraction of a second. What else comes as a tensor is mostly smaller.
+WEIGHT_SAMPLES = 128
+SAMPLES = 4096
+DEPTH = 6  # how far objects of other packs are looked into
+PROBES = 8  # noise levels at which the sampling is tried
+
+
+@torch.inference_mode()
+def training_fingerprint(
+    patcher: Any,
+    clip: Any,
+    data: TrainingSet,
+    reference_caption: str,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    names: Mapping[str, str],
+) -> str:
+    """Hexadecimal digits that are the same for two trainings if, and only if, what their steps are given is.
+
+    patcher, clip: loaded, the latter with the learned word as it is before the first step.
+    names: what the finished adapter says of itself.
+    """
+    settings = dataclasses.asdict(config)
+    del settings["steps"]  # at how many steps a training ends changes none of them
+    digest = Digest()
+    digest.add([FORMAT, torch.__version__, patcher.load_device.type, str(dtype), settings, dict(names)])
+    for examples in (data.examples, data.views):
+        digest.add(len(examples))
+        for example in examples:
+            _add_example(digest, example, clip)
+    digest.add([clip.tokenize(reference_caption), clip.layer_idx])
+    for values in _sampling_at_probes(patcher.get_model_object("model_sampling")):
+        digest.add_whole(values)
+    _add_model(digest, patcher, ("model_sampling", "manual_cast_dtype"))  # which are in there in other words
+    _add_model(digest, clip.patcher, _unused_projections(clip, patcher.model))
+    return digest.hexdigest()
+
+
+class Digest:
+    """A hash of values of many kinds: numbers and texts, containers, tensors, functions, objects of other packs."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()[:DIGITS]
+
+    def add_whole(self, tensor: Tensor) -> None:
+        """A tensor with all its values."""
+        self._say("whole", tensor.dtype, tuple(tensor.shape))
+        self._hash.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+
+    def add(self, value: Any, depth: int = DEPTH) -> None:
+        """A value, whatever it is. An object counts by its class and attributes, a function by its code."""
+        if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.Size):
+            self._say(type(value).__name__, value)
+        elif isinstance(value, Enum):
+            self._say("enum", value)
+        elif isinstance(value, Tensor):
+            self._say("tensor", tuple(value.shape))
+            self.add_whole(samples(value, SAMPLES))
+        elif depth == 0:
+            self._say("deep", type(value).__qualname__)
+        elif isinstance(value, Mapping):
+            self._say("mapping", len(value))
+            for key in sorted(value, key=str):
+                self._say(key)
+                self.add(value[key], depth - 1)
+        elif isinstance(value, list | tuple):
+            self._say("sequence", len(value))
+            for item in value:
+                self.add(item, depth - 1)
+        elif isinstance(value, set | frozenset):
+            self.add(sorted(map(str, value)), depth)
+        else:
+            self._add_object(value, depth - 1)
+
+    def _add_object(self, value: Any, depth: int) -> None:
+        if isinstance(value, functools.partial):
+            self.add(["partial", value.func, value.args, value.keywords], depth)
+        elif isinstance(value, types.MethodType):
+            self.add(["method", value.__func__, value.__self__], depth)
+        elif isinstance(value, types.FunctionType):
+            code = value.__code__
+            closure = [_content(cell) for cell in value.__closure__ or ()]
+            plain = [constant for constant in code.co_consts if not isinstance(constant, types.CodeType)]
+            self._say("function", value.__module__, value.__qualname__, code.co_code.hex())
+            self.add([plain, value.__defaults__, value.__kwdefaults__, closure], depth)
+        elif isinstance(value, type):
+            self._say("class", value.__module__, value.__qualname__)
+        else:
+            self._say("object", *(f"{cls.__module__}.{cls.__qualname__}" for cls in type(value).__mro__))
+            if isinstance(value, nn.Module):
+                self.add(dict((*value.named_parameters(), *value.named_buffers())), depth)
+            elif not _is_a_patcher(value):
+                self.add(getattr(value, "__dict__", None), depth)
+
+    def _say(self, *words: Any) -> None:
+        self._hash.update(repr([str(word) for word in words]).encode())
+
+
+def samples(tensor: Tensor, count: int) -> Tensor:
+    """About so many values of a tensor, evenly spread, all of a small one; float32, on its device. -> (n,)"""
+    if tensor.is_meta:
+        return torch.zeros(0)
+    plain = tensor.detach()
+    if type(tensor) not in (Tensor, nn.Parameter) and hasattr(plain, "dequantize"):
+        plain = plain.dequantize()
+    flat = plain.flatten()
+    if len(flat) > count:
+        step = -(-len(flat) // count)
+        flat = flat[:: step | 1]  # odd, so that it does not stay in a few columns of a matrix
+    return torch.view_as_real(flat).flatten().float() if flat.is_complex() else flat.float()
+
+
+def _add_example(digest: Digest, example: Example, clip: Any) -> None:
+    digest.add_whole(example.latent)
+    if example.mask is None:
+        digest.add(None)
+    else:
+        digest.add_whole(example.mask)
+    digest.add([clip.tokenize(caption) for caption in example.captions])
+
+
+def _add_model(digest: Digest, patcher: Any, skipped: tuple[str, ...]) -> None:
+    """The weights as they are without patches, and the patches, whether they are applied to them or on the fly."""
+    weights = _weights(patcher, skipped)
+    digest.add({name: tuple(weight.shape) for name, weight in weights.items()})
+    digest.add_whole(_samples_of_each(weights))
+    digest.add(patcher.patches)
+    digest.add(patcher.weight_wrapper_patches)
+    digest.add({name: patch for name, patch in patcher.object_patches.items() if name not in skipped})
+    digest.add(patcher.injections)
+
+
+def _samples_of_each(weights: Mapping[str, Tensor]) -> Tensor:
+    """Samples of weights that may be on different devices; those of one are joined there, to be moved in one go."""
+    found = {name: samples(weight, WEIGHT_SAMPLES) for name, weight in weights.items()}
+    by_device: dict[torch.device, list[str]] = {}
+    for name, values in found.items():
+        by_device.setdefault(values.device, []).append(name)
+    for names in by_device.values():
+        parts = [found[name] for name in names]
+        found.update(zip(names, torch.cat(parts).cpu().split([len(part) for part in parts]), strict=True))
+    return torch.cat([found[name] for name in weights])
+
+
+def _weights(patcher: Any, skipped: tuple[str, ...]) -> dict[str, Tensor]:
+    own = dict((*patcher.model.named_parameters(), *patcher.model.named_buffers()))
+    before_patches = {name: kept.weight for name, kept in patcher.backup.items()}
+    return {name: before_patches.get(name, own[name]) for name in sorted(own) if not name.startswith(skipped)}
+
+
+def _unused_projections(clip: Any, base: Any) -> tuple[str, ...]:
+    """Weights of text encoders that no model reads: few checkpoints bring them, and then they are undefined memory."""
+    read = ("clip_g",) if getattr(base, "adm_channels", 0) else ()
+    names = (name for name, _ in clip.cond_stage_model.named_parameters() if "text_projection" in name)
+    return tuple(name for name in names if not name.startswith(read))
+
+
+def _sampling_at_probes(sampling: Any) -> Iterator[Tensor]:
+    """What the sampling makes of given values: two classes that compute the same are the same."""
+    sigmas = sampling.sigmas
+    yield sigmas
+    yield torch.tensor(clean_sigma(sampling))
+    x = torch.linspace(-1.0, 1.0, 4, device=sigmas.device).view(1, 1, 1, 4)
+    for place in torch.linspace(0, len(sigmas) - 1, PROBES).long().tolist():
+        sigma = sigmas[place : place + 1].clone()
+        yield sampling.noise_scaling(sigma.view(1, 1, 1, 1), x.flip(-1), x.clone())
+        yield sampling.calculate_input(sigma, x.clone())
+        yield sampling.calculate_denoised(sigma, x.flip(-1), x.clone())
+        yield sampling.timestep(sigma).float()
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _is_a_patcher(value: Any) -> bool:
+    return hasattr(value, "patches_uuid") or hasattr(value, "cond_stage_model")
