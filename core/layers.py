@@ -6,7 +6,7 @@ precision, or behind a cast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -23,21 +23,20 @@ class SelfAttentionLayer(NamedTuple):
     inner_dim: int
 
 
-def self_attention_layers(unet: nn.Module) -> tuple[SelfAttentionLayer, ...]:
+def self_attention_layers(
+    unet: nn.Module, originals: Mapping[str, nn.Module] | None = None
+) -> tuple[SelfAttentionLayer, ...]:
     """List every self-attention of a UNet in the order in which a forward pass meets them.
 
+    originals: by its path, what a module was before somebody put another into its place.
     Empty when the module has no `input_blocks`, `middle_block` and `output_blocks` with transformer blocks inside.
     """
-    return tuple(
-        SelfAttentionLayer(
-            key=key,
-            path=f"{path}.attn1",
-            query_dim=block.attn1.to_q.in_features,
-            inner_dim=block.attn1.to_q.out_features,
-        )
-        for key, path, block in _transformer_blocks(unet)
-        if not getattr(block, "disable_self_attn", False)
-    )
+    found = []
+    for key, path, block in _transformer_blocks(unet):
+        if not getattr(block, "disable_self_attn", False):
+            to_q = (originals or {}).get(f"{path}.attn1", block.attn1).to_q
+            found.append(SelfAttentionLayer(key, f"{path}.attn1", to_q.in_features, to_q.out_features))
+    return tuple(found)
 
 
 def _transformer_blocks(unet: nn.Module) -> Iterator[tuple[BlockKey, str, nn.Module]]:

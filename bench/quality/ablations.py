@@ -129,7 +129,7 @@ class ConcatenatedInTraining:
 
 
 def concatenated(q: Tensor, k: Tensor, v: Tensor, given: Any, heads: int, attend: Attention) -> Tensor:
-    """The same while sampling, in place of patch.attend_and_inject."""
+    """The same while sampling, in place of injected.attend_and_inject."""
     out = attend(q, k, v, heads)
     for rows, references in given:
         if references:
@@ -375,7 +375,7 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
 # What has to be in place while teaching and while drawing.
 CONCATENATED: Replacements = (
     (("sa_inject.nodes.host.denoiser._Injected",), ConcatenatedInTraining),
-    (("sa_inject.nodes.host.patch.attend_and_inject",), concatenated),
+    (("sa_inject.nodes.host.injected.attend_and_inject",), concatenated),
 )
 REPLACED: dict[str, Replacements] = {
     "LoRA in the whole pass": ((RECORDER, WholePass),),

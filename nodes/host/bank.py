@@ -17,9 +17,8 @@ from ...core.kv import KV, BlockKey, KVBank
 from ...core.lora import Deltas
 from ...core.masks import kept_tokens
 from ...core.reference import Recorded, ReferenceRecorder, run_to_last_layer, select_tokens
+from .reference_call import DrawingCall, with_channels
 from .unet import NetworkInputs, clean_sigma, network_inputs
-
-UnetCall = Callable[..., Tensor]  # (x, timestep, context, y, control, transformer_options)
 
 
 def host_attention(extra_options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
@@ -34,7 +33,7 @@ def host_attention(extra_options: dict[str, Any]) -> Callable[[Tensor, Tensor, T
 
 
 def read_image_prompt(
-    unet: UnetCall,
+    call: DrawingCall,
     base: Any,
     adapter: Adapter,
     prompt: ImagePrompt,
@@ -42,26 +41,25 @@ def read_image_prompt(
     noise_seed: int,
     blocks: Collection[BlockKey],
     deltas: Deltas,
-    like: Tensor,
-    attention_options: dict[str, Any],
 ) -> KVBank:
     """Run the reference pass over an image prompt and line up what its pictures hand over.
 
     `sigma` None reads the pictures free of noise; a number noises them to it first.
-    `like` is the UNet's own input: device and dtype come from it. As many pictures are read at once as there is room
-    for; those that are read only once, in calls no larger than `like`, for there memory says more than a few launches.
+    Device and dtype are those of the call that draws. As many pictures are read at once as there is room for; those
+    that are read only once, in calls no larger than that one, for there memory says more than a few launches.
     -> (1, m, heads*d) for every layer of `blocks`, where m counts the kept tokens of all pictures.
     """
-    order = [layer.key for layer in adapter.info.layers if layer.key in blocks]
+    like, missing = call.x, call.foreign.attention
+    order = [layer.key for layer in adapter.info.layers if layer.key in blocks and layer.key not in missing]
     parts: dict[BlockKey, list[tuple[int, KV]]] = {key: [] for key in order}
     cells = like.shape[0] * like.shape[-2] * like.shape[-1] if sigma is None else None
-    for group in _batches(prompt.pictures, adapter, base, like.device, cells):
+    for group in _batches(prompt.pictures, adapter, base, like.device, cells if call.rows is None else 0):
         pictures = [prompt.pictures[place] for place in group]
         select = partial(tokens_of_each, pictures=pictures)
-        recorder = ReferenceRecorder(order, order[-1], deltas, host_attention(attention_options), select=select)
+        recorder = ReferenceRecorder(order, order[-1], deltas, host_attention(call.options), select=select)
         inputs = reference_inputs(base, adapter, pictures, group, sigma, noise_seed, like)
-        options = {**recorder.transformer_options(adapter.blocks()), **attention_options}
-        bank = run_to_last_layer(lambda inputs=inputs, options=options: unet(*inputs, None, options), recorder)
+        patches = recorder.transformer_options([key for key in adapter.blocks() if key not in missing])
+        bank = run_to_last_layer(partial(call.read, inputs, patches), recorder)
         for key in order:
             parts[key].extend(zip(group, bank.pop(key), strict=True))
     return {key: _in_order(parts.pop(key)) for key in order}
@@ -87,7 +85,8 @@ def reference_inputs(
         )
         latent = sampling.noise_scaling(sigmas.view(-1, 1, 1, 1), noise.to(latent), latent)
     text = as_rows([picture.text or adapter.text for picture in pictures])
-    return network_inputs(base, latent, sigmas, text, like.dtype)
+    inputs = network_inputs(base, latent, sigmas, text, like.dtype)
+    return inputs._replace(x=with_channels(inputs.x, like.shape[1]))
 
 
 def _noise(latent: Tensor, seed: int, place: int) -> Tensor:

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...core.adapter import Adapter
 from ...core.image_prompt import ImagePrompt, repeated
 from ...core.kv import BlockKey, KVBank
 from ...core.reference import HIDDEN, Recorded, ReferenceRecorder
 from .bank import has_room, lined_up, tokens_of_each
+from .foreign import ForeignCode
 from .unet import NetworkInputs
 
 
@@ -40,15 +42,24 @@ class JoinedPictures(NamedTuple):
 class LargerCall:
     """A UNet call (x, timestep, context, y, control) that image prompts can be joined to."""
 
-    def __init__(self, executor: Any, arguments: Sequence[Any], rest: dict[str, Any], options: dict[str, Any]) -> None:
-        self.arguments = [*arguments, None, None, None][:5]
-        self.pictures: dict[tuple, JoinedPictures] = {}  # by the keys of their banks
+    def __init__(
+        self,
+        executor: Any,
+        arguments: Sequence[Any],
+        rest: dict[str, Any],
+        options: dict[str, Any],
+        foreign: ForeignCode,
+    ) -> None:
+        self.arguments = list(arguments)
+        self.pictures: dict[Any, JoinedPictures] = {}  # by the keys of their banks
         is_innermost = executor.idx + 1 == len(executor.wrappers)
         is_patched = any(options.get("patches", {}).values()) or any(options.get("patches_replace", {}).values())
-        self._is_open = is_innermost and not is_patched and not rest and self.arguments[4] is None
+        self._is_open = is_innermost and not is_patched and not rest and not foreign and self.arguments[4] is None
 
-    def may_take(self, prompt: ImagePrompt, base: Any) -> bool:
+    def may_take(self, prompt: ImagePrompt, adapter: Adapter, base: Any) -> bool:
         """Whether nothing speaks against it that is known before the pictures are noised and their text is ready.
+
+        The text of the call stays as it is, so theirs have to go into its length.
 
         There is room if ComfyUI would make one call of so many rows itself.
         """
@@ -57,21 +68,20 @@ class LargerCall:
             return False
         if any(picture.latent.shape[-2:] != x.shape[-2:] for picture in prompt.pictures):
             return False
+        length = self.arguments[2].shape[1]
+        if any(length % (picture.text or adapter.text).cross_attn.shape[1] for picture in prompt.pictures):
+            return False
         return has_room(base, [len(x) + len(prompt.pictures), *x.shape[1:]], x.device)
 
-    def join(self, key: tuple, prompt: ImagePrompt, inputs: NetworkInputs, recorder: ReferenceRecorder) -> bool:
-        """Add the pictures as rows, unless they are of another kind than those of the call.
-
-        The text of the call stays as it is, so theirs has to go into its length.
-        """
+    def join(self, key: Any, prompt: ImagePrompt, inputs: NetworkInputs, recorder: ReferenceRecorder) -> bool:
+        """Add the pictures as rows, unless they are of another kind than those of the call."""
         x, timestep, context, y, control = self.arguments
-        length = context.shape[1]
-        if length % inputs.context.shape[1] or x.shape[1:] != inputs.x.shape[1:] or (y is None) != (inputs.y is None):
+        if x.shape[1:] != inputs.x.shape[1:] or (y is None) != (inputs.y is None):
             return False
         self.arguments = [
             torch.cat([x, inputs.x]),
             torch.cat([timestep, inputs.timestep.to(timestep)]),
-            torch.cat([context, repeated(inputs.context, length)]),
+            torch.cat([context, repeated(inputs.context, context.shape[1])]),
             None if y is None else torch.cat([y, inputs.y]),
             control,
         ]

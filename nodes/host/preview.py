@@ -13,7 +13,8 @@ from ...core.image_prompt import ImagePrompt
 from ...trainer.captions import TEMPLATES, subject_phrase
 from ...trainer.config import REFERENCE_START
 from .injection import USUAL_STRENGTH
-from .patch import Injection, patch_self_attention
+from .patch import patch_self_attention
+from .sampling_run import Injection
 from .text import clip_with_token
 
 STEPS = 20

@@ -13,6 +13,12 @@ from ...trainer.loop import Step
 SMOOTHING = 0.95  # of the shown loss: single steps of a diffusion loss say little
 
 
+def show_on_node(text: str, node_id: str | None) -> None:
+    """Show a line of text at the foot of a node, if somebody is looking."""
+    if node_id is not None and getattr(PromptServer, "instance", None) is not None:
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
 class TrainingProgress:
     """A progress bar with step, loss and time left, which also notices Cancel. Create it inside `execute`."""
 
@@ -25,8 +31,7 @@ class TrainingProgress:
         self._earlier = 0  # steps that another run has taken, which this one goes on from
 
     def say(self, text: str) -> None:
-        if self._node_id is not None and getattr(PromptServer, "instance", None) is not None:
-            PromptServer.instance.send_progress_text(text, self._node_id)
+        show_on_node(text, self._node_id)
 
     def update(self, step: Step) -> None:
         """Show a finished step. Raises the host's InterruptProcessingException when the user cancelled."""

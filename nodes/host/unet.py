@@ -43,7 +43,10 @@ def describe(model: Any) -> UnetDescription:
             f"SA-Inject works on the image UNets of SD1.x, SD2.x and SDXL, but the connected model is "
             f"{type(base).__name__}. Connect a checkpoint of one of these families."
         )
-    layers = self_attention_layers(unet)
+    # Another model that shares this network may be loaded, and have put modules of its own into it.
+    prefix, kept = "diffusion_model.", getattr(model, "object_patches_backup", {})
+    originals = {path.removeprefix(prefix): kept[path] for path in kept if path.startswith(prefix)}
+    layers = self_attention_layers(unet, originals)
     if not layers:
         raise ValueError(f"The connected {type(base).__name__} model has no self-attention layer to inject into.")
     width = base.model_config.unet_config.get("context_dim")
@@ -72,7 +75,9 @@ def model_conditions(base: Any, latent: Tensor, text: ReferenceText) -> dict[str
     latent (b, c, h, w) already scaled, text with b rows -> `c_crossattn`, and `y` and `c_concat` where wanted
     """
     b, _, h, w = latent.shape
-    conditions = base.extra_conds(
+    # As its class does it: a node that put another function there has its own picture in mind, not ours.
+    conditions = type(base).extra_conds(
+        base,
         noise=latent,
         latent_image=latent,  # only read for its shape: without a mask an inpainting model sees a blank picture
         device=latent.device,

@@ -5,6 +5,8 @@ import comfy.utils
 import folder_paths
 from comfy.ldm.modules.attention import optimized_attention
 
+from .mechanisms import MECHANISMS
+
 
 class ProbeLoadCheckpoint:
     """The stock loader, but with text encoders of few layers: SDXL's full ones take ten seconds on a CPU."""
@@ -71,4 +73,4 @@ class ProbeFail:
         raise ValueError(message)
 
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (ProbeLoadCheckpoint, ProbeReplaceAttn1, ProbeFail)}
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in (ProbeLoadCheckpoint, ProbeReplaceAttn1, ProbeFail, *MECHANISMS)}

@@ -1,0 +1,89 @@
+"""What other packs put into the UNet: modules of their own, and other ways to run the host's.
+
+Such code may count the rows of a call, or keep something for the call that draws, so the reference pass has to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...core.kv import BlockKey
+from ...core.layers import SelfAttentionLayer
+
+HOST = ("comfy.", "comfy_extras.", "torch.")
+WEIGHTS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)  # of another kind in quantised models
+PROJECTIONS = ("to_q", "to_k", "to_v")
+
+
+@dataclass(frozen=True, eq=False)
+class ForeignCode:
+    modules: frozenset[str]  # names of classes that are in the UNet and not the host's: they may count rows
+    forwards: tuple[nn.Module, ...]  # modules whose `forward` somebody replaced on the object
+    attention: frozenset[BlockKey]  # self-attention layers that do not project keys and values as the host's do
+
+    def __bool__(self) -> bool:
+        return bool(self.modules or self.forwards or self.attention)
+
+    @contextmanager
+    def out_of_the_way(self) -> Iterator[None]:
+        """Let modules run as their classes say. What was put over them may hold something for one call, as BrushNet's
+        does for the call that draws."""
+        kept = [(module, vars(module).pop("forward")) for module in self.forwards if "forward" in vars(module)]
+        try:
+            yield
+        finally:
+            for module, forward in kept:
+                vars(module)["forward"] = forward
+
+
+def foreign_code(unet: nn.Module, layers: Sequence[SelfAttentionLayer]) -> ForeignCode | None:
+    """What others put into the network with these self-attention layers; None when it is another network."""
+    widths = {layer: _width(unet, layer) for layer in layers}
+    found = {layer: width for layer, width in widths.items() if width is not None}
+    if not found or any(width != (layer.query_dim,) for layer, width in found.items()):
+        return None
+    modules = list(unet.modules())
+    return ForeignCode(
+        modules=frozenset(type(module).__name__ for module in modules if _is_foreign(module)),
+        forwards=tuple(module for module in modules if _has_foreign_forward(module)),
+        attention=frozenset(layer.key for layer in layers if not _projects(unet, layer)),
+    )
+
+
+def _width(unet: nn.Module, layer: SelfAttentionLayer) -> Any:
+    """Of the norm before it, which stays where an attention is replaced."""
+    norm = _submodule(unet, layer.path.removesuffix("attn1") + "norm1")
+    return getattr(norm, "normalized_shape", None)
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    if isinstance(module, WEIGHTS):
+        return False
+    kind = type(module)
+    return not _is_of_host(kind.__module__) or not _is_of_host(getattr(kind.forward, "__module__", ""))
+
+
+def _has_foreign_forward(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return forward is not None and not _is_of_host(getattr(forward, "__module__", None) or "")
+
+
+def _is_of_host(name: str) -> bool:
+    return name.startswith(HOST)
+
+
+def _projects(unet: nn.Module, layer: SelfAttentionLayer) -> bool:
+    attention = _submodule(unet, layer.path)
+    return all(hasattr(attention, name) for name in PROJECTIONS)
+
+
+def _submodule(unet: Any, path: str) -> Any:
+    try:
+        return unet.get_submodule(path)
+    except AttributeError:
+        return None

@@ -1,0 +1,116 @@
+"""The call that draws, and a reference pass that is called as it is in everything that others may count on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.model_management import OOM_EXCEPTION, InterruptProcessingException
+from torch import Tensor
+
+from ...core.reference import ReferencePassComplete
+from .foreign import ForeignCode
+from .row_texts import CONDITIONAL
+from .sampling_run import RUN_KEY
+from .unet import NetworkInputs
+
+# Of the options of the call that draws: others' patches and ours are made for its rows and its size.
+PRIVATE = {"patches", "patches_replace", "wrappers", "callbacks", RUN_KEY}
+LAYER_PATCHES = "forward_timestep_embed_patch"  # how ComfyUI calls the layers that another pack put into a block
+
+
+class ReferencePassError(RuntimeError):
+    """The image prompt could not be read through the model as other nodes have made it."""
+
+
+@dataclass(frozen=True, eq=False)
+class DrawingCall:
+    """One UNet call as it comes from the sampler."""
+
+    unet: Callable[..., Tensor]  # (x, timestep, context, y, control, transformer_options)
+    x: Tensor
+    y: Tensor | None
+    rest: dict[str, Any]  # further arguments
+    options: dict[str, Any]
+    foreign: ForeignCode
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows the reference pass has to have. None: any number."""
+        return len(self.x) if self.foreign.modules else None
+
+    def read(self, inputs: NetworkInputs, patches: dict[str, Any]) -> None:
+        """Call the UNet for a reference pass, with its own patches."""
+        inputs = self._with_rows(self._with_labels(inputs))
+        options = self._options(patches, len(inputs.x))
+        with _explained(self.foreign), self.foreign.out_of_the_way():
+            self.unet(*inputs, None, options, **self._further_arguments(len(inputs.x)))
+
+    def _with_labels(self, inputs: NetworkInputs) -> NetworkInputs:
+        y = inputs.y
+        if self.y is None:
+            y = None
+        elif y is None or y.shape[1:] != self.y.shape[1:]:
+            y = self.y[:1].expand(len(inputs.x), *self.y.shape[1:])
+        return inputs._replace(y=y)
+
+    def _with_rows(self, inputs: NetworkInputs) -> NetworkInputs:
+        """The same picture as often as the call that draws has rows."""
+        if self.rows is None:
+            return inputs
+        assert len(inputs.x) == 1, "where rows are counted, pictures are read one by one"
+        return NetworkInputs(*(None if t is None else t.repeat(self.rows, *[1] * (t.ndim - 1)) for t in inputs))
+
+    def _options(self, patches: dict[str, Any], rows: int) -> dict[str, Any]:
+        """Theirs, which modules of their own may ask for, and over them what makes this a reference pass."""
+        options = {name: value for name, value in self.options.items() if name not in PRIVATE}
+        if self.rows is None:
+            options["cond_or_uncond"] = [CONDITIONAL]
+            options.pop("uuids", None)
+            if isinstance(options.get("sigmas"), Tensor):
+                options["sigmas"] = options["sigmas"].flatten()[:1].expand(rows)
+        layers = self.options.get("patches", {}).get(LAYER_PATCHES)
+        own = {**patches.get("patches", {}), **({LAYER_PATCHES: layers} if layers else {})}
+        return {**options, **patches, "patches": own}
+
+    def _further_arguments(self, rows: int) -> dict[str, Any]:
+        """Those with a row for each of x get as many as there are now."""
+        return {
+            name: value[:1].expand(rows, *value.shape[1:])
+            if isinstance(value, Tensor) and value.ndim and len(value) == len(self.x)
+            else value
+            for name, value in self.rest.items()
+        }
+
+
+def with_channels(x: Tensor, channels: int) -> Tensor:
+    """Fill up with zeros, which is how models with further input channels are shown that there is nothing.
+
+    x (b, c, h, w) -> (b, channels, h, w)
+    """
+    missing = channels - x.shape[1]
+    if missing < 0:
+        raise ReferencePassError(
+            f"SA-Inject cannot read the image prompt: this model wants {x.shape[1]} input channels, but another node "
+            f"calls it with {channels}. Take that node off this model, or the Apply node."
+        )
+    return x if not missing else torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], dim=1)
+
+
+@contextmanager
+def _explained(foreign: ForeignCode) -> Iterator[None]:
+    """Turn what goes wrong inside of a changed network into a sentence."""
+    try:
+        yield
+    except (ReferencePassComplete, InterruptProcessingException, OOM_EXCEPTION):
+        raise
+    except Exception as error:
+        names = ", ".join(sorted(foreign.modules))
+        inside = f" It has modules of other nodes inside: {names}." if names else ""
+        raise ReferencePassError(
+            f"SA-Inject could not read the image prompt through this model: {error}.{inside} Take the node that "
+            f"changes the model off it, or the Apply node."
+        ) from error
