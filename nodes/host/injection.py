@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from ...core.adapter import Adapter
 from ...core.image_prompt import ImagePrompt
-from .patch import Injection, Rows
+from .progress import show_on_node
+from .sampling_run import Injection, Rows
 from .unet import describe, pooled_width
+
+log = logging.getLogger(__name__)
 
 # Less than the 1 that was trained: guidance multiplies what the reference adds as well. 0.7 drew better than 1 in 13 of
 # 16 subjects (bench/results/quality/explored-on-cuda.md).
@@ -35,6 +39,7 @@ def injection_for(
     rows: Rows,
     blocks: str,
     area: Tensor | None,
+    node_id: str | None = None,
 ) -> Injection | None:
     """Check that everything fits, and describe the injection; None when it would do nothing at all.
 
@@ -48,7 +53,12 @@ def injection_for(
     mask = None if area is None else _one_mask(area)
     stages = BLOCK_CHOICES[blocks]
     chosen = frozenset(key for key in adapter.blocks() if key.stage in stages)
-    if strength == 0 or start_percent >= end_percent or not chosen:
+    if start_percent >= end_percent:
+        said = f"start_percent {start_percent:g} is not before end_percent {end_percent:g}, so nothing is injected."
+        log.warning("SA-Inject: %s", said)
+        show_on_node(said, node_id)
+        return None
+    if strength == 0 or not chosen:
         return None
     return Injection(
         adapter=adapter,
@@ -59,6 +69,7 @@ def injection_for(
         rows=rows,
         blocks=chosen,
         area=mask,
+        node_id=node_id,
     )
 
 
