@@ -16,6 +16,8 @@ from .lora import SelfAttentionLoRA
 ReferenceMode = Literal["clean", "matched"]
 REFERENCE_MODES: tuple[str, ...] = get_args(ReferenceMode)
 
+PREDICTION_TYPES = ("eps", "v_prediction", "edm", "x0", "flow")
+
 
 class AdapterMismatch(ValueError):
     """An adapter and a model that do not belong together."""
@@ -52,13 +54,24 @@ class Adapter:
     def blocks(self) -> tuple[BlockKey, ...]:
         return tuple(layer.key for layer in self.info.layers)
 
-    def check_fits(self, architecture: str, layers: Sequence[SelfAttentionLayer]) -> None:
-        """Refuse a model of another shape. Raises AdapterMismatch, naming both."""
-        if architecture == self.info.architecture and tuple(layers) == self.info.layers:
-            return
-        raise AdapterMismatch(
-            f"Adapter '{self.name}' was trained for {self.info.architecture} "
-            f"({len(self.info.layers)} self-attention layers), but the connected model is {architecture} "
-            f"({len(layers)}). Connect a {self.info.architecture} checkpoint like the one it was trained on, or "
-            "choose another adapter."
-        )
+    def check_fits(
+        self, architecture: str, layers: Sequence[SelfAttentionLayer], prediction_type: str | None = None
+    ) -> None:
+        """Refuse a model of another shape, or one that predicts something else. Raises AdapterMismatch, naming both.
+
+        What a model predicts is known by names such as "eps" and "v_prediction"; where one is not known, any will do.
+        """
+        if architecture != self.info.architecture or tuple(layers) != self.info.layers:
+            raise AdapterMismatch(
+                f"Adapter '{self.name}' was trained for {self.info.architecture} "
+                f"({len(self.info.layers)} self-attention layers), but the connected model is {architecture} "
+                f"({len(layers)}). Connect a {self.info.architecture} checkpoint like the one it was trained on, or "
+                "choose another adapter."
+            )
+        trained = self.info.training.get("prediction_type")
+        if trained in PREDICTION_TYPES and prediction_type in PREDICTION_TYPES and trained != prediction_type:
+            raise AdapterMismatch(
+                f"Adapter '{self.name}' was trained on a model that predicts {trained}, but the connected "
+                f"{architecture} model predicts {prediction_type}. Connect a checkpoint like the one it was trained "
+                "on. Where ComfyUI takes the checkpoint for another kind, put ModelSamplingDiscrete before this node."
+            )

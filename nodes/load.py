@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 
 from comfy_api.latest import io
 
-from .host.files import adapter_names, adapter_path, read_adapter, save_embedding
-from .host.text import clip_with_token
+from .host.adapter_index import adapter_fingerprint
+from .host.embeddings import save_embedding, times_deleted
+from .host.files import adapter_names, read_adapter
+from .host.progress import show_on_node
+from .host.text import check_placeholder, clip_with_token, warn_of_taken_word
 from .sockets import CATEGORY, SA_INJECT_ADAPTER
 
 
@@ -28,9 +31,9 @@ class LoadSAInjectAdapter(io.ComfyNode):
                 io.Boolean.Input(
                     "write_embedding",
                     default=False,
-                    tooltip="Also writes the learned word to models/embeddings under the adapter's name, so that "
-                    "'embedding:name' works in any prompt, without this node too. An older file of that name is "
-                    "replaced.",
+                    tooltip="Also writes the learned word to models/embeddings under the adapter's name, sub-folder "
+                    "included. 'embedding:toys/robot' then works in any prompt, without this node too. An embedding "
+                    "that SA-Inject did not write is never replaced.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -38,26 +41,38 @@ class LoadSAInjectAdapter(io.ComfyNode):
                     tooltip="The CLIP of the base model. The one that comes out reads the adapter's placeholder word "
                     "in any CLIP Text Encode; the one that goes in stays as it is.",
                 ),
+                io.String.Input(
+                    "placeholder_token",
+                    default="",
+                    optional=True,
+                    tooltip="Another word for the subject, for two adapters that were trained with the same one. It "
+                    "must be a made-up word. Left empty, it is the word that the adapter was trained with.",
+                ),
             ],
             outputs=[
                 SA_INJECT_ADAPTER.Output(display_name="adapter"),
                 io.Clip.Output(display_name="clip"),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name, **kwargs) -> str:
-        try:
-            content = adapter_path(adapter_name).read_bytes()
-        except FileNotFoundError:
-            return "missing"
-        # A file's time is too coarse: two saves in quick succession may share it.
-        return hashlib.sha256(content).hexdigest()
+    def fingerprint_inputs(cls, adapter_name=None, write_embedding=False, **kwargs) -> str:
+        """Inputs that come from another node are None, or missing."""
+        deleted = 0 if write_embedding is False or adapter_name is None else times_deleted(adapter_name)
+        return f"{adapter_fingerprint(adapter_name)} {deleted}"
 
     @classmethod
-    def execute(cls, adapter_name, write_embedding=False, clip=None) -> io.NodeOutput:
+    def execute(cls, adapter_name, write_embedding=False, clip=None, placeholder_token="") -> io.NodeOutput:
         adapter = read_adapter(adapter_name)
+        if word := placeholder_token.strip():
+            check_placeholder(clip, word)
+            adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, placeholder=word))
         if write_embedding:
-            save_embedding(adapter)
-        taught = None if clip is None else clip_with_token(clip, adapter.info.placeholder, adapter.tokens)
-        return io.NodeOutput(adapter, taught)
+            save_embedding(adapter, adapter_name)
+        if clip is None:
+            return io.NodeOutput(adapter, None)
+        warning = warn_of_taken_word(clip, adapter.info.placeholder, adapter.tokens)
+        if warning is not None:
+            show_on_node(warning, cls.hidden.unique_id)
+        return io.NodeOutput(adapter, clip_with_token(clip, adapter.info.placeholder, adapter.tokens))

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..core.adapter import REFERENCE_MODES
 from ..core.image_prompt import ImagePrompt, Picture
 from ..trainer.config import TrainConfig
+from .host.adapter_index import warn_of_adapters_with
 from .host.files import adapter_folder, new_adapter_path, save_trained
 from .host.images import SNAP, encode_picture, fit_picture, masks_of, pictures_of, to_comfy
 from .host.preview import draw_previews
@@ -230,6 +231,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
             reference_mode=chosen["reference_mode"],
             seed=chosen["seed"],
         )
+        warn_of_adapters_with(subject.placeholder)
         progress = TrainingProgress(config.steps, cls.hidden.unique_id)
         adapter, losses = train_adapter(
             model,

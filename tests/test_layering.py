@@ -11,13 +11,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TENSORS = {"torch", "safetensors", "peft", "einops"}
 HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "node_helpers", "server"}
+CONFIGURATION = {"yaml"}  # the host's own list of model folders
 PICTURES = {"numpy", "PIL"}  # the host's own currency for previews and files
 
 # folder: (layers of the pack it may import, third-party modules it may import); the standard library is free
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"core"}, TENSORS),
     "trainer": ({"core", "trainer"}, TENSORS),
-    "nodes/host": ({"core", "trainer", "nodes/host"}, TENSORS | PICTURES | HOST),
+    "nodes/host": ({"core", "trainer", "nodes/host"}, TENSORS | PICTURES | CONFIGURATION | HOST),
     "nodes": ({"core", "trainer", "nodes/host", "nodes"}, TENSORS | {"comfy_api"}),
 }
 FILES = sorted(path.relative_to(ROOT).as_posix() for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-import torch
 from comfy.cli_args import args as host_arguments
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...core.adapter import Adapter
 from ...core.adapter_file import load_adapter, save_adapter
-from ...core.whole_file import whole_file
+from .extra_paths import default_model_paths
 from .images import center_crop, resized, to_comfy
 
 log = logging.getLogger(__name__)
@@ -38,8 +36,10 @@ MODELSPEC_ARCHITECTURES = {
 
 
 def register_folder() -> None:
-    """Tell ComfyUI about `models/sa_inject`; paths that a user configured for that name stay."""
+    """Tell ComfyUI about `models/sa_inject`. New adapters go there, unless the user made another folder the default."""
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER), is_default=True)
+    for path in default_model_paths(FOLDER):
+        folder_paths.add_model_folder_path(FOLDER, path, is_default=True)
     folder_paths.folder_names_and_paths[FOLDER][1].add(EXTENSION)  # a new name has none, which would list every file
 
 
@@ -93,14 +93,6 @@ def save_trained(
         return str(error)
     log.info("Saved adapter %s (%.1f MB).", path, path.stat().st_size / 1e6)
     return None
-
-
-def save_embedding(adapter: Adapter) -> Path:
-    """Write the learned word to ComfyUI's embeddings folder, for `embedding:name` in any prompt."""
-    path = Path(folder_paths.get_folder_paths("embeddings")[0]) / f"{adapter.name}{EXTENSION}"
-    with whole_file(path) as temporary:
-        save_file({k: v.detach().to("cpu", torch.float32).contiguous() for k, v in adapter.tokens.items()}, temporary)
-    return path
 
 
 def _metadata(

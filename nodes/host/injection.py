@@ -12,7 +12,7 @@ from ...core.adapter import Adapter
 from ...core.image_prompt import ImagePrompt
 from .progress import show_on_node
 from .sampling_run import Injection, Rows
-from .unet import describe, pooled_width
+from .unet import describe, pooled_width, prediction_type
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def injection_for(
     comes from another kind of VAE.
     """
     description = describe(model)
-    adapter.check_fits(*description)
+    adapter.check_fits(*description, prediction_type(model))
     _check_latents(model, image_prompt)
     _check_texts(model, image_prompt)
     mask = None if area is None else _one_mask(area)

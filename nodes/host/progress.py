@@ -1,4 +1,4 @@
-"""What the user sees of a training run while it lasts."""
+"""What the user sees on a node while it runs."""
 
 from __future__ import annotations
 

@@ -138,7 +138,20 @@ def finder(clip: Any, placeholder: str) -> Callable[[str], bool]:
     return lambda text: bool(find_words(text, [placeholder], partial(_is_embedding, clip.tokenizer)))
 
 
-def check_placeholder(clip: Any, placeholder: str) -> None:
+def warn_of_taken_word(clip: Any, placeholder: str, vectors: Mapping[str, Tensor]) -> str | None:
+    """Say so, in the log and as what is returned, when the CLIP reads the word as another adapter's."""
+    known = getattr(clip.tokenizer, "_words", {}).get(folded(placeholder))
+    if known is None or (known.keys() == vectors.keys() and all(torch.equal(known[k], vectors[k]) for k in known)):
+        return None
+    warning = (
+        f"This CLIP already reads '{placeholder}' as another adapter's word, which is replaced. Give this one another "
+        "word in placeholder_token to have both."
+    )
+    log.warning("SA-Inject: %s", warning)
+    return warning
+
+
+def check_placeholder(clip: Any | None, placeholder: str) -> None:
     """Refuse a word that cannot be learned safely, or not be found in a prompt. Raises ValueError with one that can."""
     spelling = folded(placeholder)
     what_to_use = (
@@ -147,7 +160,7 @@ def check_placeholder(clip: Any, placeholder: str) -> None:
     )
     if not spelling or _breaks_the_prompt(spelling) or _breaks_the_prompt(placeholder):
         raise ValueError(what_to_use)
-    for name, tokenizer in encoder_tokenizers(clip).items():
+    for name, tokenizer in (encoder_tokenizers(clip) if clip is not None else {}).items():
         if 1 in (len(_token_ids(tokenizer, placeholder)), len(_token_ids(tokenizer, spelling))):
             raise ValueError(
                 f"The placeholder token '{placeholder}' is an ordinary word of the text encoder's vocabulary "

@@ -32,7 +32,7 @@ from .trainable import (
     training_mode,
 )
 from .training_set import Subject, training_set, without_inference_tensors
-from .unet import UnetDescription, compute_dtype, describe
+from .unet import UnetDescription, compute_dtype, describe, prediction_type
 from .unfinished import Unfinished
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def train_adapter(
             _take_steps(training, config.steps, unfinished, on_step)
             with torch.no_grad():
                 text = denoiser.encode([subject.class_word])
-                adapter = _finished(name, description, subject, config, lora, tokens, text, base)
+                adapter = _finished(name, description, subject, config, lora, tokens, text, patcher)
             unfinished.finish()
     finally:
         if PRECISIONS[precision] is not None:
@@ -182,7 +182,7 @@ def _finished(
     lora: SelfAttentionLoRA,
     tokens: dict[str, nn.Parameter],
     text: ReferenceText,
-    base: Any,
+    patcher: Any,
 ) -> Adapter:
     def rounded(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", FILE_DTYPE).float()
@@ -206,7 +206,7 @@ def _finished(
                 **settings,
                 "resolution": subject.resolution,
                 "pictures": len(subject.pictures),
-                "prediction_type": base.model_type.name.lower(),
+                "prediction_type": prediction_type(patcher),
             },
         ),
         lora=lora,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import comfy.model_sampling as model_sampling
 import torch
 from comfy.ldm.modules.attention import SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -18,6 +19,15 @@ from ...core.layers import SelfAttentionLayer, self_attention_layers
 # from them.
 CLEAN_READ_AT = 0.25
 FAMILIES: dict[int, str] = {768: "SD1.x", 1024: "SD2.x", 1280: "SDXL refiner", 2048: "SDXL"}  # by width of the text
+
+# The more special first: most are derived from eps.
+PREDICTIONS: dict[str, type] = {
+    "edm": model_sampling.EDM,
+    "v_prediction": model_sampling.V_PREDICTION,
+    "x0": model_sampling.X0,
+    "eps": model_sampling.EPS,
+    "flow": model_sampling.CONST,
+}
 
 
 class UnetDescription(NamedTuple):
@@ -51,6 +61,15 @@ def describe(model: Any) -> UnetDescription:
         raise ValueError(f"The connected {type(base).__name__} model has no self-attention layer to inject into.")
     width = base.model_config.unet_config.get("context_dim")
     return UnetDescription(FAMILIES.get(width, type(base).__name__), layers)
+
+
+def prediction_type(model: Any) -> str:
+    """What the network of a ModelPatcher predicts, as the sampler takes it: a node like ModelSamplingDiscrete counts.
+
+    Models for few steps, such as LCM, are of the kind that they were made from.
+    """
+    sampling = model.get_model_object("model_sampling")
+    return next((name for name, kind in PREDICTIONS.items() if isinstance(sampling, kind)), type(sampling).__name__)
 
 
 def pooled_width(base: Any) -> int | None:

@@ -38,5 +38,27 @@ def test_layer_of_another_width_is_refused():
         adapter.check_fits("SD1.x", [*others, last._replace(inner_dim=last.inner_dim + 1)])
 
 
+@pytest.mark.parametrize(
+    ("trained", "connected", "fits"),
+    [
+        ("eps", "eps", True),
+        ("v_prediction", "eps", False),
+        ("eps", "edm", False),
+        (None, "v_prediction", True),
+        ("eps", None, True),
+        (["eps"], "v_prediction", True),
+        ("of a later version", "eps", True),
+    ],
+)
+def test_model_that_predicts_something_else_is_refused_where_both_are_known(trained, connected, fits):
+    adapter = random_adapter("my cat")
+    adapter.info.training["prediction_type"] = trained
+    if fits:
+        adapter.check_fits("SD1.x", adapter.info.layers, connected)
+    else:
+        with pytest.raises(AdapterMismatch, match=rf"cat'.*predicts {trained}, .* SD1\.x model predicts {connected}"):
+            adapter.check_fits("SD1.x", adapter.info.layers, connected)
+
+
 def test_reference_modes_are_the_two_of_the_method():
     assert REFERENCE_MODES == ("clean", "matched")

@@ -30,12 +30,12 @@ def encode(comfy_host):
 @pytest.fixture(scope="module")
 def write_embedding(load_checkpoint, pack_nodes):
     """`write_embedding(name, tokens)` as the Load node writes it."""
-    from sa_inject.nodes.host.files import save_embedding
+    from sa_inject.nodes.host.embeddings import save_embedding
 
     adapter = make_adapter(load_checkpoint("sd15")[0])
 
     def write(name: str, tokens: dict[str, Tensor]) -> None:
-        save_embedding(dataclasses.replace(adapter, name=name, tokens=tokens))
+        save_embedding(dataclasses.replace(adapter, tokens=tokens), name)
 
     return write
 

@@ -1,0 +1,97 @@
+"""What the adapter folder holds, known from the headers of its files, which are read again only after a change."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from pathlib import Path
+
+from ...core.adapter_file import adapter_metadata
+from .files import adapter_names, adapter_path
+from .words import folded
+
+log = logging.getLogger(__name__)
+
+# A file system's clock may tick every two seconds. A file that is older by more when it is read cannot change without
+# its time changing too.
+SETTLED = 5.0
+CHUNK = 2**20
+NAMED = 3  # adapters in a warning
+
+State = tuple[int, ...]
+_contents: dict[Path, tuple[State, str]] = {}
+_words: dict[Path, tuple[State, str | None]] = {}
+
+
+def adapter_fingerprint(name: str | None) -> str:
+    """Changes with what the file holds. None, for a name that is not known yet: with any file of the folder.
+
+    A file that is no adapter is never read past its header.
+    """
+    if name is None:
+        states = [(name, _state_of(name)) for name in adapter_names()]
+        return hashlib.sha256(repr(states).encode()).hexdigest()
+    try:
+        path = adapter_path(name)
+        return _content(path, _state(path))
+    except FileNotFoundError:
+        return "missing"
+
+
+def adapters_with_word(word: str) -> list[str]:
+    """The adapters in the folder that answer to the word, in any spelling that a prompt would find."""
+    return [name for name in adapter_names() if (known := _word_of(name)) and folded(known) == folded(word)]
+
+
+def warn_of_adapters_with(word: str) -> None:
+    names = adapters_with_word(word)
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        log.warning(
+            "The word '%s' is already that of %s%s. In one prompt it can mean only one subject: choose another "
+            "placeholder_token, or give Load SA-Inject Adapter another word for one of them.",
+            word,
+            ", ".join(names[:NAMED]),
+            more,
+        )
+
+
+def _content(path: Path, state: State) -> str:
+    known = _contents.get(path)
+    if known is not None and known[0] == state:
+        return known[1]
+    if adapter_metadata(path) is None:
+        return repr(state)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    if _state(path) == state and time.time() - path.stat().st_mtime > SETTLED:
+        _contents[path] = state, digest.hexdigest()
+    return digest.hexdigest()
+
+
+def _word_of(name: str) -> str | None:
+    try:
+        path = adapter_path(name)
+        state = _state(path)
+        known = _words.get(path)
+        if known is None or known[0] != state:
+            known = _words[path] = state, (adapter_metadata(path) or {}).get("placeholder")
+        return known[1]
+    except OSError:  # gone, or not ours to read
+        return None
+
+
+def _state_of(name: str) -> State | None:
+    try:
+        return _state(adapter_path(name))
+    except OSError:
+        return None
+
+
+def _state(path: Path) -> State:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -1,0 +1,94 @@
+"""The learned word as an embedding file of the host, for `embedding:name` in any prompt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import folder_paths
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...core.adapter import Adapter
+from ...core.whole_file import whole_file
+
+FORMAT = "sa_inject_embedding"
+EXTENSION = ".safetensors"
+HOST_LOOKS_FOR = ("", ".safetensors", ".pt", ".bin")
+
+_written: set[Path] = set()  # by this process
+_deletions: dict[Path, int] = {}
+
+
+def save_embedding(adapter: Adapter, name: str) -> Path:
+    """Write the learned word to ComfyUI's embeddings folder as `name`, which may lie in a sub-folder.
+
+    Raises ValueError where `embedding:name` is an embedding that is not ours: it keeps its meaning.
+    """
+    path = embedding_path(name)
+    tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in adapter.tokens.items()}
+    for other in _files_under(name):
+        if other != path or not (_is_ours(other) or _holds(other, tensors)):
+            raise ValueError(
+                f"The embedding was not written: {other} is there already, and SA-Inject did not write it. Move that "
+                "file, rename the adapter, or switch write_embedding off."
+            )
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": FORMAT})
+    _written.add(path)
+    return path
+
+
+def embedding_path(name: str) -> Path:
+    """Where an adapter's word goes: under the name that the adapter has in its own folder, sub-folder included."""
+    return Path(folder_paths.get_folder_paths("embeddings")[0]) / f"{_inside(name)}{EXTENSION}"
+
+
+def times_deleted(name: str) -> int:
+    """How often a file that this process wrote was found to be gone. It is to be written again then."""
+    path = embedding_path(name)
+    if path in _written and not path.exists():
+        _written.remove(path)
+        _deletions[path] = _deletions.get(path, 0) + 1
+    return _deletions.get(path, 0)
+
+
+def _inside(name: str) -> str:
+    """`toys/robot.safetensors` -> `toys/robot`, and never out of the folder, as the host resolves names."""
+    relative = os.path.relpath(os.path.join("/", name.replace("\\", "/").lstrip("/")), "/")
+    return relative.removesuffix(EXTENSION)
+
+
+def _files_under(name: str) -> Iterator[Path]:
+    """Every file that `embedding:name` could mean to the host."""
+    for folder in folder_paths.get_folder_paths("embeddings"):
+        for extension in HOST_LOOKS_FOR:
+            path = Path(folder) / f"{_inside(name)}{extension}"
+            if path.is_file():
+                yield path
+
+
+def _is_ours(path: Path) -> bool:
+    return _metadata(path).get("format") == FORMAT
+
+
+def _holds(path: Path, tensors: dict[str, Tensor]) -> bool:
+    """Whether the file is this very word, as versions wrote it that left no mark."""
+    if path.suffix != EXTENSION or path.stat().st_size > 2**24:
+        return False
+    try:
+        found = load_file(path)
+    except SafetensorError:
+        return False
+    return found.keys() == tensors.keys() and all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
