@@ -26,8 +26,13 @@ class Step(NamedTuple):
     loss: float
 
 
+# Batches in a row whose scaled gradients overflow before it is called more than a scale that has to be found: halved so
+# often, the first scale of 65536 is far below 1.
+OVERFLOWS_IN_A_ROW = 24
+
+
 class Diverged(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss, or every gradient, is no longer a number."""
 
 
 class Training(Iterator[Step]):
@@ -51,6 +56,7 @@ class Training(Iterator[Step]):
         """`reference_caption` is what the reference pass reads: without the learned word, so that it is encoded only
         once."""
         self.losses: list[float] = []  # of every step that is done
+        self.overflows = 0  # batches that gave no step, for their gradients overflowed in float16
         self._denoiser = denoiser
         self._lora = lora
         self._config = config
@@ -75,36 +81,54 @@ class Training(Iterator[Step]):
             ]
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.loss_scaling)
+        self._scale = self._scaler.state_dict()  # as the last whole step left it
 
     def __next__(self) -> Step:
-        """Take a step. Raises Diverged at the first loss that is not finite, and has not taken the step then."""
-        config = self._config
-        if len(self.losses) >= config.steps:
+        """Take a step. Raises Diverged at the first loss that is not finite, and has not taken the step then.
+
+        A batch whose scaled gradients overflow is no step: the next one is tried, at a lower scale.
+        """
+        if len(self.losses) >= self._config.steps:
             raise StopIteration
         number = len(self.losses) + 1
-        loss = sum(self._backward() for _ in range(config.accumulation))
-        if not math.isfinite(loss):
+        for _ in range(OVERFLOWS_IN_A_ROW):
+            loss = sum(self._backward() for _ in range(self._config.accumulation))
+            if not math.isfinite(loss):
+                raise Diverged(
+                    f"The loss became {loss} at step {number}. Lower the learning rates, or choose a wider precision."
+                )
+            if self._optimize(number):
+                break
+            self.overflows += 1
+        else:
             raise Diverged(
-                f"The loss became {loss} at step {number}. Lower the learning rates, or choose a wider precision."
+                f"At step {number} the gradients of {OVERFLOWS_IN_A_ROW} batches in a row were no numbers in float16, "
+                "so nothing can be learned. Choose the precision bf16 or fp32."
             )
-        if any(parameter.grad is not None for parameter in self._trainables):
-            self._optimize(number)
         self.losses.append(loss)
         if self._average is not None:
             self._average.update_parameters(self._trainables)
-        self._chance = self._chance_now()
+        self._chance, self._scale = self._chance_now(), self._scaler.state_dict()
         return Step(number, loss)
 
-    def _optimize(self, number: int) -> None:
-        """Change what learns by its gradients, and drop those. Raises Diverged, and changes nothing then."""
+    def _optimize(self, number: int) -> bool:
+        """Change what learns by its gradients, and drop those. -> whether they were numbers
+
+        Raises Diverged, and changes nothing then, where they are none though nothing scales them.
+        """
         config = self._config
+        if all(parameter.grad is None for parameter in self._trainables):
+            return True  # a word alone that does not learn
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._trainables, config.max_gradient_norm)
-        if not config.loss_scaling and not torch.isfinite(norm):
+        is_finite = bool(torch.isfinite(norm))
+        if not (is_finite or config.loss_scaling):
             raise Diverged(f"The gradient became {norm.item()} at step {number}. Lower the learning rates.")
-        self._scaler.step(self._optimizer)
+        if is_finite:
+            self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
+        return is_finite
 
     def settle(self) -> None:
         """Let the trainables be their average over the steps, where one is kept."""
@@ -120,7 +144,7 @@ class Training(Iterator[Step]):
             "trainables": self._trainables.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            "scaler": self._scale,
             "generator": random,
             "waiting": list(waiting),
         }
@@ -132,6 +156,7 @@ class Training(Iterator[Step]):
             self._average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
+        self._scale = state["scaler"]
         self._generator.set_state(state["generator"])
         self._pairs.waiting = list(state["waiting"])
         self.losses = list(state["losses"])

@@ -44,6 +44,12 @@ class ComfyDenoiser:
     def encode(self, captions: Sequence[str]) -> ReferenceText:
         different = list(dict.fromkeys(captions))
         cross_attn, pooled = encode_text(self._clip, different)
+        if not cross_attn.isfinite().all():
+            raise ValueError(
+                f"The text encoder's result for '{different[0]}' is not a number (NaN), so nothing can be learned. "
+                "Connect a CLIP whose file is whole, such as the base model's own, or start ComfyUI with "
+                "--fp32-text-enc."
+            )
         if len(different) < len(captions):
             rows = [different.index(caption) for caption in captions]
             cross_attn, pooled = cross_attn[rows], None if pooled is None else pooled[rows]

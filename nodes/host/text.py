@@ -228,9 +228,11 @@ def _encode_batch(clip: Any, tokens: Sequence[Mapping[str, list]]) -> ReferenceT
         return ReferenceText(cross_attn, pooled)
     per_text = len(next(iter(chunks.values()))) // rows
     firsts = [of_chunks[: rows * per_text : per_text].to(pooled) for of_chunks in pooled_of_chunks]  # one per encoder
-    return ReferenceText(
-        cross_attn, next(p for p in firsts if p.shape[1] == pooled.shape[1] and torch.equal(p[:1], pooled))
-    )
+    return ReferenceText(cross_attn, next(p for p in firsts if _same(p[:1], pooled)))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,8 @@ def train_adapter(
             patcher.model.model_lowvram = True
             patcher.unpatch_model(patcher.offload_device)
         model_management.soft_empty_cache()
+    if training.overflows:
+        log.info("%d batches overflowed in float16 and were left out.", training.overflows)
     losses = training.losses
     log.info("Trained adapter '%s': %d steps, final loss %.4f.", name, len(losses), losses[-1])
     return adapter, losses

@@ -424,6 +424,31 @@ def test_precision_is_the_trainings_alone(sd15, before, trained, run, evidence, 
     assert_unchanged(evidence(sd15), before)
 
 
+def test_fp16_whose_gradients_are_never_numbers_is_no_success(
+    sd15, before, run, evidence, comfy_host, kept, monkeypatch
+):
+    monkeypatch.setattr("sa_inject.trainer.loop.OVERFLOWS_IN_A_ROW", 4)  # each takes as long as a step
+    adapters = set((comfy_host.base / "models/sa_inject").rglob("*.safetensors"))
+    output = sd15.model.model.diffusion_model.out
+    handle = output.register_full_backward_hook(lambda module, inputs, outputs: tuple(x * torch.nan for x in inputs))
+    with pytest.raises(RuntimeError, match="4 batches in a row were no numbers in float16.*precision bf16 or fp32"):
+        run(sd15, steps=30, precision="fp16")
+    handle.remove()
+    assert set((comfy_host.base / "models/sa_inject").rglob("*.safetensors")) == adapters and kept() == []
+    assert_unchanged(evidence(sd15), before)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_text_encoder_that_gives_no_numbers_is_named(load_checkpoint, run, batch_size):
+    checkpoint = Checkpoint(*load_checkpoint("sd15"))
+    with torch.inference_mode():  # as memory that no file has filled may be
+        layers = checkpoint.clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers
+        layers[1].mlp.fc1.weight.fill_(torch.nan)
+    captions = ["sainj toy", "a sainj toy", "sainj"]
+    with pytest.raises(ValueError, match="text encoder's result for '.*' is not a number.*--fp32-text-enc"):
+        run(checkpoint, batch_size=batch_size, captions=captions)
+
+
 def test_users_lora_counts_and_stays(sd15, before, trained, run, evidence, comfy_host):
     path = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_v"
     lora = {"lora_up.weight": torch.ones(320, 2), "lora_down.weight": torch.ones(2, 320)}

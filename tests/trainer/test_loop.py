@@ -587,15 +587,71 @@ def test_loss_scaling_changes_nothing_in_float32():
     assert losses(scaled, pictures(), steps=3, batch_size=2, loss_scaling=True) == pytest.approx(expected, rel=1e-5)
 
 
-def test_scaled_gradient_that_overflows_skips_a_step_and_goes_on():
-    subject = fresh_subject()
+def overflowing(factors: Sequence[float]) -> Subject:
+    """A subject whose gradients are multiplied by these, one batch after the other."""
+    subject, remaining = fresh_subject(Recording), iter(factors)
+    subject.tokens[0].register_hook(lambda gradient: gradient * next(remaining))
+    return subject
+
+
+@pytest.mark.parametrize("broken", [torch.inf, torch.nan])
+def test_scaled_gradient_that_overflows_is_no_step(broken):
+    """Neither of the count, nor of the losses, nor of the average."""
+    subject = overflowing([broken, 1.0, broken, broken, 1.0, 1.0])
+    training = run(subject, pictures(), steps=3, loss_scaling=True, averaging=0.0)
+    seen, steps = [], []
+    for step in training:
+        steps.append(step)
+        seen.append(values(subject))
+    assert [step.number for step in steps] == [1, 2, 3]
+    assert training.losses == [step.loss for step in steps]
+    assert training.overflows == 3 and len(subject.denoiser.noised) == 6
+    assert all(not torch.equal(a["token"], b["token"]) for a, b in itertools.pairwise(seen))
+    training.settle()
+    for name, tensor in values(subject).items():
+        assert torch.allclose(tensor, sum(then[name] for then in seen) / 3, rtol=1e-5, atol=1e-7), name
+
+
+def test_gradients_that_go_on_overflowing_end_the_run_and_spare_the_adapter():
+    subject = overflowing([1.0, *[torch.nan] * 1000])
+    training = run(subject, pictures(), steps=30, loss_scaling=True)
+    next(training)
     before = values(subject)
-    factors = iter([torch.inf, 1.0])
-    subject.tokens[0].register_hook(lambda gradient: gradient * next(factors))
-    steps = run(subject, pictures(), steps=2, loss_scaling=True)
-    next(steps)
+    message = (
+        r"step 2 the gradients of \d+ batches in a row were no numbers in float16.*Choose the precision bf16 or fp32"
+    )
+    with pytest.raises(Diverged, match=message):
+        next(training)
     assert all(torch.equal(tensor, before[name]) for name, tensor in values(subject).items())
-    next(steps)
-    after = values(subject)
-    assert all(bool(tensor.isfinite().all()) for tensor in after.values())
-    assert not torch.equal(after["token"], before["token"])
+    assert len(training.losses) == 1
+
+
+def test_first_scale_that_is_far_too_high_is_found_out():
+    subject = overflowing([*[torch.inf] * 16, 1.0])  # 65536 is 2 to the power of 16
+    assert len(losses(subject, pictures(), steps=1, loss_scaling=True)) == 1
+
+
+def test_run_that_is_stopped_between_overflows_goes_on_as_the_other_would():
+    factors = [1.0, torch.inf, torch.inf, 1.0, 1.0]
+    whole, stopped = overflowing(factors), overflowing([*factors[:2], 1.0])
+    undisturbed = run(whole, pictures(), steps=3, loss_scaling=True)
+    expected = [step.loss for step in undisturbed]
+    training = run(stopped, pictures(), steps=3, loss_scaling=True)
+    next(training)
+    denoise, calls = stopped.denoiser.denoise, []
+
+    def break_after_the_first(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise InterruptedError
+        return denoise(*args)
+
+    stopped.denoiser.denoise = break_after_the_first
+    with pytest.raises(InterruptedError):
+        next(training)
+    resumed = overflowing(factors[1:])
+    again = run(resumed, pictures(), steps=3, loss_scaling=True)
+    again.load_state_dict(training.state_dict())
+    assert [*training.losses, *(step.loss for step in again)] == expected
+    assert all(torch.equal(tensor, values(whole)[name]) for name, tensor in values(resumed).items())
+    assert again.state_dict()["scaler"] == undisturbed.state_dict()["scaler"]
