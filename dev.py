@@ -13,6 +13,7 @@ device that is put into `.venv` by hand is kept, as long as its version is the o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ import sys
 import textwrap
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -52,10 +53,16 @@ DEMO_MODELS = DEMO / "models"
 DEMO_CHECKPOINT = DEMO_MODELS / "checkpoints" / "sa-inject-demo.safetensors"
 
 SECONDS_BETWEEN_REPORTS = 15
+GRACE = 4.0  # seconds for a process to end; service managers wait ten before they end us without a word
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stop(Exception):
     """Ends the command with one sentence that says what is wrong and what to do."""
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal to this process alone, as from `kill` or a service manager. Ctrl-C goes to every process at once."""
 
 
 # The set-up
@@ -237,18 +244,70 @@ def run(command: list[str], host: Path | None = None, cwd: Path = ROOT) -> int:
 
 
 def wait(child: subprocess.Popen[bytes], timeout: float | None = None) -> int:
-    """Wait for the child and never leave it behind: Ctrl-C reaches it as well, a signal to us alone does not."""
+    """Wait for the child and never leave it behind, nor what it has started: a signal to us does not reach them."""
     try:
         return child.wait(timeout)
-    except KeyboardInterrupt:
-        for end in (lambda: None, child.terminate, child.kill):
-            end()
-            try:
-                child.wait(5)
-                break
-            except subprocess.TimeoutExpired:
-                continue
+    except KeyboardInterrupt as stop:
+        with deaf():
+            end(child, [child.pid, *descendants(child.pid)], told=not isinstance(stop, Terminated))
         raise
+
+
+def end(child: subprocess.Popen[bytes], family: list[int], told: bool) -> None:
+    """End the child and its descendants. told: Ctrl-C reached them all, and they may be ending by themselves."""
+    for number in [None, signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)][0 if told else 1 :]:
+        if number is not None:
+            for pid in family:
+                send(pid, number)
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline:
+            if child.poll() is not None and not any(is_running(pid) for pid in family):
+                return
+            time.sleep(0.05)
+
+
+def send(pid: int, number: int) -> None:
+    with contextlib.suppress(OSError):  # it has ended
+        os.kill(pid, number)
+
+
+def is_running(pid: int) -> bool:
+    if sys.platform == "win32":
+        return False  # where 0 would be a signal
+    try:
+        os.kill(pid, 0)
+        return True
+    except OSError:
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    """What the process has started, and what that has started; none where the system does not say."""
+    if Path("/proc/self/stat").exists():
+        pairs = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                pairs.append((int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[1])))
+    elif shutil.which("ps"):
+        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+        pairs = [(int(one), int(parent)) for one, parent in (line.split() for line in listed.splitlines())]
+    else:
+        return []
+    found = [pid]
+    for ancestor in found:  # grows while it is walked
+        found += [one for one, parent in pairs if parent == ancestor]
+    return found[1:]
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Let no second signal keep us from ending what we have started."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS if signal.getsignal(number)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def run_script(script: Path, arguments: list[str], host: Path) -> int:
@@ -349,7 +408,7 @@ COMMANDS = {"demo": demo, "test": test, "serve": serve, "bench": bench, "setup":
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 def main(argv: list[str]) -> int:
@@ -361,7 +420,9 @@ def main(argv: list[str]) -> int:
         print((__doc__ or "").strip(), file=sys.stdout if argv[:1] in (["-h"], ["--help"]) else sys.stderr)
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     sys.stdout.reconfigure(errors="replace")  # pip may print what a Windows console cannot
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in STOPS:
+        if signal.getsignal(number) == signal.SIG_DFL:  # not where nohup ignores it; Ctrl-C is Python's own
+            signal.signal(number, interrupt)
     try:
         return COMMANDS[argv[0]](argv[1:])
     except Stop as stop:

@@ -4,7 +4,10 @@ import hashlib
 import importlib.util
 import os
 import re
+import signal
+import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -218,3 +221,56 @@ def test_what_is_made_is_made_again_only_after_its_sources_changed(tmp_path):
     assert not dev.is_older(made, source.parent)
     os.utime(made, (0, 0))
     assert dev.is_older(made, source.parent)
+
+
+# Signals
+
+
+HOLD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("sa_inject_dev", {dev!r})
+dev = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(dev)
+dev.GRACE = 1.0
+dev.COMMANDS["hold"] = lambda arguments: dev.run([sys.executable, "-c", {child!r}])
+sys.exit(dev.main(["hold"]))
+"""
+CHILD = """
+import os, signal, subprocess, sys, time
+if {stubborn}:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(os.getpid(), server.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize(
+    "signals", [["SIGTERM"], ["SIGTERM", "SIGTERM"], ["SIGTERM", "SIGINT"], ["SIGHUP"], ["SIGINT"]]
+)
+@pytest.mark.parametrize("stubborn", [False, True], ids=["", "stubborn"])
+def test_a_signal_ends_what_was_started_and_what_that_has_started(signals, stubborn):
+    """`demo` starts a script that starts ComfyUI."""
+    code = HOLD.format(dev=str(ROOT / "dev.py"), child=CHILD.format(stubborn=stubborn))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        started = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(started) == 2 and all(map(is_running, started))
+        for name in signals:
+            process.send_signal(getattr(signal, name))
+            time.sleep(0.2)
+        try:
+            assert process.wait(timeout=15) == 130
+            assert not any(map(is_running, started))
+        finally:
+            process.kill()
+            for pid in filter(is_running, started):
+                os.kill(pid, signal.SIGKILL)
