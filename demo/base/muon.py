@@ -6,6 +6,8 @@ Scaled as in Liu et al., "Muon is scalable for LLM training" (2025), so that Ada
 import torch
 from torch import Tensor
 
+from .precision import fast_type
+
 COEFFICIENTS: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)  # Jordan's quintic Newton-Schulz iteration
 
 
@@ -17,7 +19,11 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
     x = x / (x.norm() + 1e-7)
-    x = _by_gram_matrix(x, iterations) if x.shape[1] >= LONG * x.shape[0] else _directly(x.bfloat16(), iterations)
+    x = (
+        _by_gram_matrix(x, iterations)
+        if x.shape[1] >= LONG * x.shape[0]
+        else _directly(x.to(fast_type(x.device.type)), iterations)
+    )
     return (x.T if is_tall else x).float()
 
 
@@ -39,7 +45,8 @@ def _by_gram_matrix(x: Tensor, iterations: int) -> Tensor:
         factor.diagonal().add_(a)
         total = factor @ total
         gram = factor @ gram @ factor
-    return total.bfloat16() @ x.bfloat16()
+    dtype = fast_type(x.device.type)
+    return total.to(dtype) @ x.to(dtype)
 
 
 class Muon(torch.optim.Optimizer):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .host import use_host
+from .precision import fast
 
 use_host("cuda" if torch.cuda.is_available() else "cpu")
 import comfy.sd1_clip  # noqa: E402
@@ -82,7 +83,7 @@ class CaptionEncoder:
         for start in range(0, len(missing), 64):
             chunk = missing[start : start + 64]
             tokens = [[token for token, _ in self._tokenizer.tokenize_with_weights(text)["l"][0]] for text in chunk]
-            with torch.autocast(self._device, torch.bfloat16):
+            with fast(self._device):
                 encoded = self._model(torch.tensor(tokens, device=self._device))[0]  # (b, 77, 768)
             self._remembered.update(zip(chunk, encoded.to(torch.bfloat16).unbind(), strict=True))
         return torch.stack([self._remembered[text] for text in captions])

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .host import use_host
+from .precision import fast, fast_type
 
 use_host("cuda" if torch.cuda.is_available() else "cpu")
 import comfy.model_sampling  # noqa: E402
@@ -62,8 +63,9 @@ def _attend(_, q: Tensor, k: Tensor, v: Tensor, heads: int, *__, **___) -> Tenso
 
 def predict_noise(unet: UNetModel, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:
     """noisy (b, 4, h, w) of unit variance, t (b,), context (b, 77, 768) -> (b, 4, h, w) in float32"""
-    with torch.autocast(noisy.device.type, torch.bfloat16):
+    with fast(noisy.device.type):
         options = {"optimized_attention_override": _attend}
+        context = context.to(fast_type(noisy.device.type))
         return unet(noisy, t, context=context, transformer_options=options).float()
 
 
