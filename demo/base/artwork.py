@@ -1,14 +1,18 @@
-"""The emoji artwork that the demo's scenes are composed of, fetched once through npm into the user's cache folder.
+"""The artwork that the demo's scenes are composed of: a table of objects for each world, and where drawings come from.
 
-Google's Noto drawings are Apache-2.0, Twitter's Twemoji are CC-BY 4.0; neither is kept in this repository.
+The small world's emoji are fetched through npm into the user's cache folder: Google's Noto drawings are Apache-2.0,
+Twitter's Twemoji are CC-BY 4.0. The large world's are in one file that `fetch_artwork.py` makes. No drawing is kept in
+this repository.
 """
 
 import csv
+import io
 import os
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import zipfile
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,16 +21,25 @@ from PIL import Image
 
 PACKAGE: str = "emoji-datasource-{vendor}"
 VERSION: str = "16.0.0"
-OBJECTS: Path = Path(__file__).with_name("objects.csv")
+SMALL, LARGE = "small", "large"  # worlds
+SHIPPED: str = SMALL  # the world that the shipped weights and judge have learned
+OBJECTS: dict[str, Path] = {
+    SMALL: Path(__file__).with_name("objects.csv"),
+    LARGE: Path(__file__).with_name("objects_large.csv"),
+}
+PACK: str = "drawings.zip"
 
 
 class Artwork(NamedTuple):
-    """One drawable object: the word captions use, its class, and where its drawing comes from."""
+    """One drawing: the word captions use for what it shows, that word's class, and where the drawing comes from.
+
+    In the large world several drawings may share a word: by other vendors, or of the same object from other sides.
+    """
 
     split: str  # "base" or "held_out"
     word: str
     class_word: str
-    vendor: str  # "google" (Noto) or "twitter" (Twemoji)
+    vendor: str  # "google" (Noto), "twitter" (Twemoji), "apple", "facebook", "tuxpaint" or "mesh"
     file: str
 
 
@@ -34,24 +47,30 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sa-inject"
 
 
+def cache_folder() -> Path:
+    """Where what the large world needs is kept: a folder of this tree that git ignores, or SA_INJECT_CACHE."""
+    return Path(os.environ.get("SA_INJECT_CACHE") or Path(__file__).parents[1] / "cache")
+
+
 @cache
-def catalogue() -> tuple[Artwork, ...]:
-    """Every object of the world, base objects first, in file order."""
-    with OBJECTS.open(newline="") as lines:
+def catalogue(world: str = SHIPPED) -> tuple[Artwork, ...]:
+    """Every drawing of the world, base objects first, in file order."""
+    with OBJECTS[world].open(newline="") as lines:
         rows = csv.reader(lines)
         next(rows)
         return tuple(Artwork(*row) for row in rows)
 
 
-def objects(split: str) -> tuple[Artwork, ...]:
-    return tuple(artwork for artwork in catalogue() if artwork.split == split)
+def objects(split: str, world: str = SHIPPED) -> tuple[Artwork, ...]:
+    return tuple(artwork for artwork in catalogue(world) if artwork.split == split)
 
 
-def find(word: str) -> Artwork:
-    for artwork in catalogue():
+def find(word: str, world: str = SHIPPED) -> Artwork:
+    """The first drawing of what is called so."""
+    for artwork in catalogue(world):
         if artwork.word == word:
             return artwork
-    raise ValueError(f"No object is called '{word}'; demo/base/objects.csv lists those there are.")
+    raise ValueError(f"No object is called '{word}'; demo/base/{OBJECTS[world].name} lists those there are.")
 
 
 def _fetch(vendor: str, folder: Path) -> Path:
@@ -76,7 +95,9 @@ def _drawings(vendor: str) -> Path:
     """Folder with the vendor's 64 px drawings of the catalogue's objects."""
     folder = user_cache() / "artwork"
     drawings = folder / f"{vendor}-{VERSION}"
-    missing = {f"{a.file}.png" for a in catalogue() if a.vendor == vendor and not (drawings / f"{a.file}.png").exists()}
+    missing = {
+        f"{a.file}.png" for a in catalogue(SMALL) if a.vendor == vendor and not (drawings / f"{a.file}.png").exists()
+    }
     if not missing:
         return drawings
     drawings.mkdir(parents=True, exist_ok=True)
@@ -91,7 +112,29 @@ def _drawings(vendor: str) -> Path:
 
 
 @cache
+def _packed(path: Path) -> dict[str, bytes]:
+    """The PNGs of the large world by name; none where the pack has not been made."""
+    if not path.exists():
+        return {}
+    with zipfile.ZipFile(path) as pack:
+        return {name: pack.read(name) for name in pack.namelist()}
+
+
+def packed_name(artwork: Artwork) -> str:
+    return f"{artwork.vendor}/{artwork.file}.png"
+
+
+@cache
 def drawing(artwork: Artwork) -> Image.Image:
     """The object's RGBA drawing, cropped to what is visible."""
+    packed = _packed(cache_folder() / PACK).get(packed_name(artwork))
+    if packed is not None:
+        return Image.open(io.BytesIO(packed)).convert("RGBA")
+    if artwork not in catalogue(SMALL):
+        raise FileNotFoundError(f"No drawing of '{artwork.word}' here. Run `python -m demo.base.fetch_artwork`.")
     image = Image.open(_drawings(artwork.vendor) / f"{artwork.file}.png").convert("RGBA")
+    return crop_to_visible(image)
+
+
+def crop_to_visible(image: Image.Image) -> Image.Image:
     return image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox())

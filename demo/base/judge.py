@@ -5,6 +5,8 @@ of all artwork, base and held-out, so it knows the subjects too. It takes no par
 
     python -m demo.base.judge train     learn identities anew (minutes), into demo/base/judge.safetensors
     python -m demo.base.judge check     agreement with the truth on real scenes that training never drew
+
+Either with `--world large` for the large world, whose judge is kept in the cache folder until it is shipped.
 """
 
 import argparse
@@ -21,9 +23,9 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .artwork import Artwork, catalogue
+from .artwork import LARGE, OBJECTS, SHIPPED, SMALL, Artwork, cache_folder, catalogue
 from .threads import FreeCores
-from .world import COLOURS, IMAGE_SIZE, PATTERNS, SIZES, Scene, background, box, random_scene, render
+from .world import COLOURS, IMAGE_SIZE, MEASURABLE, PATTERNS, SIZES, Scene, background, box, random_scene, render
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +38,10 @@ TOLERANCE: float = 80.0  # distance beyond which a pixel says nothing more again
 WIDTH: int = 128  # of an embedding
 TEMPERATURE: float = 0.07
 BATCH: int = 128
-STEPS: int = 600
+STEPS: dict[str, int] = {SMALL: 600, LARGE: 6000}
+KNOWN_PATTERNS: dict[str, tuple[str, ...]] = {SMALL: PATTERNS, LARGE: MEASURABLE}
 LEARNING_RATE: float = 3e-3
+SAVE_SECONDS: float = 180
 
 
 class Measured(NamedTuple):
@@ -60,22 +64,37 @@ class Verdict(NamedTuple):
     pattern: bool
 
 
+def weights_file(world: str) -> Path:
+    return WEIGHTS if world == SMALL else cache_folder() / f"judge_{world}.safetensors"
+
+
 @cache
-def _backgrounds() -> tuple[list[tuple[str, str]], np.ndarray]:
-    names = [(colour, pattern) for colour in COLOURS for pattern in PATTERNS]
+def things(world: str) -> tuple[Artwork, ...]:
+    """The first drawing of every word: what a picture is found to show is one of these."""
+    return tuple({artwork.word: artwork for artwork in reversed(catalogue(world))}.values())[::-1]
+
+
+@cache
+def _backgrounds(patterns: tuple[str, ...]) -> tuple[list[tuple[str, str]], np.ndarray]:
+    names = [(colour, pattern) for colour in COLOURS for pattern in patterns]
     return names, np.stack([background(*name) for name in names]).astype(np.float32)
 
 
-def measure(image: Image.Image) -> Measured:
-    """Background by template, then side and size from what differs from it."""
+def subject_mask(image: Image.Image, patterns: tuple[str, ...] = PATTERNS) -> tuple[str, str, np.ndarray]:
+    """Background by template: its colour and pattern, and where the picture differs from it, (h, w) bool."""
     pixels = np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE)), dtype=np.float32)
-    names, templates = _backgrounds()
+    names, templates = _backgrounds(patterns)
     coarse = np.sqrt(((templates[:, ::3, ::3] - pixels[::3, ::3]) ** 2).sum(-1))  # (templates, h/3, w/3)
     best = int(np.minimum(coarse, TOLERANCE).mean(axis=(1, 2)).argmin())
     colour, pattern = names[best]
     distance = np.sqrt(((templates[best] - pixels) ** 2).sum(-1))  # (h, w)
     found = Image.fromarray((distance > FOREGROUND_DISTANCE).astype(np.uint8) * 255)
-    found = np.asarray(found.filter(ImageFilter.MedianFilter(5))) > 0
+    return colour, pattern, np.asarray(found.filter(ImageFilter.MedianFilter(5))) > 0
+
+
+def measure(image: Image.Image, patterns: tuple[str, ...] = PATTERNS) -> Measured:
+    """Background by template, then side and size from what differs from it."""
+    colour, pattern, found = subject_mask(image, patterns)
     rows, columns = np.flatnonzero(found.sum(1) > 1), np.flatnonzero(found.sum(0) > 1)
     if not len(rows) or not len(columns):
         return Measured("small", "left", colour, pattern, (0, 0, IMAGE_SIZE, IMAGE_SIZE))
@@ -130,9 +149,9 @@ def _blurred(image: Image.Image, rng: np.random.RandomState) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _view(artwork: Artwork, rng: np.random.RandomState) -> Image.Image:
-    """The object in a scene of its own, cropped about as well as `measure` would."""
-    scene = random_scene(rng, (artwork,))
+def _view(artworks: tuple[Artwork, ...], patterns: tuple[str, ...], rng: np.random.RandomState) -> Image.Image:
+    """The object, in any of its drawings, in a scene of its own, cropped about as well as `measure` would."""
+    scene = random_scene(rng, artworks, patterns)
     found = tuple(int(edge) for edge in np.array(box(scene)) + rng.randint(-4, 5, size=4))
     return crop_to_object(_blurred(render(scene), rng), found)
 
@@ -142,20 +161,30 @@ def _to_input(images: list[Image.Image]) -> Tensor:
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_identity(path: Path, steps: int = STEPS) -> None:
-    """Contrast every view with one learned direction per object (normalised softmax, Zhai and Wu, 2019)."""
+def train_identity(path: Path, steps: int = STEPS[SMALL], world: str = SMALL) -> None:
+    """Contrast every view with one learned direction per object (normalised softmax, Zhai and Wu, 2019).
+
+    An interrupted run, kept beside `path`, goes on where it was.
+    """
     torch.manual_seed(SEED)
-    rng = np.random.RandomState(SEED)
-    artworks = catalogue()
+    artworks = [tuple(a for a in catalogue(world) if a.word == thing.word) for thing in things(world)]
     network = IdentityNetwork(len(artworks))
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    learning = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    kept, done = path.with_suffix(".part"), 0
+    if kept.exists():
+        state = torch.load(kept, weights_only=True)
+        done = state["step"]
+        for name, part in learning.items():
+            part.load_state_dict(state[name])
     cores = FreeCores()
-    started = time.monotonic()
-    for step in range(1, steps + 1):
+    started = saved = time.monotonic()
+    for step in range(done + 1, steps + 1):
         cores.adjust()
+        rng = np.random.RandomState(SEED * 1_000_003 + step)  # chance depends on the step alone
         chosen = rng.randint(len(artworks), size=BATCH)
-        embedded = network(_to_input([_view(artworks[i], rng) for i in chosen]))
+        embedded = network(_to_input([_view(artworks[i], KNOWN_PATTERNS[world], rng) for i in chosen]))
         cosine = embedded @ F.normalize(network.directions, dim=1).T  # (b, objects)
         loss = F.cross_entropy(cosine / TEMPERATURE, torch.from_numpy(chosen))
         optimizer.zero_grad()
@@ -164,52 +193,67 @@ def train_identity(path: Path, steps: int = STEPS) -> None:
         schedule.step()
         if step % 50 == 0:
             log.info("judge %d/%d loss %.3f, %.0f s", step, steps, loss.item(), time.monotonic() - started)
-    partial = path.with_suffix(".part")
-    save_file({name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}, partial)
-    partial.replace(path)
+        if time.monotonic() - saved > SAVE_SECONDS:
+            _save(kept, {"step": step} | {name: part.state_dict() for name, part in learning.items()})
+            saved = time.monotonic()
+    finished = path.with_suffix(".new")
+    save_file({name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}, finished)
+    finished.replace(path)
+    kept.unlink(missing_ok=True)
+
+
+def _save(path: Path, state: dict) -> None:
+    unfinished = path.with_suffix(".new")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
 
 
 class Judge:
-    def __init__(self, path: Path = WEIGHTS):
+    def __init__(self, path: Path | None = None, world: str = SHIPPED):
+        path = path or weights_file(world)
         if not path.exists():
-            raise FileNotFoundError(f"There is no {path.name}: run `python -m demo.base.judge train`.")
-        self._network = IdentityNetwork(len(catalogue()))
+            raise FileNotFoundError(f"There is no {path.name}: run `python -m demo.base.judge train --world {world}`.")
+        self._things, self._patterns = things(world), KNOWN_PATTERNS[world]
+        self._network = IdentityNetwork(len(self._things))
         self._network.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
         self._network.eval().requires_grad_(False)
+
+    def measure(self, image: Image.Image) -> Measured:
+        return measure(image, self._patterns)
 
     @torch.inference_mode()
     def embed(self, images: list[Image.Image], seen: list[Measured] | None = None) -> Tensor:
         """Identity of whatever stands out in each picture; `seen`, where it is known, is what `measure` says of them.
         -> (b, WIDTH) of length 1"""
-        seen = [measure(image) for image in images] if seen is None else seen
+        seen = [self.measure(image) for image in images] if seen is None else seen
         return self._network(_to_input([crop_to_object(image, s.box) for image, s in zip(images, seen, strict=True)]))
 
     def rank(self, images: list[Image.Image]) -> list[list[Artwork]]:
-        """All artwork for each picture, the likeliest first."""
+        """All things for each picture, the likeliest first."""
         return self.rank_embedded(self.embed(images))
 
     @torch.inference_mode()
     def rank_embedded(self, embedded: Tensor) -> list[list[Artwork]]:
         """The same for what `embed` found, (b, WIDTH)."""
         cosine = embedded @ F.normalize(self._network.directions, dim=1).T
-        return [[catalogue()[i] for i in order] for order in cosine.argsort(dim=1, descending=True).tolist()]
+        return [[self._things[i] for i in order] for order in cosine.argsort(dim=1, descending=True).tolist()]
 
     def verdicts(self, images: list[Image.Image], scenes: list[Scene]) -> list[Verdict]:
         """What each picture has right of the scene it should show."""
-        seen = [measure(image) for image in images]
+        seen = [self.measure(image) for image in images]
         ranked = self.rank_embedded(self.embed(images, seen))
         verdicts = []
         for measured, scene, (first, *_) in zip(seen, scenes, ranked, strict=True):
             factors = ("size", "side", "colour", "pattern")
             agreed = (getattr(measured, factor) == getattr(scene, factor) for factor in factors)
-            verdicts.append(Verdict(first == scene.artwork, *agreed))
+            verdicts.append(Verdict(first.word == scene.artwork.word, *agreed))
         return verdicts
 
 
-def check(judge: Judge, count: int = 1000) -> dict[str, float]:
+def check(judge: Judge, count: int = 1000, world: str = SHIPPED) -> dict[str, float]:
     """Share of real scenes, drawn from a seed of their own, where each judgement agrees with the truth."""
     rng = np.random.RandomState(SEED + 1)
-    scenes = [random_scene(rng, catalogue()) for _ in range(count)]
+    scenes = [random_scene(rng, catalogue(world), KNOWN_PATTERNS[world]) for _ in range(count)]
     verdicts = judge.verdicts([render(scene) for scene in scenes], scenes)
     return {factor: float(np.mean([getattr(v, factor) for v in verdicts])) for factor in Verdict._fields}
 
@@ -218,10 +262,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "check"))
-    command = parser.parse_args().command
-    if command == "train":
-        train_identity(WEIGHTS)
-    log.info("%s", check(Judge()))
+    parser.add_argument("--world", choices=tuple(OBJECTS), default=SHIPPED)
+    options = parser.parse_args()
+    world = options.world
+    if options.command == "train":
+        train_identity(weights_file(world), STEPS[world], world)
+    log.info("%s", check(Judge(world=world), world=world))
 
 
 if __name__ == "__main__":

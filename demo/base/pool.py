@@ -7,14 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from .artwork import LARGE, SMALL
 from .autoencoder import encode, load_autoencoder
 from .threads import FreeCores
-from .world import WORDINGS, caption, random_scene, render
+from .world import WORDINGS, caption, random_large_scene, random_scene, render
 
 log = logging.getLogger(__name__)
 
+CHUNK: int = 16
 CLASS_WORD_SHARE: float = 0.1  # of captions say "animal" for "fox", so that class words mean something to the base
 
 
@@ -23,24 +27,51 @@ class Pool(NamedTuple):
     captions: list[str]
 
 
-def make_pool(path: Path, autoencoder: Path, *, image_size: int, count: int, seed: int, device: str) -> Pool:
+class Scenes(Dataset):
+    """Pictures of base objects with captions, in chunks that are decided by the seed and their place alone."""
+
+    def __init__(self, count: int, image_size: int, seed: int, world: str):
+        self._count, self._image_size, self._seed, self._world = count, image_size, seed, world
+
+    def __len__(self) -> int:
+        return -(-self._count // CHUNK)
+
+    def __getitem__(self, chunk: int) -> tuple[list[Image.Image], list[str]]:
+        rng = np.random.RandomState((self._seed + 7919 * chunk) % 2**32)
+        draw = random_large_scene if self._world == LARGE else random_scene
+        scenes = [draw(rng) for _ in range(min(CHUNK, self._count - CHUNK * chunk))]
+        captions = []
+        for scene in scenes:
+            word = scene.artwork.class_word if rng.rand() < CLASS_WORD_SHARE else None
+            captions.append(caption(scene, rng.randint(len(WORDINGS)), word))
+        return [render(scene, self._image_size) for scene in scenes], captions
+
+
+def make_pool(
+    path: Path,
+    autoencoder: Path,
+    *,
+    image_size: int,
+    count: int,
+    seed: int,
+    device: str,
+    world: str = SMALL,
+    workers: int = 0,
+) -> Pool:
     """The pool kept at `path`, made first if it is not there."""
     if path.exists():
         return Pool(*torch.load(path, weights_only=True))
     model = load_autoencoder(autoencoder, device)
-    rng = np.random.RandomState(seed)
+    chunks = DataLoader(Scenes(count, image_size, seed, world), batch_size=None, num_workers=workers)
     cores = FreeCores()
     latents: list[Tensor] = []
     captions: list[str] = []
-    for start in range(0, count, 16):
+    for pictures, said in chunks:
         cores.adjust()
-        scenes = [random_scene(rng) for _ in range(min(16, count - start))]
-        latents.append(encode(model, [render(scene, image_size) for scene in scenes], device).half())
-        for scene in scenes:
-            word = scene.artwork.class_word if rng.rand() < CLASS_WORD_SHARE else None
-            captions.append(caption(scene, rng.randint(len(WORDINGS)), word))
-        if start % 1024 == 0:
-            log.info("pool %d px %d/%d", image_size, start, count)
+        latents.append(encode(model, pictures, device).half())
+        captions += said
+        if len(captions) % (64 * CHUNK) == 0:
+            log.info("pool %d px %d/%d", image_size, len(captions), count)
     pool = Pool(torch.cat(latents), captions)
     partial = path.with_suffix(".part")
     torch.save(tuple(pool), partial)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .artwork import OBJECTS, SMALL
 from .autoencoder import decode, load_autoencoder, new_autoencoder
-from .judge import Judge, Verdict
+from .judge import KNOWN_PATTERNS, Judge, Verdict, things
 from .text_encoder import CaptionEncoder
 from .threads import FreeCores
 from .unet import new_unet, sample
@@ -27,10 +28,11 @@ SEED: int = 99
 BATCH: int = 16
 
 
-def random_captions(count: int) -> tuple[list[Scene], list[str]]:
+def random_captions(count: int, world: str = SMALL) -> tuple[list[Scene], list[str]]:
     """Scenes of base objects, and what they are asked for with; training drew from other seeds."""
     rng = np.random.RandomState(SEED)
-    scenes = [random_scene(rng) for _ in range(count)]
+    base = tuple(thing for thing in things(world) if thing.split == "base")
+    scenes = [random_scene(rng, base, KNOWN_PATTERNS[world]) for _ in range(count)]
     return scenes, [caption(scene, rng.randint(len(WORDINGS))) for scene in scenes]
 
 
@@ -69,17 +71,18 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--world", choices=tuple(OBJECTS), default=SMALL)
     parser.add_argument("--state", type=Path, help="folder of a training run")
     parser.add_argument("--pictures", type=Path, help="write the first 64 here as one PNG")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scenes, captions = random_captions(options.count)
+    scenes, captions = random_captions(options.count, options.world)
     images = draw(options.state, captions, options.steps, options.guidance, device)
     if options.pictures:
         from .train import save_grid
 
         save_grid(images[:64], options.pictures)
-    verdicts = Judge().verdicts(images, scenes)
+    verdicts = Judge(world=options.world).verdicts(images, scenes)
     shares = {factor: round(float(np.mean([getattr(v, factor) for v in verdicts])), 4) for factor in Verdict._fields}
     shares["all"] = round(float(np.mean([all(v) for v in verdicts])), 4)
     log.info("%s", json.dumps({"captions": len(captions), "guidance": options.guidance, **shares}))

@@ -6,6 +6,8 @@
     python -m demo.base.train export     write what has been learned so far to demo/base/weights.safetensors
 
 State lives in the user's cache folder. Two CPU cores need about three hours, a large GPU minutes.
+With `--world large` it learns the large world, whose autoencoder `autoencoder_training.py` has to have trained; state
+and weights of that one live in the cache folder of `artwork.py`. `--minutes 9` stops after nine minutes, to be resumed.
 """
 
 import argparse
@@ -31,8 +33,9 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from .artwork import objects, user_cache  # noqa: E402
-from .autoencoder import decode, load_autoencoder, train_autoencoder, train_decoder  # noqa: E402
+from .artwork import LARGE, OBJECTS, SMALL, cache_folder, objects, user_cache  # noqa: E402
+from .autoencoder import decode, load_autoencoder  # noqa: E402
+from .autoencoder_training import train_autoencoder, train_decoder  # noqa: E402
 from .muon import Muon  # noqa: E402
 from .pool import Pool, make_pool  # noqa: E402
 from .text_encoder import CaptionEncoder  # noqa: E402
@@ -56,7 +59,12 @@ class Stage(NamedTuple):
     steps: int
 
 
-STAGES: tuple[Stage, ...] = (Stage(64, 12288, 32, 1000), Stage(128, 6144, 24, 2000))
+STAGES: dict[tuple[str, str], tuple[Stage, ...]] = {
+    (SMALL, "cpu"): (Stage(64, 12288, 32, 1000), Stage(128, 6144, 24, 2000)),
+    (SMALL, "cuda"): (Stage(64, 12288, 32, 1000), Stage(128, 6144, 24, 2000)),
+    (LARGE, "cpu"): (Stage(64, 24576, 32, 8000), Stage(128, 24576, 24, 8000)),
+    (LARGE, "cuda"): (Stage(64, 131072, 256, 4000), Stage(128, 196608, 256, 12000)),
+}
 ADAM_ONLY: tuple[str, ...] = ("input_blocks.0.", "out.", "time_embed.")  # first and last layers; the costliest matrix
 ADAM_RATE: float = 4e-4
 MUON_RATE: float = 1.5e-3
@@ -151,9 +159,9 @@ class Training:
         return decode(load_autoencoder(self.folder / "autoencoder.pt", self.device), latent, self.device)
 
 
-def example_captions(count: int) -> list[str]:
+def example_captions(count: int, world: str = SMALL) -> list[str]:
     """Captions of scenes that sweep through objects and factors together."""
-    artworks = objects("base")
+    artworks = objects("base", world)
     pick = list(SIZES), list(SIDES), list(COLOURS), PATTERNS
     scenes = [
         Scene(
@@ -179,7 +187,12 @@ def learning_rate_factor(step: int, total: int) -> float:
     return min(1.0, (step + 1) / WARMUP, max(0.0, (total - step) / decay))
 
 
-def train_unet(folder: Path, device: str, stages: tuple[Stage, ...]) -> None:
+def train_unet(
+    folder: Path, device: str, stages: tuple[Stage, ...], world: str = SMALL, minutes: float | None = None
+) -> None:
+    """Until all stages are done, or for so many minutes."""
+    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    workers = max(0, (os.cpu_count() or 1) - 2) if device == "cuda" else 0
     training = Training(folder, device)
     if training.checkpoint.exists():
         training.load()
@@ -194,7 +207,16 @@ def train_unet(folder: Path, device: str, stages: tuple[Stage, ...]) -> None:
             continue
         name = folder / f"pool-{stage.image_size}.pt"
         size, count, seed = stage.image_size, stage.scenes, SEED + stage.image_size
-        pool = make_pool(name, folder / "autoencoder.pt", image_size=size, count=count, seed=seed, device=device)
+        pool = make_pool(
+            name,
+            folder / "autoencoder.pt",
+            image_size=size,
+            count=count,
+            seed=seed,
+            device=device,
+            world=world,
+            workers=workers,
+        )
         training.encode_captions.forget()
         losses: list[float] = []
         since = time.monotonic()
@@ -207,14 +229,18 @@ def train_unet(folder: Path, device: str, stages: tuple[Stage, ...]) -> None:
                 entry |= {"images_per_s": round(rate, 2), "threads": torch.get_num_threads()}
                 log.info("unet %s", json.dumps(entry))
                 losses, since = [], time.monotonic()
-            if time.monotonic() - saved > SAVE_SECONDS or training.step == end:
+            is_over = time.monotonic() > deadline
+            if time.monotonic() - saved > SAVE_SECONDS or training.step == end or is_over:
                 training.save()
                 saved = since = time.monotonic()
                 losses = []
             if training.step % SAMPLE_STEPS == 0 or training.step == end:
-                images = training.draw(example_captions(16), size)
+                images = training.draw(example_captions(16, world), size)
                 save_grid(images, folder / f"sample-{training.step:06d}.png")
                 losses, since = [], time.monotonic()
+            if is_over:
+                log.info("stopped at step %d of %d; the same command goes on", training.step, total)
+                return
 
 
 def run(folder: Path, device: str, autoencoder_steps: int, stages: tuple[Stage, ...]) -> None:
@@ -229,12 +255,15 @@ def status(folder: Path) -> None:
     log.info("%s", "\n".join(lines[-5:]))
 
 
-def export(folder: Path) -> None:
+def export(folder: Path, world: str = SMALL) -> None:
     from .weights import write_weights
 
     average: dict[str, Tensor] = torch.load(folder / "unet.pt", map_location="cpu", weights_only=True)["average"]
     autoencoder: dict[str, Tensor] = torch.load(folder / "autoencoder.pt", map_location="cpu", weights_only=True)
-    path = write_weights(average, autoencoder)
+    if world == SMALL:
+        path = write_weights(average, autoencoder)
+    else:
+        path = write_weights(average, autoencoder, folder / f"weights_{world}.safetensors")
     log.info("wrote %s, %.1f MB", path.name, path.stat().st_size / 1e6)
 
 
@@ -253,13 +282,15 @@ def adopt(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "decoder", "status", "export", "adopt"))
-    parser.add_argument("--state", type=Path, default=user_cache() / "base", help="folder for logs and checkpoints")
-    parser.add_argument(
-        "--steps", type=int, nargs=2, default=[s.steps for s in STAGES], help="UNet steps at 64 and 128 px"
-    )
+    parser.add_argument("--world", choices=tuple(OBJECTS), default=SMALL)
+    parser.add_argument("--state", type=Path, help="folder for logs and checkpoints")
+    parser.add_argument("--steps", type=int, nargs=2, help="UNet steps at 64 and 128 px")
+    parser.add_argument("--minutes", type=float, help="stop after so many, to be resumed by the same command")
     parser.add_argument("--autoencoder-steps", type=int, default=AUTOENCODER_STEPS)
     parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
     arguments = parser.parse_args()
+    world = arguments.world
+    arguments.state = arguments.state or (user_cache() / "base" if world == SMALL else cache_folder() / "state")
     arguments.state.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if arguments.command in ("run", "decoder"):
@@ -272,12 +303,19 @@ def main() -> None:
         steps = arguments.decoder_steps
         train_decoder(arguments.state / "autoencoder.pt", steps=steps, seed=SEED + 1, device=device)
     elif arguments.command == "export":
-        export(arguments.state)
+        export(arguments.state, world)
     elif arguments.command == "adopt":
         adopt(arguments.state)
     else:
-        stages = tuple(s._replace(steps=steps) for s, steps in zip(STAGES, arguments.steps, strict=True))
-        run(arguments.state, device, arguments.autoencoder_steps, stages)
+        stages = STAGES[world, device]
+        if arguments.steps:
+            stages = tuple(s._replace(steps=steps) for s, steps in zip(stages, arguments.steps, strict=True))
+        if world == SMALL:
+            run(arguments.state, device, arguments.autoencoder_steps, stages)
+        else:
+            if not (arguments.state / "autoencoder.pt").exists():
+                raise SystemExit("Train the autoencoder first: python -m demo.base.autoencoder_training run")
+            train_unet(arguments.state, device, stages, world, arguments.minutes)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 A `Scene` is the truth, `render` draws it and `caption` says it; chance comes from the generator they are given.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from .artwork import Artwork, drawing, objects
+from .artwork import LARGE, Artwork, drawing, objects
 
 IMAGE_SIZE: int = 128
 SIZES: dict[str, float] = {"small": 0.42, "large": 0.66}  # longest side of the drawing / image side
@@ -24,7 +25,12 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "gray": (124, 126, 130),
 }
 PATTERNS: tuple[str, ...] = ("plain", "striped", "dotted")
+MEASURABLE: tuple[str, ...] = (*PATTERNS, "gradient")  # what the large world adds and the judge can still tell
+LARGE_PATTERNS: tuple[str, ...] = (*MEASURABLE, "blurred")
 PATTERN_SHADE: float = 0.78
+GRADIENT_SHADE: float = 0.5  # at the lower edge
+PAIR_SHARE: float = 0.08  # of the large world's scenes, in which the object is seen twice
+PAIR_SIDES: dict[str, float] = {"left": 0.27, "right": 0.73}
 JITTER: float = 0.04  # of the image side, each way
 STRETCH: float = 0.06  # of the object's size, each way
 WORDINGS: tuple[str, ...] = (
@@ -33,6 +39,11 @@ WORDINGS: tuple[str, ...] = (
     "a picture of a {size} {word} on the {side}, on a {background} background",
     "{size} {word}, {side}, {background} background",
     "on a {background} background, a {size} {word} on the {side}",
+)
+PAIR_WORDINGS: tuple[str, ...] = (
+    "a {size} {word} on the left and one more on the right, {background} background",
+    "a {size} {word} on both sides, {background} background",
+    "on a {background} background, a {size} {word} twice",
 )
 
 
@@ -47,26 +58,66 @@ class Scene(NamedTuple):
     shift_x: float = 0.0
     shift_y: float = 0.0
     stretch: float = 1.0
+    is_pair: bool = False  # the same drawing on either side; captions say this one
+    backdrop: int = 0  # which blurred picture
 
 
-def random_scene(rng: np.random.RandomState, artworks: tuple[Artwork, ...] | None = None) -> Scene:
-    """A scene with every factor drawn uniformly, but plain backgrounds as often as the two patterns together."""
+def random_scene(
+    rng: np.random.RandomState,
+    artworks: tuple[Artwork, ...] | None = None,
+    patterns: tuple[str, ...] = PATTERNS,
+) -> Scene:
+    """A scene with every factor drawn uniformly, but plain backgrounds twice as often as any pattern."""
     artworks = artworks or objects("base")
     return Scene(
         artwork=artworks[rng.randint(len(artworks))],
         size=list(SIZES)[rng.randint(len(SIZES))],
         side=list(SIDES)[rng.randint(len(SIDES))],
         colour=list(COLOURS)[rng.randint(len(COLOURS))],
-        pattern=PATTERNS[max(0, rng.randint(4) - 1)],
+        pattern=patterns[max(0, rng.randint(len(patterns) + 1) - 1)],
         shift_x=rng.uniform(-JITTER, JITTER),
         shift_y=rng.uniform(-2 * JITTER, 2 * JITTER),
         stretch=rng.uniform(1 - STRETCH, 1 + STRETCH),
     )
 
 
-def background(colour: str, pattern: str, image_size: int = IMAGE_SIZE) -> np.ndarray:
+@cache
+def _by_word(artworks: tuple[Artwork, ...]) -> tuple[tuple[Artwork, ...], ...]:
+    found: dict[str, list[Artwork]] = {}
+    for artwork in artworks:
+        found.setdefault(artwork.word, []).append(artwork)
+    return tuple(map(tuple, found.values()))
+
+
+def random_large_scene(rng: np.random.RandomState, artworks: tuple[Artwork, ...] | None = None) -> Scene:
+    """A scene of the large world: every word alike, all of its drawings, more backgrounds, and pairs now and then."""
+    words = _by_word(artworks or objects("base", LARGE))
+    scene = random_scene(rng, words[rng.randint(len(words))], LARGE_PATTERNS)
+    scene = scene._replace(backdrop=int(rng.randint(1 << 16)))
+    return scene._replace(is_pair=True, size="small") if rng.rand() < PAIR_SHARE else scene
+
+
+def _blurred(colour: str, backdrop: int, image_size: int) -> np.ndarray:
+    """A picture of several objects, far out of focus and tinted. -> (h, w, 3) uint8"""
+    rng = np.random.RandomState(backdrop)
+    side = 32
+    canvas = Image.new("RGB", (side, side), tuple(int(c) for c in rng.randint(40, 216, 3)))
+    artworks = objects("base", LARGE)
+    for _ in range(6):
+        picture = drawing(artworks[rng.randint(len(artworks))]).resize((20, 20))
+        canvas.paste(picture, (int(rng.randint(-6, side - 10)), int(rng.randint(-6, side - 10))), picture)
+    canvas = canvas.filter(ImageFilter.GaussianBlur(3)).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return (0.5 * np.asarray(canvas) + 0.5 * np.array(COLOURS[colour])).round().astype(np.uint8)
+
+
+def background(colour: str, pattern: str, image_size: int = IMAGE_SIZE, backdrop: int = 0) -> np.ndarray:
     """Background alone. -> (h, w, 3) uint8"""
+    if pattern == "blurred":
+        return _blurred(colour, backdrop, image_size)
     y, x = (np.mgrid[0:image_size, 0:image_size] + 0.5) * (128 / image_size)
+    if pattern == "gradient":
+        shade = 1 - (1 - GRADIENT_SHADE) * y[..., None] / 128
+        return (np.array(COLOURS[colour]) * shade).round().astype(np.uint8)
     if pattern == "striped":
         is_shaded = (y // 16) % 2 == 1
     elif pattern == "dotted":
@@ -82,24 +133,28 @@ def box(scene: Scene, image_size: int = IMAGE_SIZE) -> tuple[int, int, int, int]
     picture = drawing(scene.artwork)
     scale = image_size * SIZES[scene.size] * scene.stretch / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
-    left = round(image_size * (SIDES[scene.side] + scene.shift_x) - width / 2)
+    centre = (PAIR_SIDES if scene.is_pair else SIDES)[scene.side]
+    left = round(image_size * (centre + scene.shift_x) - width / 2)
     top = round(image_size * (0.5 + scene.shift_y) - height / 2)
     return left, top, left + width, top + height
 
 
 def render(scene: Scene, image_size: int = IMAGE_SIZE) -> Image.Image:
     """The scene as an RGB picture."""
-    canvas = Image.fromarray(background(scene.colour, scene.pattern, image_size))
-    left, top, right, bottom = box(scene, image_size)
-    picture = drawing(scene.artwork).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
-    canvas.paste(picture, (left, top), picture)
+    canvas = Image.fromarray(background(scene.colour, scene.pattern, image_size, scene.backdrop))
+    sides = SIDES if scene.is_pair else (scene.side,)
+    for side in sides:
+        left, top, right, bottom = box(scene._replace(side=side), image_size)
+        picture = drawing(scene.artwork).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+        canvas.paste(picture, (left, top), picture)
     return canvas
 
 
 def caption(scene: Scene, wording: int = 0, word: str | None = None) -> str:
     """The scene in words; `word` stands in for the object's own name."""
     is_plain = scene.pattern == "plain"
-    return WORDINGS[wording].format(
+    wordings = PAIR_WORDINGS if scene.is_pair else WORDINGS
+    return wordings[wording % len(wordings)].format(
         size=scene.size,
         word=word or scene.artwork.word,
         side=scene.side,

@@ -72,10 +72,13 @@ def test_the_host_decodes_to_the_pictures_that_we_decode_to(module, loaded, pict
 
 
 @pytest.fixture
-def quick(module, monkeypatch) -> None:
-    monkeypatch.setattr(module, "CROP", 32)
-    monkeypatch.setattr(module, "BATCH", 2)
-    monkeypatch.setattr(module, "LEARNING_RATE", 1e-2)
+def training(monkeypatch):
+    from sa_inject.demo.base import autoencoder_training
+
+    monkeypatch.setattr(autoencoder_training, "CROP", 32)
+    monkeypatch.setattr(autoencoder_training, "BATCH", 2)
+    monkeypatch.setattr(autoencoder_training, "LEARNING_RATE", 1e-2)
+    return autoencoder_training
 
 
 def reconstruction_error(module, path, pictures) -> float:
@@ -84,32 +87,32 @@ def reconstruction_error(module, path, pictures) -> float:
     return (decoded - module.to_tensor(pictures)).abs().mean().item()
 
 
-@pytest.mark.usefixtures("artwork", "quick")
-def test_training_brings_decoded_pictures_closer_to_the_encoded_ones(module, pictures, tmp_path):
+@pytest.mark.usefixtures("artwork")
+def test_training_brings_decoded_pictures_closer_to_the_encoded_ones(module, training, pictures, tmp_path):
     torch.save(module.new_autoencoder(seed=1).state_dict(), tmp_path / "fresh.pt")
-    module.train_autoencoder(tmp_path / "trained.pt", steps=4, seed=1, device="cpu")
+    training.train_autoencoder(tmp_path / "trained.pt", steps=4, seed=1, device="cpu")
     before, after = (reconstruction_error(module, tmp_path / name, pictures) for name in ("fresh.pt", "trained.pt"))
     assert after < 0.8 * before
 
 
-@pytest.mark.usefixtures("artwork", "quick")
-def test_an_interrupted_training_goes_on_from_what_it_had(module, tmp_path):
+@pytest.mark.usefixtures("artwork")
+def test_an_interrupted_training_goes_on_from_what_it_had(module, training, tmp_path):
     """One step moves weights a little: the result lies by those that were there, not by those of the seed."""
     interrupted = module.new_autoencoder(seed=5).state_dict()
     torch.save({"step": 3, "weights": interrupted}, tmp_path / "autoencoder.part")
-    module.train_autoencoder(tmp_path / "autoencoder.pt", steps=4, seed=1, device="cpu")
+    training.train_autoencoder(tmp_path / "autoencoder.pt", steps=4, seed=1, device="cpu")
     trained = module.load_autoencoder(tmp_path / "autoencoder.pt").state_dict()
     changes = {name: (trained[name] - value).norm() for name, value in interrupted.items() if value.ndim > 1}
     assert all(0 < change < 0.05 * interrupted[name].norm() for name, change in changes.items())
     assert [path.name for path in tmp_path.iterdir()] == ["autoencoder.pt"]
 
 
-@pytest.mark.usefixtures("artwork", "quick")
-def test_training_the_decoder_sharpens_pictures_and_leaves_every_latent_as_it_was(module, pictures, tmp_path):
+@pytest.mark.usefixtures("artwork")
+def test_training_the_decoder_sharpens_pictures_and_leaves_every_latent_as_it_was(module, training, pictures, tmp_path):
     path = tmp_path / "autoencoder.pt"
     torch.save(module.new_autoencoder(seed=1).state_dict(), path)
     latents = module.encode(module.load_autoencoder(path), pictures)
     error = reconstruction_error(module, path, pictures)
-    module.train_decoder(path, steps=4, seed=1, device="cpu")
+    training.train_decoder(path, steps=4, seed=1, device="cpu")
     assert torch.equal(module.encode(module.load_autoencoder(path), pictures), latents)
     assert reconstruction_error(module, path, pictures) < 0.9 * error

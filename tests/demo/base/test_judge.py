@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from sa_inject.demo.base import judge as judge_module
 from sa_inject.demo.base.artwork import catalogue, find
 from sa_inject.demo.base.judge import Judge, Verdict, check, crop_to_object, measure
 from sa_inject.demo.base.world import COLOURS, PATTERNS, SIDES, SIZES, Scene, background, box, random_scene, render
@@ -106,3 +108,26 @@ def test_a_picture_of_another_object_fails_the_identity_alone(judge):
 def test_a_judge_without_its_weights_says_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="demo.base.judge train"):
         Judge(tmp_path / "none.pt")
+
+
+def test_a_training_that_was_interrupted_ends_as_one_that_was_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge_module, "BATCH", 2)
+    judge_module.train_identity(tmp_path / "whole.safetensors", steps=3)
+    monkeypatch.setattr(judge_module, "SAVE_SECONDS", 0)
+    view, views = judge_module._view, []
+
+    def interrupted(*arguments):
+        views.append(arguments)
+        if len(views) > 2 * 2:  # in the third step
+            raise KeyboardInterrupt
+        return view(*arguments)
+
+    monkeypatch.setattr(judge_module, "_view", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        judge_module.train_identity(tmp_path / "paused.safetensors", steps=3)
+    assert not (tmp_path / "paused.safetensors").exists()
+    monkeypatch.setattr(judge_module, "_view", view)
+    judge_module.train_identity(tmp_path / "paused.safetensors", steps=3)
+    whole, paused = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "paused"))
+    assert all(torch.equal(value, paused[name]) for name, value in whole.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["paused.safetensors", "whole.safetensors"]

@@ -1,0 +1,396 @@
+"""Stage 1 of the base model: how its autoencoder learns.
+
+It stands for the general-purpose autoencoder that a real base model comes with, so it sees all artwork, held-out
+objects included: a subject that the UNet never saw must still encode and decode well. Beside the pixels it is held to
+their gradients (edges stay edges, flat stays flat), to what a network that was trained on ImageNet sees, and later on
+to a discriminator of its own.
+
+    python -m demo.base.autoencoder_training run       start, or go on from the last checkpoint
+    python -m demo.base.autoencoder_training freeze    end it here: a UNet can be trained on these latents
+    python -m demo.base.autoencoder_training decoder   then go on with the decoder alone, which the UNet does not see
+    python -m demo.base.autoencoder_training score     likeness of decoded scenes of held-out subjects, by both judges
+"""
+
+import argparse
+import logging
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from .artwork import LARGE, OBJECTS, SMALL, Artwork, cache_folder, catalogue, objects
+from .autoencoder import TAESD, decode, encode, load_autoencoder, new_autoencoder, to_tensor, weights_of
+from .muon import Muon
+from .precision import fast
+from .threads import FreeCores
+from .world import Scene, box, random_large_scene, random_scene, render
+
+log = logging.getLogger("autoencoder")
+
+CROP: int = 64
+BATCH: int = 8
+LEARNING_RATE: float = 1e-3
+WARMUP: int = 20
+DECAY_SHARE: float = 0.3  # of all steps, at the end
+EMA_DECAY: float = 0.999
+LATENT_NOISE: float = 0.06  # the most; keeps latents smooth, so that the UNet's small errors stay small in pixels
+MOMENT_WEIGHT: float = 0.02  # of the pull of every channel towards mean 0 and standard deviation 1
+SQUARE_WEIGHT: float = 2.0
+GRADIENT_WEIGHT: float = 1.0
+PERCEPTION_WEIGHT: float = 0.3
+ADVERSARIAL_WEIGHT: float = 0.1  # of its gradient at the last layer, as a share of all else's
+ADVERSARIAL_FROM: float = 0.5  # of all steps
+SAVE_SECONDS: float = 180
+SHEET_STEPS: int = 500
+SEED: int = 7
+
+
+class Plan(NamedTuple):
+    """What a run is asked for."""
+
+    steps: int
+    seed: int = SEED
+    device: str = "cpu"
+    world: str = SMALL
+    batch: int | None = None  # BATCH
+    learning_rate: float | None = None  # LEARNING_RATE
+    perception: bool = False
+    adversarial: bool = False
+    workers: int = 0  # processes that compose crops
+    minutes: float | None = None  # after which to stop, to be resumed
+
+
+class Crops(Dataset):
+    """The pictures of each step, decided by seed and step alone, so that a run can go on where it was."""
+
+    def __init__(self, world: str, seed: int, batch: int, crop: int):
+        self._world, self._seed, self._batch, self._crop = world, seed, batch, crop
+
+    def __getitem__(self, step: int) -> Tensor:
+        """-> (b, 3, crop, crop) in uint8"""
+        rng = np.random.RandomState((self._seed * 1_000_003 + step) % 2**32)
+        crops = [np.asarray(crop(random_crop_scene(rng, self._world), rng, self._crop)) for _ in range(self._batch)]
+        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+
+
+def random_crop_scene(rng: np.random.RandomState, world: str) -> Scene:
+    return random_large_scene(rng, catalogue(LARGE)) if world == LARGE else random_scene(rng, catalogue(world))
+
+
+def crop(scene: Scene, rng: np.random.RandomState, side: int) -> Image.Image:
+    """A part that usually shows some of the object, at a scale and before a background that scenes may not have."""
+    image_size = (64, 96, 128, 128, 128, 128, 160, 192)[rng.randint(8)]
+    picture = render(scene, image_size)
+    left, top, right, bottom = box(scene, image_size)
+    x = int(np.clip(rng.randint(left - side // 2, right - side // 2 + 1), 0, image_size - side))
+    y = int(np.clip(rng.randint(top - side // 2, bottom - side // 2 + 1), 0, image_size - side))
+    picture = picture.crop((x, y, x + side, y + side))
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.rand() < 0.5 else picture
+
+
+def gradient_difference(decoded: Tensor, pixels: Tensor, scales: int = 3) -> Tensor:
+    """How far neighbouring pixels' differences are from the truth's, on the picture and on smaller ones of it."""
+    error = decoded - pixels
+    found = []
+    for _ in range(scales):
+        found += [
+            (error[..., 1:] - error[..., :-1]).abs().mean(),
+            (error[..., 1:, :] - error[..., :-1, :]).abs().mean(),
+        ]
+        error = F.avg_pool2d(error, 2)
+    return torch.stack(found).mean()
+
+
+class Discriminator(nn.Module):
+    """Says of every patch whether it was decoded (PatchGAN, Isola et al., 2017)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = nn.utils.parametrizations.spectral_norm
+        widths = (3, 48, 96, 192)
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [norm(nn.Conv2d(before, after, 4, 2, 1)), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, norm(nn.Conv2d(widths[-1], 1, 3, 1, 1)))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(b, 3, h, w) in 0..1 -> (b, 1, h/8, w/8), higher where a patch seems real"""
+        return self.layers(pixels * 2 - 1)
+
+
+class Training:
+    """Everything that a run needs to go on; `partial` keeps it."""
+
+    def __init__(self, model: TAESD, partial: Path, plan: Plan):
+        self.model, self.partial, self.plan = model, partial, plan
+        model.to(plan.device, memory_format=torch.channels_last)
+        self.learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in self.learning]
+        rate = plan.learning_rate or LEARNING_RATE
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon([p for p in self.parameters if p.ndim > 1], lr=rate),
+            torch.optim.AdamW([p for p in self.parameters if p.ndim == 1], lr=rate, betas=(0.9, 0.99)),
+        ]
+        self.rate = rate
+        self.perceive: nn.Module | None = None
+        if plan.perception:
+            from .imagenet import Perception
+
+            self.perceive = Perception().to(plan.device)
+        self.discriminator = Discriminator().to(plan.device) if plan.adversarial else None
+        if self.discriminator is not None:
+            self.optimizers.append(torch.optim.AdamW(self.discriminator.parameters(), lr=rate / 4, betas=(0.5, 0.99)))
+        self.step = 0
+        self._load()
+
+    def _load(self) -> None:
+        state = (
+            torch.load(self.partial, map_location=self.plan.device, weights_only=True) if self.partial.exists() else {}
+        )
+        if state:
+            self.model.load_state_dict(state["weights"])
+            self.step = state["step"]
+        kept = state.get("average", {})
+        self.average = {name: kept.get(name, p.detach()).clone() for name, p in self.learning}
+        for optimizer, saved in zip(self.optimizers, state.get("optimizers", ()), strict=False):
+            optimizer.load_state_dict(saved)
+        if self.discriminator is not None and "discriminator" in state:
+            self.discriminator.load_state_dict(state["discriminator"])
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The model's weights, those that learn averaged over the last steps."""
+        found = weights_of(self.model)
+        return found | {name: value.cpu().contiguous() for name, value in self.average.items()}
+
+    def save(self) -> None:
+        state = {"step": self.step, "weights": weights_of(self.model), "average": self.average}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        if self.discriminator is not None:
+            state["discriminator"] = self.discriminator.state_dict()
+        unfinished = self.partial.with_name(self.partial.name + ".new")
+        torch.save(state, unfinished)
+        os.replace(unfinished, self.partial)
+
+    def learn(self, pixels: Tensor, factor: float) -> dict[str, float]:
+        """One step on (b, 3, h, w) in 0..1; `factor` scales the learning rates."""
+        noise = torch.Generator(pixels.device).manual_seed(self.plan.seed * 1_000_003 + self.step)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with fast(self.plan.device):
+            latent = self.model.taesd_encoder(pixels).float()  # (b, 4, h/8, w/8)
+            amount = LATENT_NOISE * torch.rand(len(latent), 1, 1, 1, generator=noise, device=latent.device)
+            noisy = latent + amount * torch.randn(latent.shape, generator=noise, device=latent.device)
+            decoded = self.model.taesd_decoder(noisy).float()
+        error = decoded - pixels
+        std, mean = torch.std_mean(latent, dim=(0, 2, 3))
+        moments = (std - 1).square().mean() + mean.square().mean()
+        square = error.square().mean()
+        loss = error.abs().mean() + SQUARE_WEIGHT * square + GRADIENT_WEIGHT * gradient_difference(decoded, pixels)
+        figures = {"psnr": -10 * square.detach().log10().item(), "std": std.mean().item()}
+        if self.perceive is not None:
+            with fast(self.plan.device):
+                perceived = self.perceive(decoded.clamp(0, 1), pixels)
+            loss = loss + PERCEPTION_WEIGHT * perceived
+            figures["perception"] = perceived.item()
+        if self.discriminator is not None and self.step >= ADVERSARIAL_FROM * self.plan.steps:
+            self.discriminate(pixels, decoded.detach())
+            loss = loss + self.adversarial(loss, decoded)
+        loss = loss + MOMENT_WEIGHT * moments
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.optimizers[:2]:
+            optimizer.param_groups[0]["lr"] = self.rate * factor
+            optimizer.step()
+        self.step += 1
+        decay = min(EMA_DECAY, self.step / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), self.parameters, 1 - decay)
+        return {"loss": loss.item(), **figures}
+
+    def discriminate(self, pixels: Tensor, decoded: Tensor) -> None:
+        """The discriminator's own step (hinge loss)."""
+        assert self.discriminator is not None
+        real, fake = self.discriminator(torch.cat([pixels, decoded])).chunk(2)
+        loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        self.discriminator.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizers[2].step()
+
+    def adversarial(self, loss: Tensor, decoded: Tensor) -> Tensor:
+        """Weighted so that its gradient at the last layer is a share of the other terms' (Esser et al., 2021)."""
+        assert self.discriminator is not None
+        fooled = -self.discriminator(decoded).mean()
+        last = self.model.taesd_decoder[-1].weight
+        ours, theirs = (torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (loss, fooled))
+        return ADVERSARIAL_WEIGHT * (ours / (theirs + 1e-6)).clamp(max=1e3).detach() * fooled
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    decay = max(1, round(DECAY_SHARE * steps))
+    return min(1.0, step / WARMUP, (steps - step + 1) / decay)
+
+
+def train(model: TAESD, path: Path, partial: Path, plan: Plan) -> None:
+    """Train whatever of the model requires gradients; `partial` is kept until `path` is written."""
+    training = Training(model, partial, plan)
+    batch = plan.batch or BATCH
+    crops = DataLoader(
+        Crops(plan.world, plan.seed, batch, CROP),
+        batch_size=None,
+        sampler=range(training.step + 1, plan.steps + 1),
+        num_workers=plan.workers,
+    )
+    cores = FreeCores()
+    began, first, saved = time.monotonic(), training.step, time.monotonic()
+    for pixels in crops:
+        cores.adjust()
+        factor = learning_rate_factor(training.step + 1, plan.steps)
+        figures = training.learn(pixels.to(plan.device).float() / 255, factor)
+        if training.step % 50 == 0 or training.step == plan.steps:
+            speed = (training.step - first) * batch / (time.monotonic() - began)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            log.info("%d of %d: %s, %.1f pictures a second", training.step, plan.steps, shown, speed)
+        is_over = plan.minutes is not None and time.monotonic() - began > 60 * plan.minutes
+        if time.monotonic() - saved > SAVE_SECONDS or is_over:
+            training.save()
+            saved = time.monotonic()
+        if is_over:
+            log.info("stopped at step %d of %d; the same command goes on", training.step, plan.steps)
+            return
+        if training.step % SHEET_STEPS == 0:
+            sheet(training.averaged(), partial.with_name(f"autoencoder-{training.step:06d}.png"), plan)
+    torch.save(training.averaged(), partial)
+    partial.replace(path)
+
+
+def train_autoencoder(path: Path, *, steps: int, seed: int, device: str) -> None:
+    """Train and write the TAESD state dict to `path`. An interrupted run, kept beside it, goes on where it was."""
+    train(new_autoencoder(seed), path, path.with_suffix(".part"), Plan(steps, seed, device))
+
+
+def train_decoder(path: Path, *, steps: int, seed: int, device: str) -> None:
+    """Go on with the decoder alone. Latents stay what they are, so a UNet that was trained on them stays right."""
+    model = load_autoencoder(path, device)
+    model.taesd_decoder.requires_grad_(True)
+    train(model, path, path.with_suffix(".decoder-part"), Plan(steps, seed, device))
+
+
+def subject_scenes(artworks: tuple[Artwork, ...], count: int, seed: int = 5) -> list[Scene]:
+    """`count` scenes of each, drawn from a seed of their own."""
+    rng = np.random.RandomState(seed)
+    return [random_scene(rng, (artwork,)) for artwork in artworks for _ in range(count)]
+
+
+def _model(weights: dict[str, Tensor], device: str) -> TAESD:
+    model = new_autoencoder(0)
+    model.load_state_dict(weights)
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def autoencoded(model: TAESD, images: list[Image.Image], device: str) -> list[Image.Image]:
+    found: list[Image.Image] = []
+    for start in range(0, len(images), 16):
+        found += decode(model, encode(model, images[start : start + 16], device), device)
+    return found
+
+
+def sheet(weights: dict[str, Tensor], path: Path, plan: Plan) -> None:
+    """Scenes of held-out subjects, and below each what comes back."""
+    shown = objects("held_out", plan.world)
+    scenes = subject_scenes(tuple(shown[i * len(shown) // 20] for i in range(20)), 1)
+    real = [render(scene) for scene in scenes]
+    decoded = autoencoded(_model(weights, plan.device), real, plan.device)
+    picture = Image.new("RGB", (10 * 128, 4 * 128))
+    for i, pair in enumerate(zip(real, decoded, strict=True)):
+        for below, image in enumerate(pair):
+            picture.paste(image, (i % 10 * 128, (i // 10 * 2 + below) * 128))
+    picture.save(path)
+
+
+def score(weights: dict[str, Tensor], world: str, device: str, count: int = 4) -> dict[str, float]:
+    """Means over the small world's held-out subjects: cosine by the ImageNet judge and by ours, and PSNR."""
+    from .imagenet import Embedder
+    from .judge import Judge
+
+    scenes = subject_scenes(objects("held_out", SMALL), count)
+    real = [render(scene) for scene in scenes]
+    decoded = autoencoded(_model(weights, device), real, device)
+    found = {}
+    for name, judge in (("imagenet", Embedder()), ("ours", Judge())):
+        found[name] = float((judge.embed(real) * judge.embed(decoded)).sum(dim=1).mean())
+    error = (to_tensor(real) - to_tensor(decoded)).square().mean(dim=(1, 2, 3))
+    return {**found, "psnr": float(-10 * error.log10().mean())}
+
+
+def read_weights_of(state: Path) -> dict[str, Tensor]:
+    """Of a run that is done or under way, or the shipped ones where there is none."""
+    for name in ("autoencoder.decoder-part", "autoencoder.part"):
+        if (state / name).exists():
+            kept = torch.load(state / name, map_location="cpu", weights_only=True)
+            return kept["weights"] | kept["average"]
+    if (state / "autoencoder.pt").exists():
+        return torch.load(state / "autoencoder.pt", map_location="cpu", weights_only=True)
+    from .weights import read_parts
+
+    return read_parts()[1]
+
+
+def main() -> None:
+    on_cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "freeze", "decoder", "score"))
+    parser.add_argument("--state", type=Path, default=cache_folder() / "state", help="folder for logs and checkpoints")
+    parser.add_argument("--world", choices=tuple(OBJECTS), default=LARGE)
+    parser.add_argument("--steps", type=int, default=40_000 if on_cuda else 60_000)
+    parser.add_argument("--batch", type=int, default=64 if on_cuda else 8)
+    parser.add_argument("--rate", type=float, default=1e-3 if on_cuda else 6e-4)
+    parser.add_argument("--from-scratch", action="store_true", help="not from the shipped weights")
+    parser.add_argument("--minutes", type=float, help="stop after so many, to be resumed by the same command")
+    parser.add_argument("--no-perception", action="store_true")
+    parser.add_argument("--no-adversarial", action="store_true")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2) if on_cuda else 0)
+    options = parser.parse_args()
+    options.state.mkdir(parents=True, exist_ok=True)
+    log_file = options.state / "autoencoder.log"
+    handlers = [logging.StreamHandler(), logging.FileHandler(log_file)]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers, force=True)
+    device = "cuda" if on_cuda else "cpu"
+    weights = read_weights_of(options.state)
+    if options.command == "score":
+        log.info("%s", score(weights, options.world, device))
+        return
+    path = options.state / "autoencoder.pt"
+    if options.command == "freeze":
+        torch.save(weights, path)
+        path.with_suffix(".part").unlink(missing_ok=True)
+        return
+    partial = path.with_suffix(".part" if options.command == "run" else ".decoder-part")
+    model = new_autoencoder(SEED)
+    if not options.from_scratch:
+        model.load_state_dict(weights)
+    if options.command == "decoder":
+        model.taesd_encoder.requires_grad_(False)
+    plan = Plan(
+        options.steps,
+        SEED,
+        device,
+        options.world,
+        options.batch,
+        options.rate,
+        not options.no_perception,
+        not options.no_adversarial,
+        options.workers,
+        options.minutes,
+    )
+    train(model, path, partial, plan)
+
+
+if __name__ == "__main__":
+    main()

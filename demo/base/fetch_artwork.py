@@ -1,0 +1,124 @@
+"""Fetches the large world's artwork and keeps the drawings of `objects_large.csv` in one file.
+
+    python -m demo.base.fetch_artwork
+
+Emoji come through npm, cut-outs of photographs from Debian's `tuxpaint-stamps-default` through apt-get. Where either is
+missing, its archive can be put into the `downloads` folder by hand; the error says which. The file is some 20 MB, the
+same on every machine, and all that training needs: it can be copied to one that reaches no registry.
+"""
+
+import io
+import logging
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from .artwork import LARGE, PACK, PACKAGE, VERSION, Artwork, cache_folder, catalogue, crop_to_visible, packed_name
+
+log = logging.getLogger(__name__)
+
+SIDE: int = 128  # of a drawing, at most
+STAMPS: str = "tuxpaint-stamps-default"
+STAMPS_FOLDER: str = "./usr/share/tuxpaint/stamps/"
+
+
+def _download(command: list[str], pattern: str, folder: Path) -> Path:
+    """What the command leaves in an empty folder and the pattern matches, unless it is there already."""
+    for archive in sorted(folder.glob(pattern)):
+        return archive
+    program = shutil.which(command[0])
+    if program is None:
+        raise RuntimeError(f"{command[0]} is needed to fetch {pattern}. Install it, or put the file into {folder}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        subprocess.run([program, *command[1:]], cwd=unfinished, check=True, stdout=subprocess.DEVNULL)
+        found = next(Path(unfinished).glob(pattern))
+        return found.replace(folder / found.name)
+
+
+def _emoji(vendor: str, artworks: Iterable[Artwork], downloads: Path) -> Iterator[tuple[Artwork, bytes]]:
+    package = PACKAGE.format(vendor=vendor)
+    archive = _download(["npm", "pack", f"{package}@{VERSION}", "--silent"], f"{package}-{VERSION}.tgz", downloads)
+    wanted = {f"package/img/{vendor}/64/{artwork.file}.png": artwork for artwork in artworks}
+    with tarfile.open(archive) as members:
+        yield from _taken(members, wanted)
+
+
+def _stamps(artworks: Iterable[Artwork], downloads: Path) -> Iterator[tuple[Artwork, bytes]]:
+    archive = _download(["apt-get", "download", STAMPS], f"{STAMPS}_*.deb", downloads)
+    wanted = {f"{STAMPS_FOLDER}{artwork.file}.png": artwork for artwork in artworks}
+    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking,
+        tarfile.open(fileobj=unpacking.stdout, mode="r|") as members,
+    ):
+        yield from _taken(members, wanted)
+
+
+def _taken(members: tarfile.TarFile, wanted: dict[str, Artwork]) -> Iterator[tuple[Artwork, bytes]]:
+    for member in members:
+        artwork = wanted.get(member.name)
+        if artwork is not None:
+            stream = members.extractfile(member)
+            assert stream is not None
+            yield artwork, stream.read()
+
+
+def prepared(png: bytes) -> bytes:
+    """Cropped to what is visible and at most SIDE long, as a PNG that depends on its pixels alone."""
+    image = crop_to_visible(Image.open(io.BytesIO(png)).convert("RGBA"))
+    if max(image.size) > SIDE:
+        scale = SIDE / max(image.size)
+        size = tuple(max(1, round(length * scale)) for length in image.size)
+        image = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def write_pack(path: Path, pictures: dict[str, bytes]) -> None:
+    """Sorted and without times, so that the same pictures make the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    with zipfile.ZipFile(partial, "w") as pack:
+        for name in sorted(pictures):
+            pack.writestr(zipfile.ZipInfo(name), pictures[name])
+    partial.replace(path)
+
+
+def make_pack(folder: Path) -> Path:
+    """Fetch what the table names, and pack it into the folder."""
+    downloads = folder / "downloads"
+    by_vendor: dict[str, list[Artwork]] = {}
+    for artwork in catalogue(LARGE):
+        by_vendor.setdefault(artwork.vendor, []).append(artwork)
+    pictures: dict[str, bytes] = {}
+    for vendor, artworks in by_vendor.items():
+        found = _stamps(artworks, downloads) if vendor == "tuxpaint" else _emoji(vendor, artworks, downloads)
+        for artwork, png in found:
+            pictures[packed_name(artwork)] = prepared(png)
+        missing = [artwork.file for artwork in artworks if packed_name(artwork) not in pictures]
+        if missing:
+            raise FileNotFoundError(
+                f"The artwork by {vendor} has no {', '.join(missing)}. Was another version fetched?"
+            )
+        log.info("%s: %d drawings", vendor, len(artworks))
+    path = folder / PACK
+    write_pack(path, pictures)
+    return path
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    path = make_pack(cache_folder())
+    log.info("wrote %s, %.1f MB", path, path.stat().st_size / 1e6)
+
+
+if __name__ == "__main__":
+    main()
