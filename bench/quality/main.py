@@ -54,8 +54,9 @@ def main() -> None:
             getattr(bench, part)()
     from .report import report
 
+    bench.judge_again()
     everyones = Cells(folder / "cells.jsonl")  # read again: other processes may have added theirs
-    print_json(report(everyones, folder, bench.base, bench.settings, options.quick))
+    print_json(report(everyones, folder, bench.base, bench.settings, options.quick, bench.second.said_of))
 
 
 def arguments() -> argparse.Namespace:
@@ -111,6 +112,7 @@ class Bench:
         from demo.base.weights import WEIGHTS, sha256
 
         from .learn import Models
+        from .second_judge import SecondJudge
         from .subjects import Settings
 
         checkpoint = demo_checkpoint()
@@ -126,6 +128,8 @@ class Bench:
         self.host, self.options, self.cells = host, options, cells
         self.models = Models(model, clip, vae, getattr(torch, options.dtype))
         self.judge = Judge()
+        folder = (CACHE if options.quick else RESULTS) / "quality"
+        self.second = SecondJudge(folder, CACHE / "quality" / "drawn")
         # Not the checkpoint's: the text encoder in it is drawn on this machine, and may differ from another's in a bit.
         self.base = sha256(WEIGHTS if WEIGHTS.exists() else checkpoint)[:16]
         self.settings = Settings(
@@ -269,6 +273,8 @@ class Bench:
             scenes = bystander_scenes(bystanders)
             value["base_fidelity"] = base_fidelity(self.judge, draw(lesson, taught, texts_of(scenes, None), 1), scenes)
         self.keep_pictures(part, name, subject, images[::pictures])
+        if part == "main":
+            self.second.add(key, images, asked)
         scores = value["scores"]
         log.info(
             "%s, %s %s, %s: similarity %.3f, fidelity %.3f, harmonic %.3f, top-1 %.2f; %.0f s",
@@ -290,17 +296,34 @@ class Bench:
         return next(self.numbers) % count == own
 
     def ceiling(self, subject: Any) -> None:
-        """Real scenes of what is asked for, as they are and after the autoencoder."""
+        """Real scenes of what is asked for: as they are, after the autoencoder, and with the object moved a little."""
         from demo.base.world import render
 
+        from .both_judges import CEILING
         from .scores import score
+        from .subjects import moved
 
         real = [render(scene) for scene in subject.prompts]
-        for name, images in (("real scenes", real), ("real, autoencoded", self.autoencoded(real))):
+        others = [render(scene) for scene in moved(subject.prompts)]
+        for name, images in (("real scenes", real), ("real, autoencoded", self.autoencoded(real)), (CEILING, others)):
             key = self.key("main", name, subject, prompts=len(subject.prompts))
             if self.is_ours() and self.cells.find(key) is None:
                 self.keep_pictures("main", name, subject, images)
+                self.second.add(key, images, subject.prompts)
                 self.cells.add(key, {"scores": score(self.judge, subject, images, subject.prompts)._asdict()})
+
+    def judge_again(self) -> None:
+        """The second judge on kept pictures that it has not seen: nothing is taught or drawn for it."""
+        from demo.base.artwork import find
+
+        from .report import cells_of
+        from .subjects import make_subject
+
+        for cell in cells_of(self.cells, "main", self.base, self.settings):
+            if self.second.said_of(cell) is None and self.second.file(cell["key"]).exists():
+                prompts = make_subject(find(cell["key"]["subject"]), prompts=cell["key"]["prompts"]).prompts
+                pictures = cell["key"].get("pictures", 1)
+                self.second.judge_kept(cell, [scene for scene in prompts for _ in range(pictures)])
 
     def autoencoded(self, images: list) -> list:
         import numpy as np

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..host import CACHE
 from ..report import Row, environment, table
+from .both_judges import CEILING, both_rows
+from .both_judges import COLUMNS as BOTH_COLUMNS
 from .results import Cell, Cells
 from .scores import bootstrap, paired
 
@@ -22,7 +24,7 @@ from matplotlib import pyplot  # noqa: E402
 OURS = ("ours, clean", "ours, matched", "ours, clean, strength 1", "ours, matched, strength 1")
 FULL = "full fine-tune"
 BEATEN = ("TrainLoraNode", "PEFT LoRA", "textual inversion")
-REAL = ("real scenes", "real, autoencoded")
+REAL = ("real scenes", "real, autoencoded", CEILING)
 MARGIN = -0.02  # ours is "not worse" while the lower bound of the difference lies above this
 ENOUGH = 12  # subjects, for anything to count as shown
 COLUMNS = (
@@ -53,13 +55,21 @@ def cells_of(cells: Cells, part: str, base: str, settings: Any) -> list[Cell]:
     return [cell for cell in cells.all() if wanted.items() <= cell["key"].items()]
 
 
-def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) -> dict[str, Any]:
+def report(
+    cells: Cells,
+    folder: Path,
+    base: str,
+    settings: Any,
+    quick: bool,
+    said_of: Callable[[Cell], Cell | None] = lambda cell: None,
+) -> dict[str, Any]:
     """Write tables, plots and grids to the folder; the object that is the bench's last line."""
     found = {part: cells_of(cells, part, base, settings) for part in ("rates", "choices", "main", "ablations")}
     whole = of_whole_subjects(found["main"])
     rows = main_rows(whole)
     changes, choices = (ablation_rows(found[part]) for part in ("ablations", "choices"))
     verdict = judged(found["main"])
+    both = both_rows(whole, said_of)
     others = with_other_settings(cells, base, settings)
     result = {
         "bench": "quality",
@@ -71,10 +81,15 @@ def report(cells: Cells, folder: Path, base: str, settings: Any, quick: bool) ->
         "choices": choices,
         "rates": rate_rows(found["rates"]),
         "verdict": verdict,
+        "both judges": both,
         "other settings": others,
     }
     sections = [
         ("Methods: means over subjects, 95 % intervals", table(rows, COLUMNS)),
+        (
+            "Identity by both judges: 0 is the base's picture of the class word, 1 another real scene",
+            table(both, BOTH_COLUMNS),
+        ),
         (
             "Ours against the others: paired difference of the harmonic mean",
             table(verdict, VERDICT_COLUMNS),

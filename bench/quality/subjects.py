@@ -56,6 +56,16 @@ class Subject(NamedTuple):
         return texts_of(self.prompts, word)
 
 
+def moved(scenes: tuple[Scene, ...]) -> tuple[Scene, ...]:
+    """The same scenes with the nuisances that captions leave out."""
+    rng = np.random.RandomState(SEED + 2)
+    others = [random_scene(rng, (scene.artwork,)) for scene in scenes]
+    return tuple(
+        scene._replace(shift_x=other.shift_x, shift_y=other.shift_y, stretch=other.stretch)
+        for scene, other in zip(scenes, others, strict=True)
+    )
+
+
 def texts_of(scenes: tuple[Scene, ...], word: str | None) -> list[str]:
     """A prompt for each scene; the wording changes from one to the next. None says each object's own word."""
     return [caption(scene, place % len(WORDINGS), word) for place, scene in enumerate(scenes)]
