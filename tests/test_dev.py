@@ -254,9 +254,16 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize(
-    "signals", [["SIGTERM"], ["SIGTERM", "SIGTERM"], ["SIGTERM", "SIGINT"], ["SIGHUP"], ["SIGINT"]]
+    ("signals", "stubborn"),
+    [
+        (["SIGTERM"], False),
+        (["SIGTERM"], True),
+        (["SIGTERM", "SIGTERM"], True),
+        (["SIGTERM", "SIGINT"], True),
+        (["SIGHUP"], False),
+        (["SIGINT"], False),
+    ],
 )
-@pytest.mark.parametrize("stubborn", [False, True], ids=["", "stubborn"])
 def test_a_signal_ends_what_was_started_and_what_that_has_started(signals, stubborn):
     """`demo` starts a script that starts ComfyUI."""
     code = HOLD.format(dev=str(ROOT / "dev.py"), child=CHILD.format(stubborn=stubborn))
