@@ -13,7 +13,7 @@ from .kv import BlockKey
 from .layers import SelfAttentionLayer
 from .lora import SelfAttentionLoRA
 
-ReferenceMode = Literal["clean", "matched"]
+ReferenceMode = Literal["clean", "noised"]
 REFERENCE_MODES: tuple[str, ...] = get_args(ReferenceMode)
 
 PREDICTION_TYPES = ("eps", "v_prediction", "edm", "x0", "flow")

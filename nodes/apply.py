@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainer.config import REFERENCE_START
-from .host.injection import BLOCK_CHOICES, USUAL_STRENGTH, injection_for
+from .host.injection import APPLY_TO, BLOCK_CHOICES, USUAL_STRENGTH, injection_for
 from .host.patch import patch_self_attention
 from .sockets import CATEGORY, IMAGE_PROMPT, SA_INJECT_ADAPTER
 
@@ -52,12 +52,11 @@ class ApplySelfAttnInjection(io.ComfyNode):
                     tooltip="When injection ends. 1 is the last step; earlier leaves fine detail to the base model.",
                 ),
                 io.Combo.Input(
-                    "rows",
-                    options=["conditional", "both"],
-                    default="conditional",
-                    tooltip="Which half of the guidance sees the reference. conditional: only the positive prompt, so "
-                    "that CFG strengthens the subject. both: the negative too; softer, slower, and 0.01 lower in the "
-                    "benchmark (0.81 of 1).",
+                    "apply_to",
+                    options=list(APPLY_TO),
+                    default="positive",
+                    tooltip="Which prompts see the reference. positive: only the positive one, so that CFG strengthens "
+                    "the subject. both: the negative one too, which is softer and slower.",
                 ),
                 io.Combo.Input(
                     "blocks",
@@ -68,10 +67,10 @@ class ApplySelfAttnInjection(io.ComfyNode):
                     "In the benchmark middle and decoder lost nothing, the encoder alone 0.05 of 0.84.",
                 ),
                 io.Mask.Input(
-                    "area",
+                    "attn_mask",
                     optional=True,
                     tooltip="Where in the new picture the reference may act: white yes, black not at all, grey in "
-                    "part. Any size; it is stretched over what is drawn. With chained nodes, one area for each "
+                    "part. Any size; it is stretched over what is drawn. With chained nodes, one mask for each "
                     "subject. Leave it open where a picture is drawn in pieces (tiles, faces): each piece is a run of "
                     "its own, and would get the whole mask.",
                 ),
@@ -82,7 +81,7 @@ class ApplySelfAttnInjection(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, adapter, image_prompt, strength, start_percent, end_percent, rows, blocks, area=None
+        cls, model, adapter, image_prompt, strength, start_percent, end_percent, apply_to, blocks, attn_mask=None
     ) -> io.NodeOutput:
         injection = injection_for(
             model,
@@ -91,9 +90,9 @@ class ApplySelfAttnInjection(io.ComfyNode):
             strength=strength,
             start_percent=start_percent,
             end_percent=end_percent,
-            rows=rows,
+            apply_to=apply_to,
             blocks=blocks,
-            area=area,
+            attn_mask=attn_mask,
             node_id=cls.hidden.unique_id,
         )
         return io.NodeOutput(model if injection is None else patch_self_attention(model, injection))

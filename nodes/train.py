@@ -136,7 +136,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     options=list(REFERENCE_MODES),
                     default="clean",
                     tooltip="How the image prompt is read. clean: free of noise, once for a whole sampling run, so "
-                    "drawing stays fast. matched: noised to each step's level, once for every step: drawing takes "
+                    "drawing stays fast. noised: noised to each step's level, once for every step: drawing takes "
                     "1.1 to 1.4 times as long as with clean, and the subject is met better (0.803 against 0.781 in the "
                     "benchmark, mean of twelve subjects; a full fine-tune has 0.818).",
                 ),

@@ -28,7 +28,7 @@ from sa_inject.trainer.examples import Pair, PairStream, TrainingSet
 
 from .adapted import RECORDER, Replacements, WholePass, lora_on_both, replaced, whole_lora_for
 from .learn import Room, classroom, with_word
-from .methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, ours_matched, taught_by
+from .methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, ours_noised, taught_by
 from .subjects import Subject, make_subject
 
 REFERENCE_INPUTS = ("sa_inject.nodes.host.bank.reference_inputs", "sa_inject.nodes.host.patch.reference_inputs")
@@ -278,7 +278,7 @@ def told(*told_at: float) -> Callable[[Lesson], Taught]:
         pass
 
     Told.told_at = told_at
-    return lambda lesson: learned(lesson, denoiser_class=Told, reference_mode="matched")
+    return lambda lesson: learned(lesson, denoiser_class=Told, reference_mode="noised")
 
 
 def sigma_at(share: float) -> Callable[[Any], float]:
@@ -320,7 +320,7 @@ def learned_once(lesson: Lesson) -> tuple[Any, Any]:
 ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "as it is": drawn_with(),
     "LoRA in the whole pass": whole_lora,
-    "LoRA in the whole pass, matched": lambda lesson: whole_lora(lesson, reference_mode="matched"),
+    "LoRA in the whole pass, noised": lambda lesson: whole_lora(lesson, reference_mode="noised"),
     "K and V, in the whole pass": ours,
     **{f"rank {rank}": lambda lesson, rank=rank: ours(lesson, rank=rank) for rank in (1, 4, 64)},
     **{f"word of {n} tokens": lambda lesson, n=n: ours(lesson, token_vectors=n) for n in (1, 2, 8)},
@@ -341,14 +341,14 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     **{f"references read at {share}": ours for share in (0.1, 0.5)},
     "references told the picture's level": told(),
     "references told one of 3 levels": told(*THREE_LEVELS),
-    "matched": ours_matched,
+    "noised": ours_noised,
     "own beginnings": lambda lesson: learned(lesson, denoiser_class=OwnBeginnings),
     "LoRA on both": lora_on_both,
-    "LoRA on both, matched": lambda lesson: lora_on_both(lesson, reference_mode="matched"),
+    "LoRA on both, noised": lambda lesson: lora_on_both(lesson, reference_mode="noised"),
     "LoRA on the UNet alone": lambda lesson: lora_on_both(lesson, reference_dropout=1.0),
     "identical pairs": identical_pairs,
-    "both rows": drawn_with(rows="both"),
-    "both rows, middle and decoder": drawn_with(rows="both", blocks="middle and decoder"),
+    "both rows": drawn_with(apply_to="both"),
+    "both rows, middle and decoder": drawn_with(apply_to="both", blocks="middle and decoder"),
     "strength 0.5, middle and decoder": drawn_with(strength=0.5, blocks="middle and decoder"),
     **{
         f"references from {start}": lambda lesson, start=start: learned(
@@ -361,15 +361,15 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
         for share in (0.0, 0.3, 0.5)
     },
     **{
-        f"matched, reference dropout {share}": lambda lesson, share=share: learned(
-            lesson, reference_dropout=share, reference_mode="matched"
+        f"noised, reference dropout {share}": lambda lesson, share=share: learned(
+            lesson, reference_dropout=share, reference_mode="noised"
         )
         for share in (0.0, 0.5)
     },
     **{f"{count} references": with_references(count) for count in (1, 2, 8)},
     **{f"strength {strength}": drawn_with(strength=strength) for strength in (0.25, 0.5, 0.7, 2.0, 4.0)},
     **{f"cfg {cfg}": drawn_with(cfg) for cfg in (2.0, 4.5, 7.0)},
-    **{f"cfg {cfg}, both rows": drawn_with(cfg, rows="both") for cfg in (4.5, 7.0)},
+    **{f"cfg {cfg}, both rows": drawn_with(cfg, apply_to="both") for cfg in (4.5, 7.0)},
 }
 
 # What has to be in place while teaching and while drawing.
@@ -379,7 +379,7 @@ CONCATENATED: Replacements = (
 )
 REPLACED: dict[str, Replacements] = {
     "LoRA in the whole pass": ((RECORDER, WholePass),),
-    "LoRA in the whole pass, matched": ((RECORDER, WholePass), (MAY_JOIN, lambda *_: False)),
+    "LoRA in the whole pass, noised": ((RECORDER, WholePass), (MAY_JOIN, lambda *_: False)),
     "K and V, in the whole pass": ((RECORDER, WholePass),),
     "projected by the base": ((RECORDER, BaseProjections), *CONCATENATED),
     "concatenated": ((RECORDER, WholeValues), *CONCATENATED),

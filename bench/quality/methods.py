@@ -250,8 +250,8 @@ def learned_adapter(lesson: Lesson, **changes: Any) -> tuple[Adapter, Any]:
     return adapter, clip
 
 
-def ours_matched(lesson: Lesson) -> Taught:
-    return ours(lesson, reference_mode="matched")
+def ours_noised(lesson: Lesson) -> Taught:
+    return ours(lesson, reference_mode="noised")
 
 
 def as_trained(mode: str) -> Callable[[Lesson], Taught]:
@@ -375,7 +375,7 @@ METHODS: dict[str, Method] = {
     "full fine-tune": Method(full_fine_tune, with_words(1e-5, 3e-5, 1e-4)),
     "full fine-tune, prior": Method(full_fine_tune_with_prior, swept_as="full fine-tune"),
     "ours, clean": Method(ours, with_words(3e-4, 1e-3, 3e-3)),
-    "ours, matched": Method(ours_matched, swept_as="ours, clean"),
+    "ours, noised": Method(ours_noised, swept_as="ours, clean"),
     "ours, clean, strength 1": Method(as_trained("clean"), swept_as="ours, clean"),
-    "ours, matched, strength 1": Method(as_trained("matched"), swept_as="ours, clean"),
+    "ours, noised, strength 1": Method(as_trained("noised"), swept_as="ours, clean"),
 }

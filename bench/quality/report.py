@@ -21,7 +21,7 @@ from .scores import bootstrap, paired
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402
 
-OURS = ("ours, clean", "ours, matched", "ours, clean, strength 1", "ours, matched, strength 1")
+OURS = ("ours, clean", "ours, noised", "ours, clean, strength 1", "ours, noised, strength 1")
 FULL = "full fine-tune"
 BEATEN = ("TrainLoraNode", "PEFT LoRA", "textual inversion")
 REAL = ("real scenes", "real, autoencoded", CEILING)

@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 
     references: int
     masked: bool
-    rows: str  # "conditional" or "both"
+    apply_to: str  # "positive" or "both"
     reads: str  # "once", "every step", or "whole" for every step, all rows and to the end
 
 
@@ -82,7 +82,7 @@ class Limit:
         key = shape[:3]  # how often the reference is read changes nothing here
         if key not in self._injected:
             tokens = {block: shape.references * count for block, count in self.tokens(shape.masked).items()}
-            inject = _Injected(tokens, rows=2 if shape.rows == "both" else 1)
+            inject = _Injected(tokens, rows=2 if shape.apply_to == "both" else 1)
             options = {"patches_replace": {"attn1": dict.fromkeys(self._blocks, inject)}}
             self._injected[key] = self._count(lambda: self._call(2, options))
         return self._injected[key]

@@ -129,7 +129,7 @@ def graph(seed: int, steps: int, injection: dict[str, Any] | None) -> Graph:
             image_prompt=["prompt", 0],
             start_percent=0.0,
             end_percent=1.0,
-            rows="conditional",
+            apply_to="positive",
             blocks="all",
             **injection,
         ),

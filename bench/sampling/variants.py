@@ -31,7 +31,7 @@ class Variant:
     mode: str = "clean"  # the adapter's, or "peer"
     references: int = 1
     masked: bool = False
-    rows: str = "conditional"
+    apply_to: str = "positive"
     strength: float = USUAL_STRENGTH
     is_outside: bool = False  # start and end lie between two steps
     at_most: float | None = None
@@ -42,25 +42,25 @@ class Variant:
 
     @property
     def shape(self) -> Shape:
-        reads = {"clean": "once", "matched": "every step", "peer": "whole"}[self.mode]
-        return Shape(self.references, self.masked, self.rows, reads)
+        reads = {"clean": "once", "noised": "every step", "peer": "whole"}[self.mode]
+        return Shape(self.references, self.masked, self.apply_to, reads)
 
 
 VARIANTS = (
     Variant("clean", at_most=1.12),
-    Variant("clean, both rows", rows="both"),
+    Variant("clean, both rows", apply_to="both"),
     Variant("clean, quarter mask", masked=True, at_most=1.05),
-    Variant("clean, quarter mask, both rows", masked=True, rows="both"),
+    Variant("clean, quarter mask, both rows", masked=True, apply_to="both"),
     Variant("clean, 4 references", references=4),
     Variant("clean, 4 references, quarter masks", references=4, masked=True, at_most=1.20),
-    Variant("matched", mode="matched", at_most=1.65),
-    Variant("matched, both rows", mode="matched", rows="both"),
-    Variant("matched, quarter mask", mode="matched", masked=True),
-    Variant("training-free, every step, as peers", mode="peer", rows="both"),
+    Variant("noised", mode="noised", at_most=1.65),
+    Variant("noised, both rows", mode="noised", apply_to="both"),
+    Variant("noised, quarter mask", mode="noised", masked=True),
+    Variant("training-free, every step, as peers", mode="peer", apply_to="both"),
     Variant("strength 0", strength=0.0, at_most=1.005),
     Variant("outside start to end", is_outside=True, at_most=1.005),
 )
-SHORT = ("clean", "clean, quarter mask", "clean, 4 references, quarter masks", "matched", VARIANTS[9].name)
+SHORT = ("clean", "clean, quarter mask", "clean, 4 references, quarter masks", "noised", VARIANTS[9].name)
 
 
 def choose_variants(names: Sequence[str]) -> list[Variant]:
@@ -90,7 +90,7 @@ class Sampling:
         self.host = host
         self.scene = scene
         self.steps = steps
-        self._adapters = {mode: scene.adapter(mode) for mode in ("clean", "matched")}
+        self._adapters = {mode: scene.adapter(mode) for mode in ("clean", "noised")}
         self._positive, self._negative = scene.conditioning(11), scene.conditioning(22)
         self._latent = {"samples": torch.zeros(1, 4, scene.latent_side, scene.latent_side)}
         self._prompts = {
@@ -144,6 +144,6 @@ class Sampling:
             strength=variant.strength,
             start_percent=start,
             end_percent=end,
-            rows=variant.rows,
+            apply_to=variant.apply_to,
         )
         return model

@@ -116,12 +116,12 @@ class InjectedAttention:
                 continue
             injection = source.injection
             query_mask = None
-            if injection.area is not None:
+            if injection.attn_mask is not None:
                 height, width = extra_options["activations_shape"][-2:]
                 if height * width != q.shape[1]:
-                    self._run.step_aside("tokens were merged or tiled there, so the area mask cannot be placed", key)
+                    self._run.step_aside("tokens were merged or tiled there, so attn_mask cannot be placed", key)
                     continue
-                query_mask = self._run.area_weights(injection, height, width, q.device)
+                query_mask = self._run.mask_weights(injection, height, width, q.device)
             references.append(Reference(source.bank[key], injection.strength, query_mask=query_mask))
         return references
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.image_prompt import ImagePrompt
 from .progress import show_on_node
-from .sampling_run import Injection, Rows
+from .sampling_run import ApplyTo, Injection
 from .unet import describe, pooled_width, prediction_type
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 # 16 subjects (bench/results/quality/explored-on-cuda.md).
 USUAL_STRENGTH = 0.7
 
+APPLY_TO: tuple[str, ...] = get_args(ApplyTo)
 BLOCK_CHOICES: dict[str, tuple[str, ...]] = {
     "all": ("input", "middle", "output"),
     "encoder": ("input",),
@@ -36,9 +37,9 @@ def injection_for(
     strength: float,
     start_percent: float,
     end_percent: float,
-    rows: Rows,
+    apply_to: ApplyTo,
     blocks: str,
-    area: Tensor | None,
+    attn_mask: Tensor | None,
     node_id: str | None = None,
 ) -> Injection | None:
     """Check that everything fits, and describe the injection; None when it would do nothing at all.
@@ -50,7 +51,7 @@ def injection_for(
     adapter.check_fits(*description, prediction_type(model))
     _check_latents(model, image_prompt)
     _check_texts(model, image_prompt)
-    mask = None if area is None else _one_mask(area)
+    mask = None if attn_mask is None else _one_mask(attn_mask)
     stages = BLOCK_CHOICES[blocks]
     chosen = frozenset(key for key in adapter.blocks() if key.stage in stages)
     if start_percent >= end_percent:
@@ -66,9 +67,9 @@ def injection_for(
         strength=strength,
         start_percent=start_percent,
         end_percent=end_percent,
-        rows=rows,
+        apply_to=apply_to,
         blocks=chosen,
-        area=mask,
+        attn_mask=mask,
         node_id=node_id,
     )
 
@@ -103,16 +104,16 @@ def _check_texts(model: Any, image_prompt: ImagePrompt) -> None:
             )
 
 
-def _one_mask(area: Tensor) -> Tensor:
+def _one_mask(attn_mask: Tensor) -> Tensor:
     """(h, w) in 0..1"""
-    if not area.numel():
-        raise ValueError("The area mask is empty. Connect a mask of at least one pixel, or leave it open.")
-    masks = area.reshape(-1, *area.shape[-2:]).float()
+    if not attn_mask.numel():
+        raise ValueError("attn_mask is empty. Connect a mask of at least one pixel, or leave it open.")
+    masks = attn_mask.reshape(-1, *attn_mask.shape[-2:]).float()
     if not bool(torch.isfinite(masks).all()):
-        raise ValueError("The area mask holds values that are not numbers.")
+        raise ValueError("attn_mask holds values that are not numbers.")
     if any(not mask.equal(masks[0]) for mask in masks[1:]):
         raise ValueError(
-            f"The area is a batch of {len(masks)} masks, but one mask is wanted. Pick one of them, or chain an Apply "
+            f"attn_mask is a batch of {len(masks)} masks, but one mask is wanted. Pick one of them, or chain an Apply "
             f"node for each."
         )
     return masks[0].clamp(0, 1)

@@ -1,4 +1,4 @@
-"""The reference pass of matched mode as further rows of the picture's own UNet call.
+"""The reference pass of noised mode as further rows of the picture's own UNet call.
 
 A noised reference has to be read at every step. In a call of its own that launches every kernel twice; as rows of the
 call that is made anyway it only gives the kernels more to do. What comes out is the same. It can be done where the rows

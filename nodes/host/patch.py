@@ -125,18 +125,18 @@ class SelfAttentionInjection:
         x = arguments[0]
         is_part = run.size not in (None, tuple(x.shape[-2:]))
         conditional: Sequence[bool] | None = None
-        if any(injection.rows == "conditional" for injection in self.injections):
+        if any(injection.apply_to == "positive" for injection in self.injections):
             is_plain = is_plain_call(executor, run.guider, self.base, options)
             conditional = conditional_rows(run.guider, run.texts, options, arguments, is_plain)
             if conditional is None:
                 run.step_aside("nothing tells which of their rows belong to the positive prompt")
         seen = []
         for injection in self.injections:
-            rows = conditional if injection.rows == "conditional" else [True] * len(x)
+            rows = conditional if injection.apply_to == "positive" else [True] * len(x)
             if rows is None or not any(rows):
                 continue
-            if is_part and injection.area is not None:
-                run.step_aside("they draw only a part of the picture, so the area mask cannot be placed")
+            if is_part and injection.attn_mask is not None:
+                run.step_aside("they draw only a part of the picture, so attn_mask cannot be placed")
             else:
                 seen.append((injection, rows))
         return seen
@@ -166,9 +166,9 @@ class SelfAttentionInjection:
         if key in run.banks:
             return run.banks[key]
         adapter, prompt = injection.adapter, injection.image_prompt
-        level = sigma if injection.is_matched else None
+        level = sigma if injection.is_noised else None
         deltas = run.deltas_of(adapter, x)
-        if injection.is_matched and injection.reads_to_the_end and joined.may_take(prompt, adapter, self.base):
+        if injection.is_noised and injection.reads_to_the_end and joined.may_take(prompt, adapter, self.base):
             places = range(len(prompt.pictures))
             inputs = reference_inputs(self.base, adapter, prompt.pictures, places, level, run.seed, x)
             last = adapter.info.layers[-1].key

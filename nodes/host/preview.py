@@ -48,7 +48,7 @@ def usual_injection(adapter: Adapter, prompt: ImagePrompt) -> Injection:
         strength=USUAL_STRENGTH,
         start_percent=REFERENCE_START,
         end_percent=1.0,
-        rows="conditional",
+        apply_to="positive",
         blocks=frozenset(adapter.blocks()),
-        area=None,
+        attn_mask=None,
     )

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 RUN_KEY = "sa_inject_run"
 
-Rows = Literal["conditional", "both"]
+ApplyTo = Literal["positive", "both"]  # which prompts see the reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,18 +35,18 @@ class Injection:
     strength: float
     start_percent: float  # share of the schedule at which it begins to act
     end_percent: float
-    rows: Rows
+    apply_to: ApplyTo
     blocks: frozenset[BlockKey]
-    area: Tensor | None  # (h, w) in 0..1: where in the picture the reference may act
+    attn_mask: Tensor | None  # (h, w) in 0..1: where in the picture the reference may act
     node_id: str | None = None  # of the Apply node, where the frontend can show a word
 
     @property
-    def is_matched(self) -> bool:
-        return self.adapter.info.reference_mode == "matched"
+    def is_noised(self) -> bool:
+        return self.adapter.info.reference_mode == "noised"
 
     @property
     def asks_for_noise_level(self) -> bool:
-        return self.is_matched or self.start_percent > 0 or self.end_percent < 1
+        return self.is_noised or self.start_percent > 0 or self.end_percent < 1
 
     @property
     def reads_to_the_end(self) -> bool:
@@ -85,7 +85,7 @@ class SamplingRun:
     steps: int | None = None
     banks: dict[BankKey, KVBank] = field(default_factory=dict)
     deltas: dict[tuple, Deltas] = field(default_factory=dict)
-    areas: dict[tuple, Tensor] = field(default_factory=dict)
+    downsampled_masks: dict[tuple, Tensor] = field(default_factory=dict)
     foreign: dict[int, ForeignCode | None] = field(default_factory=dict)
     texts: GuiderTexts = field(default_factory=GuiderTexts)
     was_active: dict[int, bool] = field(default_factory=dict)  # by injection, of those with rows to act on
@@ -96,7 +96,7 @@ class SamplingRun:
         hooks = hooks_in_force(base)
         key = BankKey(
             (id(injection), id(unet), x.device, x.dtype),
-            sigma if injection.is_matched else None,
+            sigma if injection.is_noised else None,
             tuple(hook.hook_ref for hook in hooks),
             tuple(hook.strength for hook in hooks),
         )
@@ -111,13 +111,13 @@ class SamplingRun:
             self.deltas[key] = adapter.lora.deltas(x.device, x.dtype)
         return self.deltas[key]
 
-    def area_weights(self, injection: Injection, height: int, width: int, device: torch.device) -> Tensor:
-        """The area mask of an injection at one layer's size: (height*width,), the same at every step."""
+    def mask_weights(self, injection: Injection, height: int, width: int, device: torch.device) -> Tensor:
+        """The attention mask of an injection at one layer's size: (height*width,), the same at every step."""
         key = (id(injection), height, width, device)
-        if key not in self.areas:
-            assert injection.area is not None
-            self.areas[key] = token_weights(injection.area, height, width).to(device)
-        return self.areas[key]
+        if key not in self.downsampled_masks:
+            assert injection.attn_mask is not None
+            self.downsampled_masks[key] = token_weights(injection.attn_mask, height, width).to(device)
+        return self.downsampled_masks[key]
 
     def is_active(self, injection: Injection, sigma: float | None, sampling: Any) -> bool:
         active = injection.active_at(sigma, sampling)
@@ -153,20 +153,20 @@ def hooks_in_force(base: Any) -> list[Any]:
 
 
 def warn_of_another_shape(injection: Injection, height: int, width: int) -> None:
-    """Say that an area mask is not shaped like the latent (height, width) that a run draws.
+    """Say that an attention mask is not shaped like the latent (height, width) that a run draws.
 
     A node that draws a large picture in pieces starts a run for each of them, and nothing says where a piece lies.
     Less than one cell of the latent is what rounding explains.
     """
-    if injection.area is None:
+    if injection.attn_mask is None:
         return
-    rows, columns = injection.area.shape
+    rows, columns = injection.attn_mask.shape
     if min(abs(rows * width / columns - height), abs(columns * height / rows - width)) < 1:
         return
     said = (
-        f"the area mask is {columns}x{rows}, but this run draws a picture of {width * 8}x{height * 8}, which is of "
+        f"attn_mask is {columns}x{rows}, but this run draws a picture of {width * 8}x{height * 8}, which is of "
         f"another shape. The mask is stretched over it. If this run draws only a part of a larger picture, such as a "
-        f"tile or a face, the mask does not fit: leave area open there."
+        f"tile or a face, the mask does not fit: leave attn_mask open there."
     )
     log.warning("SA-Inject: %s", said)
     show_on_node(said[0].upper() + said[1:], injection.node_id)

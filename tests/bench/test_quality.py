@@ -157,7 +157,7 @@ def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
 
     settings = Settings(steps=1, batch=1, sampler_steps=1, cfg=1.0)
     cells = Cells(tmp_path / "cells.jsonl")
-    levels = {"base": 0.3, "full fine-tune": 0.8, "TrainLoraNode": 0.9, "ours, clean": 0.85, "ours, matched": 0.95}
+    levels = {"base": 0.3, "full fine-tune": 0.8, "TrainLoraNode": 0.9, "ours, clean": 0.85, "ours, noised": 0.95}
     for place, artwork in enumerate(subjects.table_artworks(12)):
         for method, level in levels.items():
             value = level - 0.01 * place
@@ -187,9 +187,9 @@ def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
     assert len(verdict) == len(result["verdict"]) == 2 * 4
     assert verdict["ours, clean", "full fine-tune"]["reached"] == "yes"
     assert verdict["ours, clean", "TrainLoraNode"]["reached"] == "no"
-    assert verdict["ours, matched", "TrainLoraNode"]["reached"] == "yes"
+    assert verdict["ours, noised", "TrainLoraNode"]["reached"] == "yes"
     assert verdict["ours, clean", "full fine-tune"]["difference"].startswith("0.050 (0.050")
-    assert verdict["ours, clean", "ours, matched"]["difference"].startswith("-0.100 (-0.100")
+    assert verdict["ours, clean", "ours, noised"]["difference"].startswith("-0.100 (-0.100")
     ours = next(row for row in result["rows"] if row["method"] == "ours, clean")
     assert ours["forgetting"].startswith("0.200")
     assert ours["loss"].startswith("0.375"), "the mean of a half and a quarter"

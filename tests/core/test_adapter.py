@@ -61,4 +61,4 @@ def test_model_that_predicts_something_else_is_refused_where_both_are_known(trai
 
 
 def test_reference_modes_are_the_two_of_the_method():
-    assert REFERENCE_MODES == ("clean", "matched")
+    assert REFERENCE_MODES == ("clean", "noised")

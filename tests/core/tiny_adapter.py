@@ -51,7 +51,7 @@ def random_adapter(name: str = "teapot", pooled: bool = False) -> Adapter:
             layers=self_attention_layers(unet),
             rank=RANK,
             alpha=ALPHA,
-            reference_mode="matched",
+            reference_mode="noised",
             placeholder="sks",
             class_word="teapot",
             training={"seed": 5, "steps": 400, "lora_learning_rate": 1e-4, "captions": ["a photo of sks teapot"]},

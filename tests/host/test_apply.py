@@ -51,10 +51,12 @@ def test_previews_are_drawn_as_apply_draws_by_itself(comfy_host, pack_nodes, mod
 
     adapter, prompt = make_adapter(model), make_prompt()
     widgets = defaults(pack_nodes["ApplySelfAttnInjection"].INPUT_TYPES())
-    assert vars(usual_injection(adapter, prompt)) == vars(injection_for(model, adapter, prompt, area=None, **widgets))
+    assert vars(usual_injection(adapter, prompt)) == vars(
+        injection_for(model, adapter, prompt, attn_mask=None, **widgets)
+    )
 
 
-@pytest.mark.parametrize("kind, mode", [*((kind, "clean") for kind in KINDS), ("sd15", "matched")])
+@pytest.mark.parametrize("kind, mode", [*((kind, "clean") for kind in KINDS), ("sd15", "noised")])
 def test_a_run_without_apply_is_as_if_there_had_been_none(comfy_host, kind, mode):
     model = base_model(comfy_host, kind)
     before = sample(comfy_host, model)
@@ -101,7 +103,7 @@ def test_the_model_that_was_connected_stays_as_it_was(comfy_host, model):
 
 def test_same_seed_same_image_cold_warm_and_on_the_tenth_run(comfy_host):
     model = comfy_host.load_checkpoint("sd15")[0]
-    adapter, prompt = make_adapter(model, "matched"), make_prompt((8, 16))
+    adapter, prompt = make_adapter(model, "noised"), make_prompt((8, 16))
     patched = apply(comfy_host, model, adapter, prompt)
     cold = sample(comfy_host, patched)
     assert torch.equal(sample(comfy_host, patched), cold)
@@ -109,15 +111,15 @@ def test_same_seed_same_image_cold_warm_and_on_the_tenth_run(comfy_host):
     for run in range(3, 10):
         sample(comfy_host, others[run % 3], seed=run, steps=1, size=(8, 16) if run % 2 else (8, 8))
     assert torch.equal(sample(comfy_host, patched), cold)
-    again = apply(comfy_host, model, make_adapter(model, "matched"), make_prompt((8, 16)))
+    again = apply(comfy_host, model, make_adapter(model, "noised"), make_prompt((8, 16)))
     assert torch.equal(sample(comfy_host, again), cold)
     fresh = comfy_host.load_checkpoint("sd15")[0]
     assert torch.equal(sample(comfy_host, apply(comfy_host, fresh, adapter, prompt)), cold)
 
 
 def test_another_seed_another_noise_on_the_pictures(comfy_host, model):
-    """In matched mode the seed of the sampler also noises the pictures, so nothing else may decide on it."""
-    patched = apply(comfy_host, model, make_adapter(model, "matched"))
+    """In noised mode the seed of the sampler also noises the pictures, so nothing else may decide on it."""
+    patched = apply(comfy_host, model, make_adapter(model, "noised"))
     torch.manual_seed(0)
     first = sample(comfy_host, patched)
     torch.manual_seed(1)
@@ -128,7 +130,7 @@ def test_another_seed_another_noise_on_the_pictures(comfy_host, model):
 def test_injection_draws_no_number_from_torchs_own_generator(comfy_host, model):
     """An ancestral sampler draws from it at every step, and must draw the same numbers with and without us."""
     states = []
-    for patched in (model, apply(comfy_host, model, make_adapter(model, "matched"))):
+    for patched in (model, apply(comfy_host, model, make_adapter(model, "noised"))):
         torch.manual_seed(5)
         sample(comfy_host, patched)
         states.append(torch.get_rng_state())
@@ -197,7 +199,7 @@ def through_rescale_cfg(host, model):
 @pytest.mark.parametrize("node", [through_free_u, through_model_sampling, through_rescale_cfg])
 def test_injection_survives_the_copies_of_nodes_downstream(comfy_host, model, node: Callable):
     """Every node copies the model's options deeply; before us or after us is one picture."""
-    adapter, prompt = make_adapter(model, "matched"), make_prompt()
+    adapter, prompt = make_adapter(model, "noised"), make_prompt()
     downstream = sample(comfy_host, node(comfy_host, node(comfy_host, apply(comfy_host, model, adapter, prompt))))
     upstream = sample(comfy_host, apply(comfy_host, node(comfy_host, node(comfy_host, model)), adapter, prompt))
     assert torch.equal(downstream, upstream)
@@ -245,7 +247,7 @@ class Witness(Spy):
             assert RUN_KEY not in model.model_options.get("transformer_options", {})
 
 
-@pytest.mark.parametrize("mode", ["clean", "matched"])
+@pytest.mark.parametrize("mode", ["clean", "noised"])
 def test_run_and_bank_are_released_when_the_run_ends(comfy_host, model, mode):
     """And while it lasts there is one bank, not one a step."""
     witness = Witness()

@@ -28,7 +28,7 @@ ABLATED = (
     "references lightly noised",
     "references read as clean",
     "references told the picture's level",
-    "matched",
+    "noised",
     "own beginnings",
     "LoRA on both",
     "identical pairs",

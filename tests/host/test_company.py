@@ -173,9 +173,9 @@ def test_area_steps_aside_where_tokens_are_not_where_they_were(comfy_host, model
     area = torch.ones(1, 64, 64)
     area[:, :32] = 0
     spy = Spy()
-    (patched,) = comfy_host.execute(node_id, model=spy.on(apply(comfy_host, model, area=area)), **widgets)
+    (patched,) = comfy_host.execute(node_id, model=spy.on(apply(comfy_host, model, attn_mask=area)), **widgets)
     sample(comfy_host, patched, steps=1, cfg=1.0)
-    reason = "tokens were merged or tiled there, so the area mask cannot be placed"
+    reason = "tokens were merged or tiled there, so attn_mask cannot be placed"
     assert log() == [f"SA-Inject stepped aside in input 1.0, output 3.0: {reason}."]
     assert [str(a.key) for a in spy.attended if a.k.shape[1] == 16 and a.injected_rows() == [0]] == [
         "input 3.0",

@@ -23,7 +23,7 @@ from tests.host.adapters import (
 from tests.host.test_rows import assert_only_rows_that_read, count_unet_rows
 
 VISIBLE = 1e-3
-MODES = ["clean", "matched"]
+MODES = ["clean", "noised"]
 
 
 @pytest.fixture(scope="module")

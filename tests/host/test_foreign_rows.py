@@ -42,7 +42,7 @@ def tiled(host, model, order: str = "tiles", tiles_in_a_call: int = 2):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("mode, tiles, batch", [("clean", 1, 1), ("clean", 2, 1), ("matched", 3, 1), ("matched", 2, 2)])
+@pytest.mark.parametrize("mode, tiles, batch", [("clean", 1, 1), ("clean", 2, 1), ("noised", 3, 1), ("noised", 2, 2)])
 def test_rows_of_tiles_are_known_by_what_they_read(comfy_host, model, texts, log, order, mode, tiles, batch):
     """Three tiles in calls of up to so many, so the last call may be smaller."""
     spy = Spy(keys=(FIRST,))
@@ -52,7 +52,7 @@ def test_rows_of_tiles_are_known_by_what_they_read(comfy_host, model, texts, log
     assert log() == []
 
 
-@pytest.mark.parametrize("mode", ["clean", "matched"])
+@pytest.mark.parametrize("mode", ["clean", "noised"])
 def test_tiles_in_one_call_are_drawn_as_tiles_in_calls_of_their_own(comfy_host, model, texts, mode):
     inputs = {"size": (8, 24), "batch": 2, **texts}
     found = [
@@ -66,10 +66,10 @@ def test_tiles_in_one_call_are_drawn_as_tiles_in_calls_of_their_own(comfy_host, 
     assert relative_error(found[0], sample(comfy_host, tiled(comfy_host, model), **inputs)) > 1e-3
 
 
-@pytest.mark.parametrize("rows, cfg", [("both", 4.0), ("conditional", 1.0), ("both", 1.0)])
-def test_all_rows_of_tiles_where_all_see_it(comfy_host, model, texts, rows, cfg):
+@pytest.mark.parametrize("apply_to, cfg", [("both", 4.0), ("positive", 1.0), ("both", 1.0)])
+def test_all_rows_of_tiles_where_all_see_it(comfy_host, model, texts, apply_to, cfg):
     spy = Spy(keys=(FIRST,))
-    patched = apply(comfy_host, tiled(comfy_host, model), rows=rows)
+    patched = apply(comfy_host, tiled(comfy_host, model), apply_to=apply_to)
     sample(comfy_host, spy.on(patched), size=(8, 24), steps=1, cfg=cfg, **texts)
     wanted = texts.values() if cfg > 1 else [texts["positive"]]
     assert_only_rows_that_read(spy, *wanted)

@@ -15,7 +15,7 @@ from tests.host.adapters import (
 )
 from tests.host.test_rows import assert_only_rows_that_read, combined, count_unet_rows
 
-MODES = ["clean", "matched"]
+MODES = ["clean", "noised"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_hooked_prompt_reads_what_the_lora_makes_of_the_reference(comfy_host, 
         assert relative_error(together[text], alone[text]) < 1e-5
 
 
-@pytest.mark.parametrize("mode, passes", [("clean", 2), ("matched", 4)])
+@pytest.mark.parametrize("mode, passes", [("clean", 2), ("noised", 4)])
 def test_a_schedule_of_strengths_is_read_at_each_of_them(comfy_host, model, hooked, mode, passes):
     """Two strengths over four steps: a clean reference is read for each strength, a noised one at every step."""
     from sa_inject.nodes.host.patch import RUN_KEY  # pyright: ignore[reportMissingImports]

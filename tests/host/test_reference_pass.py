@@ -277,7 +277,7 @@ def test_reference_pass_and_injection_run_in_half_precision(comfy_host, own_mode
         area[:, :, 32:] = 1
         weights = area[0, ::8, ::8].flatten()
     spy = Spy(keys=(FIRST,))
-    model = spy.on(apply(comfy_host, own_model, adapter, prompt, area=area, blocks="encoder"))
+    model = spy.on(apply(comfy_host, own_model, adapter, prompt, attn_mask=area, blocks="encoder"))
     model.set_model_compute_dtype(dtype)
     bank = call_once(load(model))
     assert {x.dtype for kv in bank.values() for x in kv} == {dtype}
@@ -294,7 +294,7 @@ def test_reference_pass_and_injection_run_in_half_precision(comfy_host, own_mode
 def test_matched_mode_reads_the_picture_noised_to_the_step(comfy_host, kind):
     """What the UNet is given is the picture plus one noise, times the sigma of the step; the rest follows from it."""
     model = load(base_model(comfy_host, kind))
-    adapter, prompt = make_adapter(model, "matched"), make_prompt()
+    adapter, prompt = make_adapter(model, "noised"), make_prompt()
     patched = load(apply(comfy_host, model, adapter, prompt))
     clean = model.model.process_latent_in(prompt.pictures[0].latent)
     seen: list[Tensor] = []

@@ -41,7 +41,7 @@ def prompt_with_texts(model, *lengths: int | None) -> ImagePrompt:
 PAIRS = [(7, 14), (14, 7), (14, 21), (None, 14), (21, None), (7, 10), (77, 10), (None, 11, 14), (6, 4, 9, None)]
 
 
-@pytest.mark.parametrize("mode, drawn", [("clean", 7), ("matched", 7), ("matched", 42)])
+@pytest.mark.parametrize("mode, drawn", [("clean", 7), ("noised", 7), ("noised", 42)])
 @pytest.mark.parametrize("lengths", PAIRS, ids=str)
 def test_texts_of_every_pair_of_lengths_are_read_together_as_apart(comfy_host, model, mode, lengths, drawn):
     """One call for all, one for each length, or rows of the drawing's own call: it is the same."""
@@ -133,22 +133,22 @@ def test_sdxl_wants_a_pooled_vector_of_its_own(comfy_host, pooled, has):
 def test_other_models_want_no_pooled_vector(comfy_host, model):
     text = ReferenceText(random(1, 7, 768), random(1, 768))
     prompt = ImagePrompt((Picture(random(1, 4, 8, 8), text=text), Picture(random(1, 4, 8, 8))))
-    assert sample(comfy_host, apply(comfy_host, model, make_adapter(model, "matched"), prompt)).isfinite().all()
+    assert sample(comfy_host, apply(comfy_host, model, make_adapter(model, "noised"), prompt)).isfinite().all()
 
 
 @pytest.mark.parametrize("count, is_refused", [(1, False), (3, True)])
 def test_a_batch_of_area_masks_is_refused_unless_they_are_the_same(comfy_host, model, count, is_refused):
     same = random(1, 8, 8).sigmoid().expand(3, -1, -1)
-    assert apply(comfy_host, model, area=same) is not model
+    assert apply(comfy_host, model, attn_mask=same) is not model
     masks = random(count, 8, 8).sigmoid()
     if not is_refused:
-        assert apply(comfy_host, model, area=masks) is not model
+        assert apply(comfy_host, model, attn_mask=masks) is not model
         return
-    with pytest.raises(ValueError, match="area is a batch of 3 masks, but one mask is wanted"):
-        apply(comfy_host, model, area=masks)
+    with pytest.raises(ValueError, match="attn_mask is a batch of 3 masks, but one mask is wanted"):
+        apply(comfy_host, model, attn_mask=masks)
 
 
 def test_an_empty_area_is_refused(comfy_host, model):
     for shape in ((0, 8, 8), (1, 0, 8)):
-        with pytest.raises(ValueError, match="area mask is empty"):
-            apply(comfy_host, model, area=torch.zeros(shape))
+        with pytest.raises(ValueError, match="attn_mask is empty"):
+            apply(comfy_host, model, attn_mask=torch.zeros(shape))

@@ -67,19 +67,19 @@ def assert_only_rows_that_read(spy: Spy, *conds) -> None:
             assert not any(torch.equal(row, cond[0][0][0]) for row in call["context"] for cond in conds)
 
 
-@pytest.mark.parametrize("rows", ["conditional", "both"])
+@pytest.mark.parametrize("apply_to", ["positive", "both"])
 @pytest.mark.parametrize("chunks", [[0, 1], [1, 0], [0], [1], None])
-def test_rows_of_a_batch_of_four_are_mapped_to_their_chunks(comfy_host, model, chunks, rows):
+def test_rows_of_a_batch_of_four_are_mapped_to_their_chunks(comfy_host, model, chunks, apply_to):
     """Injected rows change; the others come out of the whole UNet bit for bit as without us."""
     count = len(chunks or [0])
     x = random(4 * count, 4, 8, 8) * SIGMA
     context = torch.cat([reference_text(model, seed).cross_attn.expand(4, -1, -1) for seed in range(count)])
-    patched = apply(comfy_host, model, rows=rows)
+    patched = apply(comfy_host, model, apply_to=apply_to)
     plain = call_unet(load(model), x, SIGMA, context, chunks)
     found = call_unet(load(patched), x, SIGMA, context, chunks)
     for place, chunk in enumerate(chunks or [0]):
         for row in range(4 * place, 4 * place + 4):
-            if chunk == 0 or rows == "both":
+            if chunk == 0 or apply_to == "both":
                 assert relative_error(found[row], plain[row]) > 1e-3
             else:
                 assert torch.equal(found[row], plain[row])
@@ -112,7 +112,7 @@ def test_only_the_positive_rows_of_a_batch_are_injected(comfy_host, model, posit
 
 def test_both_injects_the_negative_rows_too(comfy_host, model, positive, negative):
     spy = Spy(keys=(FIRST,))
-    sample(comfy_host, spy.on(apply(comfy_host, model, rows="both")), positive=positive, negative=negative)
+    sample(comfy_host, spy.on(apply(comfy_host, model, apply_to="both")), positive=positive, negative=negative)
     assert_only_rows_that_read(spy, positive, negative)
 
 
@@ -170,7 +170,7 @@ def sample_with_guider(host, model, guider, sampler="euler", size=(8, 8)):
 
 
 def test_custom_samplers_draw_what_the_ksampler_draws(comfy_host, model, positive, negative):
-    patched = apply(comfy_host, model, make_adapter(model, "matched"))
+    patched = apply(comfy_host, model, make_adapter(model, "noised"))
     expected = sample(comfy_host, patched, positive=positive, negative=negative, scheduler="simple")
     (guider,) = comfy_host.execute("CFGGuider", model=patched, positive=positive, negative=negative, cfg=4.0)
     assert torch.equal(sample_with_guider(comfy_host, model, guider), expected)
@@ -205,7 +205,7 @@ def count_unet_rows(model, draw) -> Drawn:
 
 
 @pytest.mark.parametrize(
-    "mode, sampler, passes", [("clean", "euler", 1), ("matched", "euler", 3), ("matched", "heun", 3)]
+    "mode, sampler, passes", [("clean", "euler", 1), ("noised", "euler", 3), ("noised", "heun", 3)]
 )
 def test_the_picture_is_read_once_a_run_or_once_a_noise_level(comfy_host, model, mode, sampler, passes):
     """heun calls the UNet twice a step, the second time at the next step's level; cond and uncond come separately."""
@@ -231,16 +231,16 @@ def looked_at():
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd2_v", "sdxl"])
-@pytest.mark.parametrize("rows", ["conditional", "both"])
+@pytest.mark.parametrize("apply_to", ["positive", "both"])
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_pictures_that_are_rows_of_the_call_say_what_a_pass_of_their_own_says(
-    comfy_host, looked_at, kind, rows, sampler
+    comfy_host, looked_at, kind, apply_to, sampler
 ):
     model = base_model(comfy_host, kind)
     mask = torch.zeros(8, 8)
     mask[:, 2:5] = 1
     prompt = make_prompt((8, 8), (8, 8), masks=(None, mask))
-    patched = apply(comfy_host, model, make_adapter(model, "matched"), prompt, rows=rows)
+    patched = apply(comfy_host, model, make_adapter(model, "noised"), prompt, apply_to=apply_to)
     together = {"batch": 2, "steps": 3, "sampler_name": sampler}
     calls = count_unet_rows(model, lambda: sample(comfy_host, patched, **together))
     apart = count_unet_rows(model, lambda: sample(comfy_host, looked_at(patched), **together))
@@ -255,7 +255,7 @@ def test_pictures_that_are_rows_of_the_call_say_what_a_pass_of_their_own_says(
 def test_pictures_get_a_pass_of_their_own_where_there_is_no_room_for_both(comfy_host, model, monkeypatch):
     from sa_inject.nodes.host import bank  # pyright: ignore[reportMissingImports]
 
-    patched = apply(comfy_host, model, make_adapter(model, "matched"))
+    patched = apply(comfy_host, model, make_adapter(model, "noised"))
     together = count_unet_rows(model, lambda: sample(comfy_host, patched))
     needed = model.model.memory_required([3, 4, 8, 8]) * 1.5
     monkeypatch.setattr(bank, "get_free_memory", lambda device: needed)
@@ -264,7 +264,7 @@ def test_pictures_get_a_pass_of_their_own_where_there_is_no_room_for_both(comfy_
     assert relative_error(together.drawn, apart.drawn) < 1e-4
 
 
-@pytest.mark.parametrize("mode", ["clean", "matched"])
+@pytest.mark.parametrize("mode", ["clean", "noised"])
 def test_pictures_are_read_one_by_one_where_there_is_no_room_for_more(comfy_host, model, looked_at, monkeypatch, mode):
     from sa_inject.nodes.host import bank  # pyright: ignore[reportMissingImports]
 
@@ -310,7 +310,7 @@ def test_masked_out_tokens_are_let_go_layer_by_layer(comfy_host, model, monkeypa
 @pytest.mark.parametrize("size, tokens, rows", [((8, 8), 14, {3}), ((8, 8), 10, {1, 2}), ((8, 16), 7, {1, 2})])
 def test_pictures_are_rows_of_a_call_only_if_size_and_text_fit(comfy_host, model, size, tokens, rows):
     texts = {name: conditioning(model, seed, tokens) for name, seed in (("positive", 11), ("negative", 22))}
-    patched = apply(comfy_host, model, make_adapter(model, "matched"), make_prompt((8, 8)))
+    patched = apply(comfy_host, model, make_adapter(model, "noised"), make_prompt((8, 8)))
     assert set(count_unet_rows(model, lambda: sample(comfy_host, patched, size=size, **texts)).rows) == rows
 
 
@@ -359,7 +359,7 @@ def first_attention(patched, x, text):
 def test_chained_nodes_act_in_their_own_rows_and_steps(comfy_host, model, positive, negative):
     spy = Spy(keys=(FIRST,))
     patched = apply(comfy_host, model, end_percent=0.5)
-    patched = spy.on(apply(comfy_host, patched, make_adapter(model, seed=50), start_percent=0.5, rows="both"))
+    patched = spy.on(apply(comfy_host, patched, make_adapter(model, seed=50), start_percent=0.5, apply_to="both"))
     sample(comfy_host, patched, positive=positive, negative=negative, steps=2, scheduler="simple")
     early, late = spy.attended
     assert early.injected_rows() == early.rows_that_read(positive)
@@ -411,7 +411,7 @@ def test_queries_outside_the_area_see_nothing(comfy_host, model):
     area[:, 16:, 16:] = 0.5
     x, text = random(2, 4, 8, 8) * SIGMA, reference_text(model, 5).cross_attn.expand(2, -1, -1)
     _, (bank,) = first_attention(apply(comfy_host, model), x, text)
-    masked, _ = first_attention(apply(comfy_host, model, area=area, strength=0.8), x, text)
+    masked, _ = first_attention(apply(comfy_host, model, attn_mask=area, strength=0.8), x, text)
     own = KV(masked.k, masked.v)
     weights = 0.8 * area[0, ::4, ::4].flatten()
     assert sorted(set(weights.tolist())) == pytest.approx([0.0, 0.4, 0.8])
@@ -422,7 +422,7 @@ def test_queries_outside_the_area_see_nothing(comfy_host, model):
 
 
 def test_black_area_draws_the_base_models_picture(comfy_host, model):
-    black = sample(comfy_host, apply(comfy_host, model, area=torch.zeros(1, 8, 8)))
+    black = sample(comfy_host, apply(comfy_host, model, attn_mask=torch.zeros(1, 8, 8)))
     assert relative_error(black, sample(comfy_host, model)) < 1e-4
 
 
@@ -434,10 +434,10 @@ def test_area_steps_aside_where_only_a_part_of_the_picture_is_drawn(comfy_host, 
     area = torch.ones(1, 64, 128)
     spy = Spy(keys=(FIRST,))
     with caplog.at_level(logging.INFO):
-        sample(comfy_host, spy.on(apply(comfy_host, model, area=area)), **inputs)
+        sample(comfy_host, spy.on(apply(comfy_host, model, attn_mask=area)), **inputs)
     assert_only_rows_that_read(spy, positive)
     (line,) = [r.getMessage() for r in caplog.records if "stepped aside" in r.getMessage()]
-    assert "area" in line and "part of the picture" in line
+    assert "attn_mask" in line and "part of the picture" in line
 
     caplog.clear()
     spy = Spy(keys=(FIRST,))
@@ -464,6 +464,6 @@ def test_area_steps_aside_in_tiled_calls(comfy_host, model, positive, negative, 
     assert_only_rows_that_read(spy, positive)
     assert "stepped aside" not in caplog.text
     with caplog.at_level(logging.INFO):
-        found = sample(comfy_host, apply(comfy_host, tiled, area=torch.ones(1, 64, 128)), **inputs)
+        found = sample(comfy_host, apply(comfy_host, tiled, attn_mask=torch.ones(1, 64, 128)), **inputs)
     assert torch.equal(found, sample(comfy_host, tiled, **inputs))
     assert "stepped aside" in caplog.text

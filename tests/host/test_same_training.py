@@ -162,7 +162,7 @@ def test_settings_and_data_count(sd15, usual, same_as):
         {"token_vectors": 2},
         {"lora_learning_rate": 2e-3},
         {"token_learning_rate": 2e-3},
-        {"reference_mode": "matched"},
+        {"reference_mode": "noised"},
         {"precision": "bf16"},
         {"resolution": 128},
         {"placeholder_token": "sainx"},

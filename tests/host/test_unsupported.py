@@ -141,5 +141,5 @@ def test_pictures_of_another_vae_are_refused_by_number(comfy_host, sd15):
 
 
 def test_an_area_that_is_not_a_number_is_refused(comfy_host, sd15):
-    with pytest.raises(ValueError, match="area"):
-        apply(comfy_host, sd15, area=torch.full((1, 8, 8), float("nan")))
+    with pytest.raises(ValueError, match="attn_mask"):
+        apply(comfy_host, sd15, attn_mask=torch.full((1, 8, 8), float("nan")))

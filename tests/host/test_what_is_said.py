@@ -96,11 +96,9 @@ def test_an_empty_range_is_named_at_the_node(comfy_host, model, warned, shown, s
 )
 def test_an_area_of_another_shape_than_the_run_is_named(comfy_host, model, warned, shown, mask, size, is_said):
     """As in a tile of a larger picture, or a face that is cut out of it."""
-    patched = apply(comfy_host, model, area=torch.ones(1, *mask))
+    patched = apply(comfy_host, model, attn_mask=torch.ones(1, *mask))
     sample(comfy_host, patched, size=size, steps=1, cfg=1.0)
     assert len(warned()) == len(shown) == int(is_said)
     if is_said:
         (line,) = warned()
-        assert (
-            f"the area mask is {mask[1]}x{mask[0]}, but this run draws a picture of {size[1] * 8}x{size[0] * 8}" in line
-        )
+        assert f"attn_mask is {mask[1]}x{mask[0]}, but this run draws a picture of {size[1] * 8}x{size[0] * 8}" in line

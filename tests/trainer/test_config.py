@@ -62,9 +62,9 @@ def test_one_learning_rate_may_be_zero_but_not_both():
 
 
 def test_unknown_reference_mode_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="reference_mode is 'noisy'; it is one of clean, matched"):
+    with pytest.raises(ValueError, match="reference_mode is 'noisy'; it is one of clean, noised"):
         TrainConfig(reference_mode="noisy")
-    assert TrainConfig(reference_mode="matched").reference_mode == "matched"
+    assert TrainConfig(reference_mode="noised").reference_mode == "noised"
 
 
 def test_settings_are_frozen():

@@ -59,7 +59,7 @@ def keep(seen: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
 # --- What gets a gradient, and what changes
 
 
-@pytest.mark.parametrize("mode", ["clean", "matched"])
+@pytest.mark.parametrize("mode", ["clean", "noised"])
 def test_learning_goes_from_the_values_to_the_keys(mode):
     """While the values are zero nothing depends on the keys, and while a `lora_B` is, nothing on its `lora_A`."""
     subject = fresh_subject()
@@ -168,9 +168,9 @@ def held_out_loss(subject: Subject, data: TrainingSet) -> float:
         ({"steps": 30}, 0.975),
         ({"steps": 12, "token_learning_rate": 0.0}, 0.993),
         ({"steps": 12, "token_learning_rate": 0.3, "lora_learning_rate": 0.0}, 0.995),
-        ({"steps": 12, "reference_mode": "matched"}, 0.993),
+        ({"steps": 12, "reference_mode": "noised"}, 0.993),
     ],
-    ids=["together", "LoRA alone", "token alone", "matched"],
+    ids=["together", "LoRA alone", "token alone", "noised"],
 )
 def test_loss_on_held_out_noise_falls_within_fifty_steps(settings, fallen_to):
     subject, data = fresh_subject(rank=4), pictures(2)
@@ -185,7 +185,7 @@ def test_same_seed_gives_the_same_losses_and_another_seed_others():
         subject = fresh_subject()
         torch.rand(3)  # the global random state has no part
         state = torch.get_rng_state()
-        settings = {"steps": 4, "batch_size": 2, "reference_dropout": 0.3, "reference_mode": "matched"}
+        settings = {"steps": 4, "batch_size": 2, "reference_dropout": 0.3, "reference_mode": "noised"}
         runs.append(losses(subject, pictures(), seed=seed, **settings))
         ends.append(values(subject))
         assert torch.equal(torch.get_rng_state(), state)
@@ -334,7 +334,7 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["clean", "matched"])
+@pytest.mark.parametrize("mode", ["clean", "noised"])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_loss_and_gradient_of_a_batch_are_the_means_of_its_pairs(batch, mode):
     pairs = BATCHES[batch]
@@ -363,11 +363,11 @@ def warmed_up(subject: Subject) -> Subject:
 
 def naive_losses(subject: Subject, pairs: Sequence[Pair], mode: str, noised: Sequence[Noised]) -> list[Tensor]:
     """The loss of every pair on its own, from the chance that the loop drew: for each group that of the targets, and
-    when it is matched that of the references."""
+    when it is noised that of the references."""
     calls, found = iter(noised), []
     for places in group_by_shape(pairs):
         group, drawn = [pairs[place] for place in places], next(calls)
-        with_noise = mode == "matched" and group[0].reference is not None
+        with_noise = mode == "noised" and group[0].reference is not None
         drawn_for_references = next(calls) if with_noise else None
         for row, one in enumerate(group):
             noise = None if drawn_for_references is None else drawn_for_references.noise[row : row + 1]
@@ -404,7 +404,7 @@ def test_accumulated_batches_equal_one_large_batch():
 
 def test_image_prompt_is_another_picture_and_its_noise_another_noise():
     subject, data = fresh_subject(Recording), pictures()
-    losses(subject, data, steps=6, reference_mode="matched")
+    losses(subject, data, steps=6, reference_mode="noised")
     noised = subject.denoiser.noised
     assert len(subject.denoiser.read) == 6 and len(noised) == 12
     for target, reference in zip(noised[::2], noised[1::2], strict=True):
@@ -500,10 +500,10 @@ def test_run_that_is_stopped_leaves_the_steps_that_it_took():
     [
         {},
         {"batch_size": 2, "accumulation": 2, "reference_dropout": 0.3},
-        {"batch_size": 2, "reference_mode": "matched", "weight_decay": 0.5},
+        {"batch_size": 2, "reference_mode": "noised", "weight_decay": 0.5},
         {"loss_scaling": True},
     ],
-    ids=["plain", "several pictures a step", "matched", "scaled"],
+    ids=["plain", "several pictures a step", "noised", "scaled"],
 )
 @pytest.mark.parametrize("after", [1, 4])
 def test_run_that_goes_on_from_a_file_ends_as_one_that_was_never_stopped(tmp_path, settings, after):
