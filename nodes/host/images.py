@@ -5,6 +5,7 @@ ComfyUI hands over (b, h, w, c) in 0..1; below this file a picture is (1, 3, h, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,9 +14,15 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+log = logging.getLogger(__name__)
+
 Fit = Literal["crop", "pad", "stretch"]
 SNAP = 64  # pixels: sides are multiples of this, so that every level of a UNet has whole tokens
 GREY = 0.5
+VAE_CURE = (
+    "Start ComfyUI with --fp32-vae (or --bf16-vae), or connect a VAE that was fixed for float16, such as "
+    "sdxl-vae-fp16-fix for SDXL."
+)
 
 
 def pictures_of(images: Sequence[Tensor], what: str) -> list[Tensor]:
@@ -124,7 +131,7 @@ def to_comfy(picture: Tensor) -> Tensor:
 def encode_picture(vae: Any, picture: Tensor, latent_channels: int | None = None) -> Tensor:
     """VAE latent of one picture, not yet scaled for a model. (1, 3, h, w) -> (1, c, h/8, w/8)
 
-    Raises ValueError when the VAE's latents are not what the model denoises.
+    Raises ValueError when the VAE's latents are not what the model denoises, or no numbers.
     """
     latent = vae.encode(to_comfy(picture))
     if latent.ndim != 4 or (latent_channels is not None and latent.shape[1] != latent_channels):
@@ -132,7 +139,28 @@ def encode_picture(vae: Any, picture: Tensor, latent_channels: int | None = None
             f"The connected VAE makes latents of {latent.shape[1]} channels and {latent.ndim - 2} dimensions, but the "
             f"model wants {latent_channels or 4} channels and 2. Connect the VAE of the same base model."
         )
+    if not bool(latent.isfinite().all()):
+        raise ValueError(f"{vae_name(vae)} gave values that are not numbers for a picture. {VAE_CURE}")
     return latent
+
+
+def decode_latents(vae: Any, latent: Tensor) -> Tensor:
+    """IMAGE (b, h, w, c) of latents. Where the VAE gives no numbers they become black, and the log says so."""
+    images = vae.decode(latent)
+    if bool(images.isfinite().all()):
+        return images
+    if bool(latent.isfinite().all()):
+        log.warning("%s gave values that are not numbers, so previews are black. %s", vae_name(vae), VAE_CURE)
+    else:
+        log.warning("The model drew values that are not numbers, so previews are black.")
+    return images.nan_to_num(0.0, 0.0, 0.0)
+
+
+def vae_name(vae: Any) -> str:
+    """As users can tell it: the kind of network and its precision."""
+    network = type(getattr(vae, "first_stage_model", vae)).__name__
+    dtype = getattr(vae, "vae_dtype", None)
+    return f"The connected VAE ({network}{'' if dtype is None else f' in {dtype}'.replace('torch.', '')})"
 
 
 def _rgb(picture: Tensor, what: str) -> Tensor:

@@ -12,6 +12,7 @@ from ...core.adapter import Adapter
 from ...core.image_prompt import ImagePrompt
 from ...trainer.captions import TEMPLATES, subject_phrase
 from ...trainer.config import REFERENCE_START
+from .images import decode_latents
 from .injection import USUAL_STRENGTH
 from .patch import patch_self_attention
 from .sampling_run import Injection
@@ -37,7 +38,7 @@ def draw_previews(
     samples = comfy.sample.sample(
         patched, noise, STEPS, GUIDANCE, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=seed
     )
-    return vae.decode(samples)
+    return decode_latents(vae, samples)
 
 
 def usual_injection(adapter: Adapter, prompt: ImagePrompt) -> Injection:
