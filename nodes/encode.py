@@ -6,8 +6,11 @@ from comfy_api.latest import io
 
 from ..core.image_prompt import ImagePrompt, Picture
 from .host.conditioning import reference_texts
-from .host.images import SNAP, encode_picture, fit_picture, masks_of, pictures_of
+from .host.images import SNAP, encode_picture, fit_picture, pictures_of
+from .host.masks import check_leaves_something, masks_of
 from .sockets import CATEGORY, IMAGE_PROMPT
+
+NAME = "Encode Image Prompt"
 
 
 class EncodeImagePrompt(io.ComfyNode):
@@ -15,7 +18,7 @@ class EncodeImagePrompt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EncodeImagePrompt",
-            display_name="Encode Image Prompt",
+            display_name=NAME,
             category=CATEGORY,
             description="Turns pictures of a subject into an image prompt for Apply Self-Attention Injection.",
             is_input_list=True,  # so that a list of pictures of different sizes makes one prompt
@@ -47,7 +50,8 @@ class EncodeImagePrompt(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip="White where the subject is, one mask for each picture, of its size. Black parts are not "
-                    "handed over at all: their background cannot leak in, and sampling gets faster.",
+                    "handed over at all: their background cannot leak in, and sampling gets faster. LoadImage's mask "
+                    "is the other way round: put InvertMask between. Load SA-Inject Dataset's is right as it is.",
                 ),
                 io.Conditioning.Input(
                     "conditioning",
@@ -66,12 +70,13 @@ class EncodeImagePrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, vae, resolution, fit, mask=None, conditioning=None, image_prompt=None) -> io.NodeOutput:
-        pictures = pictures_of(images, "Encode Image Prompt")
-        masks = masks_of(mask, pictures, "Encode Image Prompt")
-        texts = reference_texts(conditioning or [], len(pictures), "Encode Image Prompt")
+        pictures = pictures_of(images, NAME)
+        masks = masks_of(mask, pictures, NAME)
+        texts = reference_texts(conditioning or [], len(pictures), NAME)
         encoded = []
-        for picture, subject, text in zip(pictures, masks, texts, strict=True):
+        for number, (picture, subject, text) in enumerate(zip(pictures, masks, texts, strict=True), start=1):
             picture, subject = fit_picture(picture, subject, resolution[0], fit[0])
+            check_leaves_something(subject, number, NAME, size=tuple(picture.shape[-2:]))
             encoded.append(Picture(encode_picture(vae[0], picture), subject, text))
         prompt = ImagePrompt(tuple(encoded))
         for earlier in reversed(image_prompt or []):

@@ -9,7 +9,8 @@ from ..core.image_prompt import ImagePrompt, Picture
 from ..trainer.config import TrainConfig
 from .host.adapter_index import warn_of_adapters_with
 from .host.files import adapter_folder, new_adapter_path, save_trained
-from .host.images import SNAP, encode_picture, fit_picture, masks_of, pictures_of, to_comfy
+from .host.images import SNAP, encode_picture, fit_picture, pictures_of, to_comfy
+from .host.masks import keeps_something, masks_of
 from .host.preview import draw_previews
 from .host.progress import TrainingProgress
 from .host.text import clip_with_token
@@ -188,7 +189,8 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     "masks",
                     optional=True,
                     tooltip="White where the subject is, one mask for each picture, of its size. Learning counts only "
-                    "there, and only that part serves as image prompt.",
+                    "there, and only that part serves as image prompt. Load SA-Inject Dataset gives such masks; "
+                    "LoadImage's is the other way round: put InvertMask between.",
                 ),
             ],
             outputs=[
@@ -256,5 +258,7 @@ def _previews(model, clip, vae, adapter, subject, count, seed):
     if count == 0:
         return to_comfy(subject.pictures[0])
     picture, mask = fit_picture(subject.pictures[0], subject.masks[0], subject.resolution, "crop")
+    if mask is not None and not keeps_something(mask):  # the subject lies where the square was cut off
+        picture, mask = fit_picture(subject.pictures[0], subject.masks[0], subject.resolution, "pad")
     prompt = ImagePrompt((Picture(encode_picture(vae, picture), mask),))
     return draw_previews(model, clip, vae, adapter, prompt, count, seed)

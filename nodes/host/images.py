@@ -1,4 +1,4 @@
-"""ComfyUI's images and masks, turned into what the rest of the pack works with, and checked on the way.
+"""ComfyUI's images, turned into what the rest of the pack works with, and checked on the way.
 
 ComfyUI hands over (b, h, w, c) in 0..1; below this file a picture is (1, 3, h, w), and a mask (h, w).
 """
@@ -14,6 +14,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from .masks import cropped_mask, resized_mask
+
 log = logging.getLogger(__name__)
 
 Fit = Literal["crop", "pad", "stretch"]
@@ -28,8 +30,9 @@ VAE_CURE = (
 def pictures_of(images: Sequence[Tensor], what: str) -> list[Tensor]:
     """Split batches and lists of IMAGE into single RGB pictures, float32. -> (1, 3, h, w) each
 
-    Alpha is composed onto grey, a single channel becomes RGB. Raises ValueError, naming the picture, for one without
-    pixels, with values that are not numbers, or with a number of channels that no picture has.
+    Alpha is composed onto grey, a single channel becomes RGB. On the CPU, where any size can be resized. Raises
+    ValueError, naming the picture, for one without pixels, with values that are not numbers, or with a number of
+    channels that no picture has.
     """
     pictures = []
     for batch in images:
@@ -44,33 +47,6 @@ def pictures_of(images: Sequence[Tensor], what: str) -> list[Tensor]:
     return pictures
 
 
-def masks_of(masks: Sequence[Tensor] | None, pictures: Sequence[Tensor], what: str) -> list[Tensor | None]:
-    """One mask a picture, white where the subject is, in 0..1. -> (h, w) each
-
-    One mask serves all pictures of its size. Raises ValueError for another count or size, naming both.
-    """
-    if not masks:
-        return [None] * len(pictures)
-    flat = [single for mask in masks for single in mask.reshape(-1, *mask.shape[-2:])]
-    if len(flat) == 1:
-        flat = flat * len(pictures)
-    if len(flat) != len(pictures):
-        raise ValueError(
-            f"{what}: {len(flat)} masks came with {len(pictures)} images. Connect one for each image, or one for all."
-        )
-    checked: list[Tensor | None] = []
-    for number, (mask, picture) in enumerate(zip(flat, pictures, strict=True), start=1):
-        if mask.shape != picture.shape[-2:]:
-            raise ValueError(
-                f"{what}: mask {number} is {mask.shape[1]}x{mask.shape[0]} pixels, but image {number} is "
-                f"{picture.shape[-1]}x{picture.shape[-2]}. Resize the mask to the image."
-            )
-        if not bool(torch.isfinite(mask).all()):
-            raise ValueError(f"{what}: mask {number} holds values that are not numbers.")
-        checked.append(mask.float().clamp(0, 1))
-    return checked
-
-
 def fit_picture(picture: Tensor, mask: Tensor | None, resolution: int, fit: Fit) -> tuple[Tensor, Tensor | None]:
     """Bring a picture and its mask to resolution x resolution pixels.
 
@@ -79,12 +55,12 @@ def fit_picture(picture: Tensor, mask: Tensor | None, resolution: int, fit: Fit)
     """
     h, w = picture.shape[-2:]
     if fit == "stretch":
-        return resized(picture, resolution, resolution), _resized_mask(mask, resolution, resolution)
+        return resized(picture, resolution, resolution), resized_mask(mask, resolution, resolution)
     ratio = (max if fit == "crop" else min)(resolution / h, resolution / w)
     tall, wide = max(1, round(h * ratio)), max(1, round(w * ratio))
-    picture, mask = resized(picture, tall, wide), _resized_mask(mask, tall, wide)
+    picture, mask = resized(picture, tall, wide), resized_mask(mask, tall, wide)
     if fit == "crop":
-        return center_crop(picture, resolution, resolution), _cropped_mask(mask, resolution, resolution)
+        return center_crop(picture, resolution, resolution), cropped_mask(mask, resolution, resolution)
     if (tall, wide) == (resolution, resolution):
         return picture, mask
     top, left = (resolution - tall) // 2, (resolution - wide) // 2
@@ -108,7 +84,7 @@ def cover(picture: Tensor, mask: Tensor | None, size: tuple[int, int]) -> tuple[
     tall, wide = max(height, round(h * ratio)), max(width, round(w * ratio))
     return (
         center_crop(resized(picture, tall, wide), height, width),
-        _cropped_mask(_resized_mask(mask, tall, wide), height, width),
+        cropped_mask(resized_mask(mask, tall, wide), height, width),
     )
 
 
@@ -169,7 +145,7 @@ def _rgb(picture: Tensor, what: str) -> Tensor:
         raise ValueError(f"{what} has no pixels ({w}x{h}). Remove it.")
     if not bool(torch.isfinite(picture).all()):
         raise ValueError(f"{what} holds values that are not numbers (NaN or infinite). Remove it or save it again.")
-    picture = rearrange(picture.float().clamp(0, 1), "h w c -> 1 c h w")
+    picture = rearrange(picture.cpu().float().clamp(0, 1), "h w c -> 1 c h w")
     if c == 3:
         return picture
     if c == 1:
@@ -178,11 +154,3 @@ def _rgb(picture: Tensor, what: str) -> Tensor:
         alpha = picture[:, 3:]
         return picture[:, :3] * alpha + GREY * (1 - alpha)
     raise ValueError(f"{what} has {c} channels; a picture has 1 (grey), 3 (RGB) or 4 (RGBA).")
-
-
-def _resized_mask(mask: Tensor | None, height: int, width: int) -> Tensor | None:
-    return None if mask is None else F.adaptive_avg_pool2d(mask[None], (height, width))[0]
-
-
-def _cropped_mask(mask: Tensor | None, height: int, width: int) -> Tensor | None:
-    return None if mask is None else center_crop(mask[None, None], height, width)[0, 0]

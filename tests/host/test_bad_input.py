@@ -90,8 +90,8 @@ def test_image_that_is_no_batch(refused):
 
 
 def test_mask_of_another_size(refused):
-    words = refused(images=[pictures(1), pictures(1, 32, 128)], masks=torch.ones(2, 64, 64))
-    assert words == f"{NODE}: mask 2 is 64x64 pixels, but image 2 is 128x32. Resize the mask to the image."
+    words = refused(images=[pictures(1), pictures(1, 32, 128)], masks=[torch.ones(1, 64, 64), torch.ones(1, 48, 80)])
+    assert words == f"{NODE}: mask 2 is 80x48 pixels, but image 2 is 128x32. Resize the mask to the image."
 
 
 def test_another_number_of_masks(refused):
