@@ -14,12 +14,14 @@ from torch import Tensor
 class Example:
     """One training picture: latent (1, c, h, w) scaled as the model wants it, mask (h, w) in 0..1 in latent cells.
 
-    Every time it comes, one of its captions is drawn.
+    Every time it comes, one of its captions is drawn. Examples of the same `picture` show the same thing, under other
+    masks or saved in another way.
     """
 
     latent: Tensor
     captions: tuple[str, ...]
     mask: Tensor | None = None
+    picture: int | None = None
 
 
 class Pair(NamedTuple):
@@ -32,7 +34,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Pictures of one subject. `views` are augmented versions, needed when there is only one picture.
+    """Pictures of one subject. `views` are augmented versions, needed when there is no other picture.
 
     The image prompt is never the picture that is denoised: identical pairs teach the model to copy.
     """
@@ -43,8 +45,14 @@ class TrainingSet:
     def __post_init__(self) -> None:
         if not self.examples:
             raise ValueError("There are no pictures to learn from.")
-        if len(self.examples) == 1 and not self.views:
+        if not self.views and not all(self.others(index) for index in range(len(self.examples))):
             raise ValueError("One picture alone needs augmented views to serve as image prompts.")
+
+    def others(self, index: int) -> list[Example]:
+        """Examples that may be the image prompt of this one: those of other pictures."""
+        picture = self.examples[index].picture
+        rest = [*self.examples[:index], *self.examples[index + 1 :]]
+        return [example for example in rest if picture is None or example.picture != picture]
 
     def pairs(self, reference_dropout: float, generator: torch.Generator) -> PairStream:
         return PairStream(self, reference_dropout, generator)
@@ -65,7 +73,7 @@ class PairStream(Iterator[Pair]):
             self.waiting = torch.randperm(len(examples), generator=generator).tolist()
         place = self.waiting.pop(0)
         target = examples[place]
-        others = [*examples[:place], *examples[place + 1 :]] or list(self._data.views)
+        others = self._data.others(place) or list(self._data.views)
         dropped = torch.rand((), generator=generator).item() < self._reference_dropout
         reference, caption = _choice(others, generator), _choice(target.captions, generator)
         return Pair(target, caption, None if dropped else reference)
