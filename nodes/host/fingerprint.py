@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...trainer.config import TrainConfig
 from ...trainer.examples import Example, TrainingSet
+from .plain_weights import ORIGINAL
 from .unet import clean_sigma
 
 FORMAT = 2  # raised when the same inputs train differently, or a kept file is written differently
@@ -173,8 +174,9 @@ def _samples_of_each(weights: Mapping[str, Tensor]) -> Tensor:
 
 def _weights(patcher: Any, skipped: tuple[str, ...]) -> dict[str, Tensor]:
     own = dict((*patcher.model.named_parameters(), *patcher.model.named_buffers()))
-    before_patches = {name: kept.weight for name, kept in patcher.backup.items()}
-    return {name: before_patches.get(name, own[name]) for name in sorted(own) if not name.startswith(skipped)}
+    originals = {name: getattr(weight, ORIGINAL, weight) for name, weight in own.items()}
+    originals.update({name: kept.weight for name, kept in patcher.backup.items() if name in own})
+    return {name: originals[name] for name in sorted(own) if not name.startswith(skipped)}
 
 
 def _unused_projections(clip: Any, base: Any) -> tuple[str, ...]:

@@ -40,12 +40,15 @@ def make_differentiable(module: nn.Module) -> None:
             if parameter is None:
                 continue
             if _born_in_inference(parameter):
-                child._parameters[name] = nn.Parameter(_over_the_same_memory(parameter), requires_grad=False)
+                normal = nn.Parameter(_over_the_same_memory(parameter), requires_grad=False)
+                vars(normal).update(vars(parameter))  # hosts hang their own notes on a weight
+                child._parameters[name] = normal
             else:
                 parameter.requires_grad_(False)
         for name, buffer in list(child._buffers.items()):
             if buffer is not None and _born_in_inference(buffer):
-                child._buffers[name] = _over_the_same_memory(buffer)
+                child._buffers[name] = normal = _over_the_same_memory(buffer)
+                vars(normal).update(vars(buffer))
 
 
 def normal_tensor(tensor: Tensor) -> Tensor:

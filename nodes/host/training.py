@@ -21,6 +21,7 @@ from ...trainer.config import TrainConfig
 from ...trainer.loop import Diverged, Step, Training
 from .denoiser import ComfyDenoiser
 from .fingerprint import training_fingerprint
+from .plain_weights import plain_weights
 from .text import check_placeholder, class_word_vectors, clip_with_token, finder
 from .trainable import (
     lean_activations,
@@ -82,6 +83,7 @@ def train_adapter(
                 [patcher, clip.patcher], memory_required=1e20, force_full_load=True
             )  # more than any device has: whatever else is loaded makes room
             base = patcher.model
+            undo.enter_context(plain_weights(patcher, clip.patcher))
             make_differentiable(base)
             make_differentiable(clip.cond_stage_model)
             undo.enter_context(lean_layers(base.diffusion_model, clip.cond_stage_model))
@@ -152,8 +154,7 @@ def _take_steps(training: Training, steps: int, unfinished: Unfinished, on_step:
 
 def _training_clone(model: Any, dtype: torch.dtype | None) -> Any:
     """A patcher over the same weights whose compute precision may be set without touching the user's."""
-    dynamic = getattr(model, "is_dynamic", None)
-    patcher = model.clone(disable_dynamic=True) if dynamic is not None and dynamic() else model.clone()
+    patcher = model.clone()
     if dtype is not None:
         patcher.set_model_compute_dtype(dtype)
     return patcher

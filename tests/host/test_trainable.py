@@ -51,6 +51,19 @@ def test_differentiable_weights_are_the_same_memory(loaded):
             assert torch.equal(tensor, values[name])
 
 
+def test_what_the_host_hangs_on_a_weight_stays_on_it(load_checkpoint):
+    from sa_inject.nodes.host.trainable import make_differentiable, training_mode
+
+    base = load_checkpoint("sd15")[0].model
+    notes = {}
+    for name, tensor in tensors_of(base).items():
+        assert tensor.is_inference()
+        tensor._model_dtype = notes[name] = torch.float16  # as hosts with dynamic memory do
+    with torch.inference_mode(), training_mode():
+        make_differentiable(base)
+    assert {name: vars(tensor).get("_model_dtype") for name, tensor in tensors_of(base).items()} == notes
+
+
 def test_a_second_call_replaces_nothing(loaded):
     from sa_inject.nodes.host.trainable import make_differentiable, training_mode
 

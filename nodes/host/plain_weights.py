@@ -1,0 +1,86 @@
+"""Weights that stay where they are for the length of a training, on hosts that load each one when it is used.
+
+With dynamic memory ComfyUI leaves a model's weights where the file put them, and casts each into memory that other
+weights use again a moment later. Autograd must not keep views of such memory: the gradient would be computed with
+whatever lies there by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What the host hangs on a module whose weights it casts itself: without it, they are read as they are.
+OF_DYNAMIC_MODULES = ("_v", "_prefetch")
+ORIGINAL = "_sa_inject_original"  # on a plain weight: the one that it stands for, without patches
+
+
+def is_dynamic(patcher: Any) -> bool:
+    """Whether the host loads each weight of this model when it is used."""
+    return bool(getattr(patcher, "is_dynamic", lambda: False)())
+
+
+@contextlib.contextmanager
+def plain_weights(*patchers: Any) -> Iterator[None]:
+    """Give the modules of dynamic models weights of their own on the device, with the patches in them.
+
+    To be used outside inference mode, with the models loaded. Takes as much memory as a full load does, and reads no
+    file again. Afterwards every weight is the object that it was. Other models are left alone.
+    """
+    with contextlib.ExitStack() as undo:
+        for patcher in patchers:
+            if is_dynamic(patcher):
+                undo.enter_context(_plain_weights(patcher))
+        yield
+
+
+@contextlib.contextmanager
+def _plain_weights(patcher: Any) -> Iterator[None]:
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    hidden: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for path, module in patcher.model.named_modules():
+            for attribute in OF_DYNAMIC_MODULES:
+                if attribute in vars(module):
+                    hidden.append((module, attribute, vars(module).pop(attribute)))
+            for name, weight in list(module._parameters.items()):
+                if weight is not None:
+                    replaced.append((module, name, weight))
+                    key = f"{path}.{name}" if path else name
+                    module._parameters[name] = _plain(patcher, module, name, key, weight)
+        yield
+    finally:
+        for module, name, weight in replaced:
+            module._parameters[name] = weight
+        for module, attribute, value in hidden:
+            setattr(module, attribute, value)
+
+
+def _plain(patcher: Any, module: nn.Module, name: str, key: str, weight: nn.Parameter) -> nn.Parameter:
+    original = patcher.backup[key].weight if key in patcher.backup else weight
+    # First the model's precision and then the patches, as in an ordinary load.
+    module._parameters[name] = _parameter(_moved(module, name, original, patcher.load_device))
+    if key in patcher.patches:
+        patched = patcher.patch_weight_to_device(key, device_to=patcher.load_device, return_weight=True)
+        module._parameters[name] = _parameter(patched)
+    plain = module._parameters[name]
+    assert plain is not None
+    setattr(plain, ORIGINAL, original)
+    return plain
+
+
+def _moved(module: nn.Module, name: str, weight: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, in the precision that the host chose for the model, whatever the file has."""
+    if weight.is_meta:  # the file has none, and the host computes with zeros
+        return torch.zeros(weight.shape, dtype=weight.dtype, device=device)
+    is_quantized = type(weight) not in (Tensor, nn.Parameter)
+    dtype = None if is_quantized else getattr(module, f"{name}_comfy_model_dtype", None)
+    return weight.detach().to(device=device, dtype=dtype or weight.dtype, copy=True)
+
+
+def _parameter(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach(), requires_grad=False)
