@@ -5,12 +5,13 @@ Import only once the demo is importable (`bench.host.use_demo`).
 
 from __future__ import annotations
 
+import zlib
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from demo.base.artwork import Artwork, objects
+from demo.base.artwork import Artwork, objects, views_of
 from demo.base.world import WORDINGS, Scene, caption, random_scene, render
 
 PLACEHOLDER = "sainj"
@@ -76,13 +77,18 @@ def make_subject(artwork: Artwork, references: int = REFERENCES, prompts: int = 
 
     More references leave the first ones as they are, and no number of them changes the prompts.
     """
-    seed = SEED + int(artwork.file.split("-")[0], 16)
-    rng = np.random.RandomState(seed % 2**32)
+    rng = np.random.RandomState((SEED + number_of(artwork)) % 2**32)
     shown = distinct(rng, artwork, 8, ())
     asked = distinct(rng, artwork, PROMPTS, shown)
-    unseen = tuple(random_scene(rng, (artwork,)) for _ in range(8))
+    unseen = tuple(random_scene(rng, views_of(artwork)) for _ in range(8))
     plain = tuple(scene._replace(shift_x=0.0, shift_y=0.0, stretch=1.0) for scene in asked)
     return Subject(artwork, shown[:references], plain[:prompts], unseen)
+
+
+def number_of(artwork: Artwork) -> int:
+    """What tells subjects apart: of emoji the character's number, else a checksum of the word."""
+    is_emoji = artwork.vendor in ("google", "twitter")
+    return int(artwork.file.split("-")[0], 16) if is_emoji else zlib.crc32(artwork.word.encode())
 
 
 def distinct(rng: np.random.RandomState, artwork: Artwork, count: int, taken: tuple[Scene, ...]) -> tuple[Scene, ...]:
@@ -90,7 +96,7 @@ def distinct(rng: np.random.RandomState, artwork: Artwork, count: int, taken: tu
     said = {factors(scene) for scene in taken}
     found: list[Scene] = []
     while len(found) < count:
-        scene = random_scene(rng, (artwork,))
+        scene = random_scene(rng, views_of(artwork))
         if factors(scene) not in said:
             said.add(factors(scene))
             found.append(scene)
@@ -103,8 +109,8 @@ def factors(scene: Scene) -> tuple[str, str, str, str]:
 
 def shuffled_artworks() -> list[Artwork]:
     """Held-out objects in the order in which they are taken: `SWEEP` for choosing, `TABLE` for tables, the rest for
-    choosing."""
-    held_out = objects("held_out")
+    choosing. Of an object that is drawn from several sides, the first drawing."""
+    held_out = list({artwork.word: artwork for artwork in reversed(objects("held_out"))}.values())[::-1]
     return [held_out[i] for i in np.random.RandomState(SEED).permutation(len(held_out))]
 
 

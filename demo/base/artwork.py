@@ -39,7 +39,7 @@ class Artwork(NamedTuple):
     split: str  # "base" or "held_out"
     word: str
     class_word: str
-    vendor: str  # "google" (Noto), "twitter" (Twemoji), "apple", "facebook", "tuxpaint" or "mesh"
+    vendor: str  # "google" (Noto), "twitter" (Twemoji), "apple", "facebook", "tuxpaint" or "pybullet"
     file: str
 
 
@@ -109,6 +109,14 @@ def _drawings(vendor: str) -> Path:
                 partial.write_bytes(archive.extractfile(member).read())
                 partial.replace(drawings / path.name)
     return drawings
+
+
+@cache
+def views_of(artwork: Artwork) -> tuple[Artwork, ...]:
+    """The same object from all sides, where it is drawn from several; else this drawing alone."""
+    if artwork.vendor != "pybullet":
+        return (artwork,)
+    return tuple(other for other in catalogue(LARGE) if (other.vendor, other.word) == (artwork.vendor, artwork.word))
 
 
 @cache

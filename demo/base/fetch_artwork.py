@@ -2,29 +2,36 @@
 
     python -m demo.base.fetch_artwork
 
-Emoji come through npm, cut-outs of photographs from Debian's `tuxpaint-stamps-default` through apt-get. Where either is
-missing, its archive can be put into the `downloads` folder by hand; the error says which. The file is some 20 MB, the
-same on every machine, and all that training needs: it can be copied to one that reaches no registry.
+Emoji come through npm, cut-outs of photographs from Debian's `tuxpaint-stamps-default` through apt-get, and models that
+are drawn from eight sides through pip. Where one of these is missing, its archive can be put into the `downloads`
+folder by hand; the error says which. The file is 15 MB and all that training needs: it can be copied to a machine that
+reaches no registry.
 """
 
 import io
 import logging
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from .artwork import LARGE, PACK, PACKAGE, VERSION, Artwork, cache_folder, catalogue, crop_to_visible, packed_name
+from .meshes import Surface, load_urdf, picture, upright
 
 log = logging.getLogger(__name__)
 
 SIDE: int = 128  # of a drawing, at most
 STAMPS: str = "tuxpaint-stamps-default"
+MODELS: str = "pybullet==3.2.7"
+MODELS_WHEEL: tuple[str, ...] = ("--platform", "manylinux2014_x86_64", "--python-version", "3.9")
+MODELS_FOLDER: str = "pybullet_data/"
 STAMPS_FOLDER: str = "./usr/share/tuxpaint/stamps/"
 
 
@@ -61,6 +68,26 @@ def _stamps(artworks: Iterable[Artwork], downloads: Path) -> Iterator[tuple[Artw
         yield from _taken(members, wanted)
 
 
+def _views(artworks: Iterable[Artwork], downloads: Path) -> Iterator[tuple[Artwork, bytes]]:
+    """Models by name, and `@` with the angle that they are seen at; a `y` says which of their axes points up."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", MODELS]
+    wheel = _download([*command, "--only-binary", ":all:", *MODELS_WHEEL], "pybullet-*.whl", downloads)
+    with zipfile.ZipFile(wheel) as members:
+
+        def read(path: str) -> bytes:
+            return members.read(f"{MODELS_FOLDER}{path}")
+
+        models: dict[str, list[Surface]] = {}
+        for artwork in artworks:
+            name, view = artwork.file.split("@")
+            if name not in models:
+                found = load_urdf(f"{name}.urdf", read)
+                models = {name: upright(found) if view.endswith("y") else found}
+            buffer = io.BytesIO()
+            picture(models[name], float(view.rstrip("y"))).save(buffer, "PNG")
+            yield artwork, buffer.getvalue()
+
+
 def _taken(members: tarfile.TarFile, wanted: dict[str, Artwork]) -> Iterator[tuple[Artwork, bytes]]:
     for member in members:
         artwork = wanted.get(member.name)
@@ -85,11 +112,11 @@ def prepared(png: bytes) -> bytes:
 def write_pack(path: Path, pictures: dict[str, bytes]) -> None:
     """Sorted and without times, so that the same pictures make the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    with zipfile.ZipFile(partial, "w") as pack:
+    unfinished = path.with_suffix(".part")
+    with zipfile.ZipFile(unfinished, "w") as pack:
         for name in sorted(pictures):
             pack.writestr(zipfile.ZipInfo(name), pictures[name])
-    partial.replace(path)
+    unfinished.replace(path)
 
 
 def make_pack(folder: Path) -> Path:
@@ -100,8 +127,8 @@ def make_pack(folder: Path) -> Path:
         by_vendor.setdefault(artwork.vendor, []).append(artwork)
     pictures: dict[str, bytes] = {}
     for vendor, artworks in by_vendor.items():
-        found = _stamps(artworks, downloads) if vendor == "tuxpaint" else _emoji(vendor, artworks, downloads)
-        for artwork, png in found:
+        fetch = {"tuxpaint": _stamps, "pybullet": _views}.get(vendor) or partial(_emoji, vendor)
+        for artwork, png in fetch(artworks, downloads):
             pictures[packed_name(artwork)] = prepared(png)
         missing = [artwork.file for artwork in artworks if packed_name(artwork) not in pictures]
         if missing:
