@@ -45,7 +45,7 @@ def import_peft() -> ModuleType:
                     raise ImportError(_advice(first, broken)) from first
                 left_out[broken] = sys.modules.get(broken)
                 sys.modules[broken] = None  # pyright: ignore[reportArgumentType]  # Python's way to say: not there
-                _forget_what_is_installed()
+                _forget_what_is_installed(broken)
     finally:
         for name, module in left_out.items():
             del sys.modules[name]
@@ -53,7 +53,7 @@ def import_peft() -> ModuleType:
                 sys.modules[name] = module
 
 
-def _forget_what_is_installed() -> None:
+def _forget_what_is_installed(broken: str) -> None:
     """Let PEFT begin anew, and the two it stands on ask again which packages there are."""
     for name, module in list(sys.modules.items()):
         package, _, rest = name.partition(".")
@@ -63,6 +63,8 @@ def _forget_what_is_installed() -> None:
             for value in list(vars(module).values()):
                 if callable(forget := getattr(value, "cache_clear", None)):
                     forget()
+            if hasattr(module, f"_{broken}_available"):  # transformers 4 asks once, when it is imported
+                setattr(module, f"_{broken}_available", False)
 
 
 def _advice(error: Exception, broken: str | None) -> str:

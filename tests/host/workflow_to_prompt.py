@@ -86,10 +86,12 @@ def widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
 
     values, rest = {}, list(saved)
     for name, spec in widgets.items():
+        options = spec[1] if len(spec) > 1 else {}
         if not rest:
+            if name in info["input"].get("optional", {}) and "default" in options:
+                continue  # saved before the node had this input, which is then left out or its default
             raise ValueError(f"node {node['id']} ({node['type']}): no value for '{name}'")
         values[name] = rest.pop(0)
-        options = spec[1] if len(spec) > 1 else {}
         if has_seed_control(name, spec[0], options) and rest:
             rest.pop(0)
         if any(options.get(upload) for upload in UPLOADS) and rest and rest[0] == "image":
