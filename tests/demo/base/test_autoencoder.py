@@ -116,3 +116,41 @@ def test_training_the_decoder_sharpens_pictures_and_leaves_every_latent_as_it_wa
     training.train_decoder(path, steps=4, seed=1, device="cpu")
     assert torch.equal(module.encode(module.load_autoencoder(path), pictures), latents)
     assert reconstruction_error(module, path, pictures) < 0.9 * error
+
+
+def test_edges_count_where_colours_agree(training):
+    """A picture that is too bright everywhere has the same differences; one that is blurred has others."""
+    pixels = torch.zeros(1, 3, 16, 16)
+    pixels[..., 8:] = 1
+    blurred = torch.nn.functional.avg_pool2d(pixels, 5, 1, 2, count_include_pad=False)
+    assert training.gradient_difference(pixels + 0.2, pixels).item() == pytest.approx(0, abs=1e-6)
+    assert training.gradient_difference(blurred, pixels).item() > 0.01
+
+
+@pytest.mark.usefixtures("artwork")
+def test_a_discriminator_learns_beside_the_autoencoder_and_is_kept_with_it(module, training, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "ADVERSARIAL_FROM", 0)
+    plan = training.Plan(steps=4, seed=1, adversarial=True)
+    run = training.Training(module.new_autoencoder(1), tmp_path / "autoencoder.part", plan)
+    before = {name: value.clone() for name, value in run.discriminator.state_dict().items() if "original" in name}
+    pixels = training.Crops(plan.world, plan.seed, 2, 32)[1].float() / 255
+    figures = [run.learn(pixels, factor=1.0) for _ in range(2)]
+    assert all(torch.isfinite(torch.tensor(list(step.values()))).all() for step in figures)
+    learned = run.discriminator.state_dict()
+    assert all(not torch.equal(learned[name], value) for name, value in before.items())
+    run.save()
+    again = training.Training(module.new_autoencoder(2), tmp_path / "autoencoder.part", plan)
+    assert again.step == 2
+    assert all(torch.equal(value, learned[name]) for name, value in again.discriminator.state_dict().items())
+    assert again.averaged().keys() == run.averaged().keys()
+    assert all(torch.equal(value, run.averaged()[name]) for name, value in again.averaged().items())
+
+
+@pytest.mark.usefixtures("artwork")
+def test_a_run_of_some_minutes_stops_and_the_same_command_ends_it(module, training, tmp_path):
+    path, partial = tmp_path / "autoencoder.pt", tmp_path / "autoencoder.part"
+    plan = training.Plan(steps=3, seed=1)
+    training.train(module.new_autoencoder(1), path, partial, plan._replace(minutes=0.0))
+    assert not path.exists() and torch.load(partial, weights_only=True)["step"] == 1
+    training.train(module.new_autoencoder(2), path, partial, plan)
+    assert path.exists() and not partial.exists()
