@@ -1,8 +1,9 @@
-"""What the user plugs together: four nodes, each a short recipe over `nodes/host`."""
+"""What the user plugs together: five nodes, each a short recipe over `nodes/host`."""
 
 from .apply import ApplySelfAttnInjection
+from .dataset import LoadSAInjectDataset
 from .encode import EncodeImagePrompt
 from .load import LoadSAInjectAdapter
 from .train import TrainSAInjectAdapter
 
-NODES = [LoadSAInjectAdapter, TrainSAInjectAdapter, EncodeImagePrompt, ApplySelfAttnInjection]
+NODES = [LoadSAInjectDataset, TrainSAInjectAdapter, LoadSAInjectAdapter, EncodeImagePrompt, ApplySelfAttnInjection]

@@ -12,7 +12,13 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
     "--no-first-run"
 ).split()
-NODES = ("TrainSAInjectAdapter", "LoadSAInjectAdapter", "EncodeImagePrompt", "ApplySelfAttnInjection")
+NODES = (
+    "LoadSAInjectDataset",
+    "TrainSAInjectAdapter",
+    "LoadSAInjectAdapter",
+    "EncodeImagePrompt",
+    "ApplySelfAttnInjection",
+)
 
 needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="Chromium is not installed")
 
