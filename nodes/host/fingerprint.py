@@ -146,7 +146,7 @@ def _add_example(digest: Digest, example: Example, clip: Any) -> None:
         digest.add(None)
     else:
         digest.add_whole(example.mask)
-    digest.add([clip.tokenize(caption) for caption in example.captions])
+    digest.add([[clip.tokenize(caption) for caption in example.captions], example.picture])
 
 
 def _add_model(digest: Digest, patcher: Any, skipped: tuple[str, ...]) -> None:

@@ -225,4 +225,4 @@ def naive_attention(
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     found, expected = found.double(), expected.double()
-    return float((found - expected).norm() / expected.norm())
+    return ((found - expected).norm() / expected.norm()).item()
