@@ -6,7 +6,7 @@ all of that is an adapter's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from torch import Tensor
 from .adapter import Adapter, AdapterInfo
 from .adapter_metadata import FORMAT, FORMAT_VERSION, MAX_WIDTH, UnusableMetadata, from_metadata, shortened, to_metadata
 from .image_prompt import ReferenceText
+from .layers import SelfAttentionLayer
 from .lora import SelfAttentionLoRA, parameter_shapes
 from .whole_file import whole_file
 
 TOKEN_PREFIX = "token_embedding."
 TEXT_KEY = "reference_text.cross_attn"
 POOLED_KEY = "reference_text.pooled"
+FILE_DTYPE = torch.float16
+TEXT_BYTES = 2**19  # reserved for the encoded class word and the learned one; SDXL's are the largest
 MAX_NUMBERS = 2**29  # in one file, 2 GB once they are float32; rank 128 on SDXL has 46 million
 FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -34,25 +37,53 @@ class AdapterFileError(ValueError):
 
 
 def save_adapter(
-    adapter: Adapter, path: Path, extra_metadata: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float16
+    adapter: Adapter,
+    path: Path,
+    extra_metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = FILE_DTYPE,
+    replace: bool = True,
 ) -> None:
     """Write an adapter; a file under `path` is always whole.
 
-    Raises OSError when the folder cannot be written or the disk is full; nothing is left behind then.
+    Raises OSError when the folder cannot be written or the disk is full; nothing is left behind then. With `replace`
+    false, a file that has the name by then stays, and NameTakenError is raised.
     """
-    tensors = {
-        **adapter.lora.state_dict(),
-        **{f"{TOKEN_PREFIX}{encoder}": tensor for encoder, tensor in adapter.tokens.items()},
-        TEXT_KEY: adapter.text.cross_attn,
-        **({} if adapter.text.pooled is None else {POOLED_KEY: adapter.text.pooled}),
-    }
-    tensors = {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in tensors.items()}
+    tensors = _tensors(adapter, dtype)
     metadata = {**(extra_metadata or {}), **to_metadata(adapter.info)}
-    with whole_file(path) as temporary:
+    with whole_file(path, replace) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:  # its own name for a full disk
             raise OSError(str(error)) from error
+
+
+def holds_adapter(path: Path, adapter: Adapter) -> bool:
+    """Whether a file holds this adapter, as `save_adapter` writes it. Its name, date and workflow do not matter."""
+    wanted = _tensors(adapter, FILE_DTYPE)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if any(metadata.get(key) != value for key, value in to_metadata(adapter.info).items()):
+                return False
+            if set(file.keys()) != wanted.keys():
+                return False
+            return all(_same(key, file.get_tensor(key), tensor) for key, tensor in wanted.items())
+    except (SafetensorError, OSError):
+        return False
+
+
+def _same(key: str, stored: Tensor, wanted: Tensor) -> bool:
+    if stored.shape != wanted.shape or stored.dtype != wanted.dtype:
+        return False
+    if key in (TEXT_KEY, POOLED_KEY):  # not learned: encoded again, and on another device rounded otherwise
+        return torch.allclose(stored.float(), wanted.float(), rtol=1e-2, atol=1e-2)
+    return torch.equal(stored, wanted)
+
+
+def adapter_bytes(layers: Sequence[SelfAttentionLayer], rank: int) -> int:
+    """About how large the file of an adapter is, without the metadata that comes on top."""
+    parameters = sum(2 * rank * (layer.query_dim + layer.inner_dim) for layer in layers)  # of keys and values
+    return parameters * FILE_DTYPE.itemsize + TEXT_BYTES
 
 
 def load_adapter(path: Path) -> Adapter:
@@ -97,6 +128,16 @@ def adapter_metadata(path: Path) -> dict[str, str] | None:
     except SafetensorError:
         return None
     return metadata if metadata.get("format") == FORMAT else None
+
+
+def _tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {
+        **adapter.lora.state_dict(),
+        **{f"{TOKEN_PREFIX}{encoder}": tensor for encoder, tensor in adapter.tokens.items()},
+        TEXT_KEY: adapter.text.cross_attn,
+        **({} if adapter.text.pooled is None else {POOLED_KEY: adapter.text.pooled}),
+    }
+    return {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in tensors.items()}
 
 
 def _refuse_other_kinds(path: Path) -> None:

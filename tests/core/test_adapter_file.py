@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sa_inject.core import adapter_file
 from sa_inject.core.adapter import Adapter
-from sa_inject.core.adapter_file import AdapterFileError, load_adapter, save_adapter
+from sa_inject.core.adapter_file import AdapterFileError, adapter_bytes, holds_adapter, load_adapter, save_adapter
 from tests.core.tiny_adapter import random_adapter
 
 FIRST_B = "base_model.model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.lora_B.weight"
@@ -352,3 +352,64 @@ def test_new_file_takes_the_place_of_the_older(tmp_path, adapter):
     save_adapter(adapter, path)
     assert load_adapter(path).info == adapter.info
     assert list(files_in(tmp_path)) == ["a.safetensors"]
+
+
+# --- Which file holds an adapter
+
+
+def test_file_holds_the_adapter_that_was_saved_whatever_else_it_says(tmp_path, adapter):
+    path = tmp_path / "a.safetensors"
+    save_adapter(adapter, path, {"workflow": "another", "date": "today"})
+    assert holds_adapter(path, adapter) and holds_adapter(path, load_adapter(path))
+
+
+def test_file_that_differs_in_anything_does_not_hold_it(tmp_path, adapter, whole):
+    path = tmp_path / "a.safetensors"
+    tensors, metadata = read_bytes(whole, path)
+    for key in tensors:
+        changed = {**tensors, key: tensors[key].clone()}
+        changed[key].flatten()[0] += 0.5
+        save_file(changed, path, metadata=metadata)
+        assert not holds_adapter(path, adapter), key
+        save_file({name: tensor for name, tensor in tensors.items() if name != key}, path, metadata=metadata)
+        assert not holds_adapter(path, adapter), key
+    for key in ("alpha", "placeholder", "training", "blocks", "reference_mode", "format_version"):
+        save_file(tensors, path, metadata={**metadata, key: metadata[key] + " "})
+        assert not holds_adapter(path, adapter), key
+    save_file({**tensors, "more": torch.ones(1)}, path, metadata=metadata)
+    assert not holds_adapter(path, adapter)
+    save_file({key: tensor.float() for key, tensor in tensors.items()}, path, metadata=metadata)
+    assert not holds_adapter(path, adapter)
+
+
+def read_bytes(whole: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    path.write_bytes(whole)
+    return read(path)
+
+
+def test_file_that_is_no_adapter_does_not_hold_it(tmp_path, adapter, whole):
+    path = tmp_path / "a.safetensors"
+    assert not holds_adapter(path, adapter)
+    for content in (b"", b"text", whole[:100], whole[:-1]):
+        path.write_bytes(content)
+        assert not holds_adapter(path, adapter)
+    path.unlink()
+    path.mkdir()
+    assert not holds_adapter(path, adapter)
+    other = tmp_path / "b.safetensors"
+    save_file({"lora_unet_mid.alpha": torch.ones(1)}, other)
+    assert not holds_adapter(other, adapter)
+
+
+def test_a_class_word_that_was_encoded_on_another_device_is_the_same(tmp_path, adapter, whole):
+    path = tmp_path / "a.safetensors"
+    tensors, metadata = read_bytes(whole, path)
+    text = tensors["reference_text.cross_attn"]
+    save_file({**tensors, "reference_text.cross_attn": text * (1 + 2**-10)}, path, metadata=metadata)
+    assert not torch.equal(read(path)[0]["reference_text.cross_attn"], text)
+    assert holds_adapter(path, adapter)
+
+
+def test_size_of_a_file_is_known_before_it_is_written(adapter, whole):
+    expected = adapter_bytes(adapter.info.layers, adapter.info.rank)
+    assert len(whole) < expected < len(whole) + 2**20
