@@ -1,9 +1,17 @@
-"""What the user plugs together: five nodes, each a short recipe over `nodes/host`."""
+"""What the user plugs together: six nodes, each a short recipe over `nodes/host`."""
 
 from .apply import ApplySelfAttnInjection
 from .dataset import LoadSAInjectDataset
 from .encode import EncodeImagePrompt
 from .load import LoadSAInjectAdapter
+from .save import SaveSAInjectAdapter
 from .train import TrainSAInjectAdapter
 
-NODES = [LoadSAInjectDataset, TrainSAInjectAdapter, LoadSAInjectAdapter, EncodeImagePrompt, ApplySelfAttnInjection]
+NODES = [
+    LoadSAInjectDataset,
+    TrainSAInjectAdapter,
+    SaveSAInjectAdapter,
+    LoadSAInjectAdapter,
+    EncodeImagePrompt,
+    ApplySelfAttnInjection,
+]

@@ -8,14 +8,17 @@ from ..core.adapter import REFERENCE_MODES
 from ..core.image_prompt import ImagePrompt, Picture
 from ..trainer.config import TrainConfig
 from .host.adapter_index import warn_of_adapters_with
-from .host.files import adapter_folder, new_adapter_path, save_trained
+from .host.files import adapter_folder
 from .host.images import SNAP, encode_picture, fit_picture, pictures_of, to_comfy
 from .host.masks import keeps_something, masks_of
 from .host.preview import draw_previews
 from .host.progress import TrainingProgress
+from .host.provenance import Provenance
+from .host.saving import check_can_save, save_or_rescue, wanted_path
 from .host.text import clip_with_token
 from .host.training import PRECISIONS, train_adapter
 from .host.training_set import Subject
+from .host.unet import describe
 from .sockets import CATEGORY, SA_INJECT_ADAPTER
 from .version import VERSION
 
@@ -211,7 +214,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     f"The checkpoint has no {name.upper()}. Connect one of the same base model to '{name}'."
                 )
         chosen = {name: value[0] for name, value in settings.items()}
-        path = new_adapter_path(chosen["file_name"])
+        path = wanted_path(chosen["file_name"])
         pictures = pictures_of(images, NAME)
         subject = Subject(
             pictures=pictures,
@@ -233,6 +236,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
             reference_mode=chosen["reference_mode"],
             seed=chosen["seed"],
         )
+        check_can_save(path, describe(model).layers, config.rank)
         warn_of_adapters_with(subject.placeholder)
         progress = TrainingProgress(config.steps, cls.hidden.unique_id)
         adapter, losses = train_adapter(
@@ -247,8 +251,9 @@ class TrainSAInjectAdapter(io.ComfyNode):
             folder=adapter_folder(),
             on_step=progress.update,
         )
-        trouble = save_trained(adapter, path, cls.hidden.prompt, cls.hidden.extra_pnginfo, pictures[0], VERSION)
-        progress.say(f"saved {path.name}" if trouble is None else f"NOT SAVED ({trouble}); use the adapter output")
+        provenance = Provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo, VERSION, thumbnail=pictures[0])
+        adapter, text = save_or_rescue(adapter, path, provenance)
+        progress.say(text)
         taught = clip_with_token(clip, adapter.info.placeholder, adapter.tokens)
         previews = _previews(model, clip, vae, adapter, subject, chosen["previews"], config.seed)
         return io.NodeOutput(adapter, taught, {"loss": losses}, previews)

@@ -130,6 +130,11 @@ class Training(Iterator[Step]):
         self._optimizer.zero_grad(set_to_none=True)
         return is_finite
 
+    @property
+    def reference_text(self) -> ReferenceText:
+        """What the reference pass reads, encoded; it is the same from the first step to the last."""
+        return self._reference_text
+
     def settle(self) -> None:
         """Let the trainables be their average over the steps, where one is kept."""
         if self._average is not None:

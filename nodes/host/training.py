@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, AdapterInfo
+from ...core.adapter_file import FILE_DTYPE
 from ...core.image_prompt import ReferenceText
 from ...core.lora import SelfAttentionLoRA
 from ...trainer.captions import captions_for
 from ...trainer.config import TrainConfig
 from ...trainer.loop import Diverged, Step, Training
+from .checkpoint import TrainingCheckpoint
 from .denoiser import ComfyDenoiser
 from .fingerprint import training_fingerprint
 from .plain_weights import plain_weights
@@ -34,7 +36,6 @@ from .trainable import (
 )
 from .training_set import Subject, training_set, without_inference_tensors
 from .unet import UnetDescription, compute_dtype, describe, prediction_type
-from .unfinished import Unfinished
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,6 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
-FILE_DTYPE = torch.float16
 
 
 def train_adapter(
@@ -62,7 +62,7 @@ def train_adapter(
     """Train an adapter and return it with its loss history; `on_step` may raise to stop.
 
     The values are rounded to what the file will hold, so that the adapter draws the same before and after a reload.
-    A run that is stopped is kept in `folder`, and the next one over the same things goes on from there.
+    What was learned is kept in `folder`, however the run ends; the next one over the same things goes on from there.
     Weights of the model, the text encoder and the VAE keep every bit; patches are gone however this ends.
     """
     description = describe(model)
@@ -116,12 +116,9 @@ def train_adapter(
             )
             names = {"placeholder": subject.placeholder, "class_word": subject.class_word}
             same = training_fingerprint(patcher, taught, data, subject.class_word, config, dtype, names)
-            unfinished = Unfinished(folder, same)
-            _take_steps(training, config.steps, unfinished, on_step)
-            with torch.no_grad():
-                text = denoiser.encode([subject.class_word])
-                adapter = _finished(name, description, subject, config, lora, tokens, text, patcher)
-            unfinished.finish()
+            checkpoint = TrainingCheckpoint(folder, same)
+            _take_steps(training, config.steps, checkpoint, on_step)
+            adapter = _finished(name, description, subject, config, lora, tokens, training.reference_text, patcher)
     finally:
         if PRECISIONS[precision] is not None:
             # After a full load unpatching would leave the forced casts on, and the next partial load would take those
@@ -136,19 +133,22 @@ def train_adapter(
     return adapter, losses
 
 
-def _take_steps(training: Training, steps: int, unfinished: Unfinished, on_step: Callable[[Step], None]) -> None:
-    """All that are left. However they are stopped, what they have learned is kept, unless it leads nowhere."""
-    unfinished.begin(training, steps)
+def _take_steps(
+    training: Training, steps: int, checkpoint: TrainingCheckpoint, on_step: Callable[[Step], None]
+) -> None:
+    """All that are left. However they end, what they have learned is kept, unless it leads nowhere."""
+    checkpoint.resume(training, steps)
     try:
         for step in training:
-            unfinished.step_done(training)
+            checkpoint.on_step(training)
             on_step(step)
     except Diverged:
-        unfinished.finish()
+        checkpoint.discard_stopped()
         raise
     except BaseException:
-        unfinished.keep(training)
+        checkpoint.save(training)
         raise
+    checkpoint.save(training, is_finished=True)
     training.settle()
 
 

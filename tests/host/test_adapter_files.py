@@ -4,9 +4,9 @@ import base64
 import dataclasses
 import io
 import json
-import os
 import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,18 @@ def first_lora_key(tensors: dict[str, torch.Tensor]) -> str:
     return next(key for key in sorted(tensors) if ".lora_" in key)
 
 
+def save(
+    adapter: Any, path: Path, prompt: Any = None, workflow: Any = None, picture: Any = None, version: str = "1"
+) -> None:
+    """As the training node does. The file is at `path`, or the test fails."""
+    from sa_inject.nodes.host.provenance import Provenance
+    from sa_inject.nodes.host.saving import save_new_adapter
+
+    picture = torch.rand(1, 3, 8, 8) if picture is None else picture
+    saved = save_new_adapter(adapter, path, Provenance(prompt or {}, workflow or {}, version, picture))
+    assert saved.text == f"saved {path.name}" and path.is_file()
+
+
 # --- listed -----------------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +119,16 @@ def test_list_follows_the_folder(pack_nodes, folder, good):
     assert not [name for name in options_of(node) if ".part" in name]
     added.unlink()
     assert str(added.relative_to(folder)) not in options_of(node)
+
+
+def test_list_survives_a_sub_folder_that_is_deleted(pack_nodes, folder, good):
+    (folder / "for a while").mkdir()
+    (folder / "for a while/robot.safetensors").write_bytes(good.read_bytes())
+    assert "for a while/robot.safetensors" in [
+        name.replace("\\", "/") for name in options_of(pack_nodes["LoadSAInjectAdapter"])
+    ]
+    shutil.rmtree(folder / "for a while")
+    assert good.name in options_of(pack_nodes["LoadSAInjectAdapter"])
 
 
 def test_fingerprint_follows_the_file(pack_nodes, good):
@@ -408,11 +430,9 @@ def test_thumbnail_is_a_jpeg(folder, trained):
 
 
 def test_thumbnail_of_any_size(folder, trained):
-    from sa_inject.nodes.host.files import save_trained
-
-    path = folder / "thumbnail.safetensors"
     for height, width in ((1, 1), (3, 500), (700, 40)):
-        assert save_trained(trained[0], path, {}, {}, torch.rand(1, 3, height, width), "1") is None
+        path = folder / f"thumbnail {height}.safetensors"
+        save(trained[0], path, picture=torch.rand(1, 3, height, width))
         data = contents(path)[1]["modelspec.thumbnail"].split(",", 1)[1]
         assert Image.open(io.BytesIO(base64.b64decode(data))).size == (256, 256)
 
@@ -420,10 +440,8 @@ def test_thumbnail_of_any_size(folder, trained):
 def test_workflow_is_embedded_as_the_host_does(folder, trained, monkeypatch):
     from comfy.cli_args import args
 
-    from sa_inject.nodes.host.files import save_trained
-
     path = folder / "with workflow.safetensors"
-    assert save_trained(trained[0], path, PROMPT, WORKFLOW, torch.rand(1, 3, 8, 8), "1.2.3") is None
+    save(trained[0], path, PROMPT, WORKFLOW, version="1.2.3")
     _, metadata = contents(path)
     assert json.loads(metadata["prompt"]) == PROMPT
     assert json.loads(metadata["workflow"]) == WORKFLOW["workflow"]
@@ -431,62 +449,22 @@ def test_workflow_is_embedded_as_the_host_does(folder, trained, monkeypatch):
 
     monkeypatch.setattr(args, "disable_metadata", True)
     path = folder / "without workflow.safetensors"
-    assert save_trained(trained[0], path, PROMPT, WORKFLOW, torch.rand(1, 3, 8, 8), "1.2.3") is None
+    save(trained[0], path, PROMPT, WORKFLOW, version="1.2.3")
     assert not {"prompt", "workflow"} & set(contents(path)[1])
 
 
 def test_workflow_cannot_overwrite_what_the_adapter_says(folder, trained, load):
-    from sa_inject.nodes.host.files import save_trained
-
     path = folder / "strange workflow.safetensors"
-    save_trained(trained[0], path, PROMPT, {"format": "x", "rank": 99}, torch.rand(1, 3, 8, 8), "1")
+    save(trained[0], path, PROMPT, {"format": "x", "rank": 99})
     assert load(path)[0].info == trained[0].info
-
-
-@pytest.mark.parametrize("trouble", ["folder", "disk", "rename"])
-def test_adapter_survives_a_file_that_cannot_be_written(comfy_host, train, folder, trained, sd15, monkeypatch, trouble):
-    import server
-    from safetensors import SafetensorError
-
-    from sa_inject.core import adapter_file
-
-    def fail(error: Exception):
-        def raise_it(*args, **kwargs):
-            raise error
-
-        return raise_it
-
-    said: list[str] = []
-    monkeypatch.setattr(server.PromptServer.instance, "send_progress_text", lambda text, node_id: said.append(text))
-    if trouble == "folder":
-        (folder / "blocked").write_text("a file where a folder should be")
-        name = "blocked/adapter"
-    else:
-        name = "no room"
-        function, error = {
-            "disk": ("save_file", SafetensorError("Error while serializing: I/O error: No space left on device")),
-            "rename": ("replace", OSError(13, "Permission denied")),
-        }[trouble]
-        monkeypatch.setattr(os if function == "replace" else adapter_file, function, fail(error))
-    adapter, clip, loss_map, _ = train(name)
-    monkeypatch.undo()
-
-    reason = {"folder": "File exists|Not a directory", "disk": "No space left", "rename": "Permission denied"}[trouble]
-    assert re.fullmatch(rf"NOT SAVED \(.*({reason}).*\); use the adapter output", said[-1])
-    assert not list(folder.rglob("*.part")) and not list(folder.glob("no room*"))
-    assert len(loss_map["loss"]) == 1
-    (prompt,) = comfy_host.execute("EncodeImagePrompt", images=random(1, 64, 64, 3), vae=sd15[2], resolution=64)
-    comfy_host.execute("ApplySelfAttnInjection", model=sd15[0], adapter=adapter, image_prompt=prompt)
-    comfy_host.execute("CLIPTextEncode", clip=clip, text="sainj")
 
 
 def test_broken_adapter_never_hides_a_programming_error(folder, trained, monkeypatch):
     from sa_inject.core import adapter_file
-    from sa_inject.nodes.host.files import save_trained
 
     monkeypatch.setattr(adapter_file, "save_file", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save_trained(trained[0], folder / "never.safetensors", {}, {}, torch.rand(1, 3, 8, 8), "1")
+        save(trained[0], folder / "never.safetensors")
     assert not list(folder.glob("*never*"))
 
 
@@ -494,7 +472,6 @@ def test_full_size_sd15_adapter_of_rank_16_is_small(comfy_host, folder, load):
     from sa_inject.core.kv import BlockKey
     from sa_inject.core.layers import SelfAttentionLayer
     from sa_inject.core.lora import SelfAttentionLoRA
-    from sa_inject.nodes.host.files import save_trained
 
     widths = {("input", i): w for i, w in ((1, 320), (2, 320), (4, 640), (5, 640), (7, 1280), (8, 1280))}
     widths |= {("middle", 0): 1280} | {("output", i): (1280, 640, 320)[i // 3 - 1] for i in range(3, 12)}
@@ -518,7 +495,7 @@ def test_full_size_sd15_adapter_of_rank_16_is_small(comfy_host, folder, load):
     )
     path = folder / "full size.safetensors"
     workflow = {"workflow": {"nodes": [{"id": i, "widgets_values": ["x" * 100]} for i in range(50)]}}
-    assert save_trained(adapter, path, PROMPT, workflow, torch.rand(1, 3, 512, 512), "1") is None
+    save(adapter, path, PROMPT, workflow, torch.rand(1, 3, 512, 512))
     assert path.stat().st_size <= 3.4e6
     assert load(path)[0].info == adapter.info
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}

@@ -15,6 +15,7 @@ FLAGS = (
 NODES = (
     "LoadSAInjectDataset",
     "TrainSAInjectAdapter",
+    "SaveSAInjectAdapter",
     "LoadSAInjectAdapter",
     "EncodeImagePrompt",
     "ApplySelfAttnInjection",

@@ -1,0 +1,57 @@
+"""SaveSAInjectAdapter: an adapter that is in the graph becomes a file."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .host.provenance import Provenance
+from .host.saving import check_can_save, existing_files, save_new_adapter, wanted_path
+from .sockets import CATEGORY, SA_INJECT_ADAPTER
+from .version import VERSION
+
+
+class SaveSAInjectAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SaveSAInjectAdapter",
+            display_name="Save SA-Inject Adapter",
+            category=CATEGORY,
+            description="Saves an adapter to models/sa_inject, where Load finds it. Train saves its own; this node is "
+            "for another name, another folder, or a file that could not be written.",
+            is_output_node=True,
+            inputs=[
+                SA_INJECT_ADAPTER.Input("adapter", tooltip="The adapter to save, from Train or Load."),
+                io.String.Input(
+                    "file_name",
+                    default="sainj",
+                    tooltip="Name of the file in models/sa_inject; use / for a sub-folder. A file that holds another "
+                    "adapter is never overwritten: a number is added. One that holds this adapter is kept as it is.",
+                ),
+            ],
+            outputs=[SA_INJECT_ADAPTER.Output(display_name="adapter")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file_name=None) -> bool | str:
+        """Refuse a name, or a folder, before anything runs: what comes before this node may take hours."""
+        if file_name is None:  # it comes from another node, and is not known yet
+            return True
+        try:
+            check_can_save(wanted_path(file_name))
+        except (ValueError, OSError) as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file_name=None, **kwargs) -> str:
+        """Let a file that was deleted or changed be saved again."""
+        return "" if file_name is None else str(existing_files(file_name))
+
+    @classmethod
+    def execute(cls, adapter, file_name) -> io.NodeOutput:
+        path = wanted_path(file_name)
+        check_can_save(path, adapter.info.layers, adapter.info.rank)
+        saved = save_new_adapter(adapter, path, Provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo, VERSION))
+        return io.NodeOutput(saved.adapter)
