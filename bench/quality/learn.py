@@ -80,7 +80,7 @@ class Room:
     tokens: dict[str, nn.Parameter]
     config: TrainConfig
     dtype: torch.dtype
-    base: Any
+    patcher: Any
     device: torch.device
 
     def learn(self, trainables: Any, **changes: Any) -> list[float]:
@@ -100,7 +100,7 @@ class Room:
         with torch.no_grad():
             text = self.denoiser.encode([self.subject.class_word])
         return training._finished(
-            "bench", self.description, self.subject, self.config, self.lora, self.tokens, text, self.base
+            "bench", self.description, self.subject, self.config, self.lora, self.tokens, text, self.patcher
         )
 
     def learned_word(self) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ def classroom(
             tokens=tokens,
             config=config,
             dtype=models.dtype,
-            base=base,
+            patcher=patcher,
             device=device,
         )
 
