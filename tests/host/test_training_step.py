@@ -86,11 +86,12 @@ def trained(comfy_host, pack_nodes, load_checkpoint) -> Callable[..., Trained]:
             unet.register_forward_pre_hook(calls.before, with_kwargs=True),
             unet.register_forward_hook(calls.after),
         ]
-        inputs = {"images": pictures(3), "captions": CAPTIONS, "batch_size": 3, "token_vectors": 1, **SMALL, **inputs}
+        subject = {"images": pictures(3), "captions": CAPTIONS, "batch_size": 3, "token_vectors": 1}
+        if has_masks:
+            subject["masks"] = cell_masks().repeat_interleave(8, 1).repeat_interleave(8, 2)
+        inputs = {"model": model, "clip": clip, "vae": vae, **SMALL, **subject, **inputs}
         try:
-            adapter, _, losses, _ = comfy_host.execute(
-                "TrainSAInjectAdapter", model=model, clip=clip, vae=vae, **inputs
-            )
+            adapter, _, losses, _ = comfy_host.execute("TrainSAInjectAdapter", **inputs)
         finally:
             for handle in handles:
                 handle.remove()
