@@ -83,7 +83,7 @@ def demo_graph(client: HostClient) -> Graph:
     graph = workflow_to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), client.object_info())
     settings = {
         "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT.name},
-        "LoadImageTextDataSetFromFolder": {"folder": INPUT_FOLDER},
+        "LoadSAInjectDataset": {"folder": INPUT_FOLDER, "placeholder_token": PLACEHOLDER},
         "TrainSAInjectAdapter": TRAINING,
         "EncodeImagePrompt": {"resolution": SIDE},
         "EmptyLatentImage": {"width": SIDE, "height": SIDE, "batch_size": PICTURES_PER_PROMPT},

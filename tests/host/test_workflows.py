@@ -13,8 +13,15 @@ from tests.host.workflow_to_prompt import workflow_to_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-OURS = {"TrainSAInjectAdapter", "LoadSAInjectAdapter", "EncodeImagePrompt", "ApplySelfAttnInjection"}
+OURS = {
+    "LoadSAInjectDataset",
+    "TrainSAInjectAdapter",
+    "LoadSAInjectAdapter",
+    "EncodeImagePrompt",
+    "ApplySelfAttnInjection",
+}
 SIDE = 64
+TITLE_BAR = 30
 SMALL = {
     "CheckpointLoaderSimple": {"ckpt_name": "sd15.ckpt"},
     "TrainSAInjectAdapter": {"resolution": SIDE, "steps": 3, "rank": 4, "previews": 1},
@@ -59,10 +66,37 @@ def trained(server, subject_folder) -> tuple[str, dict]:
 
 
 def test_every_workflow_has_a_thumbnail_that_the_frontend_shows():
-    assert {path.stem for path in WORKFLOWS} == {"train", "apply", "train_then_apply"}
+    assert {path.stem for path in WORKFLOWS} == {"train", "apply", "train_then_apply", "two_subjects"}
     for path in WORKFLOWS:
         with Image.open(path.with_suffix(".jpg")) as picture:
             assert picture.format == "JPEG"
+
+
+def boxes_of(workflow: dict) -> list[tuple[str, float, float, float, float]]:
+    """Title, left, top (with the title bar), right, bottom of every node."""
+    return [
+        (node.get("title", node["type"]), x, y - TITLE_BAR, x + wide, y + tall)
+        for node in workflow["nodes"]
+        for (x, y), (wide, tall) in [(node["pos"], node["size"])]
+    ]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_no_node_of_a_workflow_covers_another(path):
+    boxes = boxes_of(load(path))
+    for number, (name, left, top, right, bottom) in enumerate(boxes):
+        for other, left2, top2, right2, bottom2 in boxes[number + 1 :]:
+            beside = right <= left2 or right2 <= left or bottom <= top2 or bottom2 <= top
+            assert beside, f"'{name}' and '{other}' overlap"
+
+
+def test_training_workflows_hand_captions_and_masks_of_a_folder_to_the_training(client):
+    for name in ("train", "train_then_apply"):
+        graph = workflow_to_prompt(load(ROOT / "workflows" / f"{name}.json"), client.object_info())
+        (dataset,) = (number for number, node in graph.items() if node["class_type"] == "LoadSAInjectDataset")
+        (train,) = (node["inputs"] for node in graph.values() if node["class_type"] == "TrainSAInjectAdapter")
+        assert [train[name] for name in ("images", "captions", "masks")] == [[dataset, slot] for slot in range(3)]
+        assert graph[dataset]["inputs"]["placeholder_token"] == train["placeholder_token"]
 
 
 def test_the_host_lists_and_serves_the_workflows(client):
@@ -88,7 +122,7 @@ def test_previews_are_sampled_as_the_workflows_sample(comfy_host, pack_nodes, cl
         for node in workflow_to_prompt(load(path), client.object_info()).values()
         if node["class_type"] == "KSampler"
     ]
-    assert len(samplers) == 3
+    assert len(samplers) == 4
     for name, usual in (
         ("steps", preview.STEPS),
         ("cfg", preview.GUIDANCE),
@@ -120,6 +154,36 @@ def test_apply_workflow_draws_with_a_saved_adapter(server, trained):
     )
     (picture,) = server.client.images(server.client.run(graph, timeout=300))
     assert picture.size == (SIDE, SIDE)
+
+
+def applies_of(graph: dict) -> list[dict]:
+    return [node for node in graph.values() if node["class_type"] == "ApplySelfAttnInjection"]
+
+
+def test_two_subjects_workflow_draws_with_two_words_and_two_halves(server, trained):
+    path = ROOT / "workflows" / "two_subjects.json"
+    graph = prompt_of(path, server.client, LoadSAInjectAdapter={"adapter_name": trained[0]})
+    masks = [node["inputs"] for node in graph.values() if node["class_type"] == "SolidMask"]
+    assert sorted((mask["width"], mask["height"], mask["value"]) for mask in masks) == [
+        (256, 512, 1.0),
+        (512, 512, 0.0),
+    ]
+    for mask in masks:
+        mask.update(width=mask["width"] * SIDE // 512, height=SIDE)
+    words = [node["inputs"]["placeholder_token"] for node in graph.values() if "adapter_name" in node["inputs"]]
+    prompts = [node["inputs"]["text"] for node in graph.values() if node["class_type"] == "CLIPTextEncode"]
+    assert words == ["", "sainjtwo"] and "sainj toy" in prompts[0] and "sainjtwo toy" in prompts[0]
+    (picture,) = server.client.images(server.client.run(graph, timeout=300))
+    assert picture.size == (SIDE, SIDE)
+    halves = [node["inputs"]["attn_mask"] for node in applies_of(graph)]
+    assert {graph[source]["class_type"] for source, _ in halves} == {"MaskComposite", "InvertMask"}
+
+    for off in applies_of(graph):  # each of the two draws something
+        strength = off["inputs"]["strength"]
+        off["inputs"]["strength"] = 0.0
+        (without,) = server.client.images(server.client.run(graph, timeout=300))
+        assert without.tobytes() != picture.tobytes()
+        off["inputs"]["strength"] = strength
 
 
 def test_train_then_apply_workflow_draws_base_and_adapter_differently(server, subject_folder):
