@@ -244,8 +244,35 @@ def test_cancelled_training_goes_on_after_a_restart_of_the_host(server, subject_
     # The step in which it was cancelled may have been done, and not told.
     assert done < int(re.match(r"step (\d+)/", first)[1]) <= done + 2
     assert (folder / "stopped.safetensors").exists()
-    (kept,) = (folder / "training_states").glob("*")
-    assert kept.name.endswith(f"-{done + 3:06}-finished.pt")
+    kept = [path.name.split("-", 1)[1] for path in (folder / "training_states").iterdir()]
+    assert f"{done + 3:06}-finished.pt" in kept and not [name for name in kept if "stopped" in name]
+
+
+def test_training_whose_previews_are_cancelled_is_not_done_again(server, subject_folder):
+    graph = prompt_of(
+        ROOT / "workflows" / "train.json",
+        server.client,
+        TrainSAInjectAdapter={"file_name": "previews-cancelled", "seed": 77, "previews": 8},
+    )
+    with server.client.listen() as events:
+        prompt_id = server.client.queue(graph)
+        while not [e for e in events if e["type"] == "progress_text" and e["data"]["text"].startswith("saved")]:
+            assert server.why_dead() is None
+            time.sleep(0.02)
+        server.client.interrupt()
+        with pytest.raises(PromptInterrupted):
+            server.client.wait(prompt_id)
+    assert steps_told(events) == 3
+
+    for node in graph.values():
+        if node["class_type"] == "TrainSAInjectAdapter":
+            node["inputs"]["previews"] = 0
+    with server.client.listen() as events:
+        server.client.run(graph, timeout=300)
+    told = [event["data"]["text"] for event in events if event["type"] == "progress_text"]
+    assert told == ["previews-cancelled.safetensors holds this adapter already"]
+    folder = server.base / "models" / "sa_inject"
+    assert [path.name for path in folder.glob("previews-cancelled*")] == ["previews-cancelled.safetensors"]
 
 
 def steps_told(events: list[dict]) -> int:
