@@ -226,8 +226,11 @@ def test_what_is_made_is_made_again_only_after_its_sources_changed(tmp_path):
 # Signals
 
 
+# Signals are as in a terminal: a job in the background, or one under nohup, inherits ignored ones.
 HOLD = """
-import importlib.util, sys
+import importlib.util, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 spec = importlib.util.spec_from_file_location("sa_inject_dev", {dev!r})
 dev = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(dev)
