@@ -6,6 +6,7 @@ Import only once the host is started.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from comfy.utils import ProgressBar
 from torch.nn import functional as F
 
 from sa_inject.core.image_prompt import ReferenceText
+from sa_inject.nodes.host.checkpoint import FOLDER as TRAINING_STATES
+from sa_inject.nodes.host.files import adapter_folder
 from sa_inject.nodes.host.trainable import (
     differentiable_options,
     make_differentiable,
@@ -59,6 +62,8 @@ class Task:
 
 def train_ours(task: Task, steps: int, **changes: Any) -> list[float]:
     """TrainSAInjectAdapter: LoRA on the reference pass and the word, learned in float32."""
+    # Else the same training would take no step: the node knows that it has been done, with checkpointing or without.
+    shutil.rmtree(adapter_folder() / TRAINING_STATES, ignore_errors=True)
     with StepClock() as clock:
         task.host.execute(
             "TrainSAInjectAdapter",
