@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ DIGITS = 16
 # to read a whole SDXL model in a fraction of a second. What else comes as a tensor is mostly smaller.
 WEIGHT_SAMPLES = 128
 SAMPLES = 4096
-DEPTH = 6  # how far objects of other packs are looked into
+DEPTH = 12  # how far objects of other packs are looked into
 PROBES = 8  # noise levels at which the sampling is tried
 
 
@@ -66,8 +67,10 @@ def training_fingerprint(
 class Digest:
     """A hash of values of many kinds: numbers and texts, containers, tensors, functions, objects of other packs."""
 
-    def __init__(self) -> None:
+    def __init__(self, objects: dict[int, tuple[str, Any]] | None = None) -> None:
         self._hash = hashlib.sha256()
+        # What objects came to, by their id, which is theirs for as long as they live.
+        self._objects = {} if objects is None else objects
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()[:DIGITS]
@@ -90,19 +93,29 @@ class Digest:
             self._say("deep", type(value).__qualname__)
         elif isinstance(value, Mapping):
             self._say("mapping", len(value))
-            for key in sorted(value, key=str):
-                self._say(key)
+            for key in sorted(value, key=_name):
+                self._say(_name(key))
                 self.add(value[key], depth - 1)
         elif isinstance(value, list | tuple):
             self._say("sequence", len(value))
             for item in value:
                 self.add(item, depth - 1)
         elif isinstance(value, set | frozenset):
-            self.add(sorted(map(str, value)), depth)
+            self._say("set", *sorted(map(_name, value)))
+        elif isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+            self.add(torch.from_numpy(np.ascontiguousarray(value)), depth)
         else:
             self._add_object(value, depth - 1)
 
     def _add_object(self, value: Any, depth: int) -> None:
+        if id(value) not in self._objects:
+            self._objects[id(value)] = ("part of itself", value)
+            whole = Digest(self._objects)
+            whole._add_parts(value, depth)
+            self._objects[id(value)] = (whole.hexdigest(), value)
+        self._say("object", self._objects[id(value)][0])
+
+    def _add_parts(self, value: Any, depth: int) -> None:
         if isinstance(value, functools.partial):
             self.add(["partial", value.func, value.args, value.keywords], depth)
         elif isinstance(value, types.MethodType):
@@ -116,7 +129,8 @@ class Digest:
         elif isinstance(value, type):
             self._say("class", value.__module__, value.__qualname__)
         else:
-            self._say("object", *(f"{cls.__module__}.{cls.__qualname__}" for cls in type(value).__mro__))
+            classes = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(value).__mro__)
+            self._say("object", getattr(value, "__qualname__", ""), *classes)
             if isinstance(value, nn.Module):
                 self.add(dict((*value.named_parameters(), *value.named_buffers())), depth)
             elif not _is_a_patcher(value):
@@ -198,6 +212,11 @@ def _sampling_at_probes(sampling: Any) -> Iterator[Tensor]:
         yield sampling.calculate_input(sigma, x.clone())
         yield sampling.calculate_denoised(sigma, x.flip(-1), x.clone())
         yield sampling.timestep(sigma).float()
+
+
+def _name(key: Any) -> str:
+    """A key in words that are the same in another process."""
+    return repr(key) if isinstance(key, str | int | float | tuple | Enum) else type(key).__qualname__
 
 
 def _content(cell: Any) -> Any:

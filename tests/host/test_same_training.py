@@ -1,5 +1,7 @@
 """Which trainings are the same: whatever reaches the training loop makes another one, and nothing else does."""
 
+import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -297,7 +299,89 @@ def test_object_patches_and_weight_wrappers_count_by_value(sd15, usual, same_as)
     assert patched(2.0) == patched(2.0) and wrapped(2.0) == wrapped(2.0)
 
 
-def test_versions_and_the_device_count(sd15, usual, same_as, monkeypatch):
+def test_values_of_every_kind_are_told_apart_and_repeat(comfy_host):
+    import numpy as np
+
+    from sa_inject.nodes.host.fingerprint import Digest
+
+    class Of:
+        def __init__(self, value: Any) -> None:
+            self.value, self.itself = value, self  # a circle
+            self.note = {object(): 1}  # of which nothing stays the same in another process
+
+    def digest(value: Any) -> str:
+        found = Digest()
+        found.add(value)
+        return found.hexdigest()
+
+    def values() -> list[Any]:
+        long = torch.arange(20_000.0)
+        return [
+            *(None, True, 1, 1.0, "1", b"1", 1j, torch.float16, [1], (1, 2), {1}, {1: 2}, {2: 1}, {"1": 2}),
+            *(np.ones(3), np.zeros(3), torch.ones(2), torch.ones(1, 2), torch.ones(2, dtype=torch.complex64)),
+            *(
+                long,
+                long + 1,
+                Of(1),
+                Of(2),
+                Of(long),
+                Of([Of(1)]),
+                Of([Of(2)]),
+                lambda: 1,
+                lambda: 2,
+                len,
+                max,
+                Of,
+                dict,
+            ),
+            *(functools.partial(max, 1), functools.partial(max, 2), Of(1).__init__, [None, [None]], [[None], None]),
+        ]
+
+    digests = [digest(value) for value in values()]
+    assert digests == [digest(value) for value in values()]
+    twice = [value for value, one in zip(values(), digests, strict=True) if digests.count(one) > 1]
+    assert twice == []
+
+
+def test_injected_modules_of_other_packs_count_by_value(sd15, usual, same_as):
+    from comfy.patcher_extension import PatcherInjection
+
+    def injected(strength: float) -> str:
+        def inject(patcher: Any) -> float:
+            return strength
+
+        model = sd15.model.clone()
+        model.set_injections("somebody", [PatcherInjection(inject=inject, eject=inject)])
+        return same_as(sd15._replace(model=model))
+
+    assert len({usual, injected(1.0), injected(2.0)}) == 3
+    assert injected(1.0) == injected(1.0)
+
+
+def test_device_and_who_may_be_whose_image_prompt_count(comfy_host, pack_nodes, sd15, monkeypatch):
+    import sa_inject.nodes.host.training as training
+
+    found = []
+
+    def with_others(patcher, clip, data, *rest) -> str:
+        def fingerprint(data: Any) -> str:
+            return original(patcher, clip, data, *rest)
+
+        first, second, third = data.examples
+        third = dataclasses.replace(third, picture=first.picture)
+        found.extend([fingerprint(data), fingerprint(dataclasses.replace(data, examples=[first, second, third]))])
+        patcher.load_device = torch.device("cuda")
+        found.append(fingerprint(data))
+        raise Enough
+
+    original = training.training_fingerprint
+    monkeypatch.setattr(training, "training_fingerprint", with_others)
+    with pytest.raises(Enough):
+        comfy_host.execute("TrainSAInjectAdapter", **sd15._asdict(), images=pictures(3), **SMALL)
+    assert len(set(found)) == 3
+
+
+def test_versions_count(sd15, usual, same_as, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "99.0")
     assert same_as(sd15) != usual
     monkeypatch.undo()

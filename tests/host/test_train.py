@@ -418,11 +418,18 @@ def test_folder_that_cannot_be_written_is_told_and_ends_nothing(comfy_host, sd15
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_precision_is_the_trainings_alone(sd15, before, trained, run, evidence, precision):
-    dtypes = []
-    handle = sd15.model.model.diffusion_model.out.register_forward_hook(lambda m, i, out: dtypes.append(out.dtype))
+    dtypes, of_text = [], []
+    layer = sd15.clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[0].mlp.fc1
+    handles = [
+        sd15.model.model.diffusion_model.out.register_forward_hook(lambda m, i, out: dtypes.append(out.dtype)),
+        layer.register_forward_hook(lambda m, i, out: of_text.append(out.dtype)),
+    ]
     found = run(sd15, precision=precision)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     assert set(dtypes) == {{"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]}
+    # Some text encoders compute what float16 cannot hold.
+    assert set(of_text) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert found.losses == pytest.approx(trained.losses[:1], rel=0.02)
     assert all(tensor.isfinite().all() for tensor in tensors_of(found.adapter).values())
     assert_unchanged(evidence(sd15), before)

@@ -64,6 +64,18 @@ def test_what_the_host_hangs_on_a_weight_stays_on_it(load_checkpoint):
     assert {name: vars(tensor).get("_model_dtype") for name, tensor in tensors_of(base).items()} == notes
 
 
+def test_the_host_is_told_of_the_training_and_of_its_end(monkeypatch, comfy_host):
+    import comfy.model_management as model_management
+
+    from sa_inject.nodes.host.trainable import training_mode
+
+    monkeypatch.setattr(model_management, "in_training", False, raising=False)  # hosts newer than 0.3.75 have it
+    with pytest.raises(InterruptedError), torch.inference_mode(), training_mode():
+        assert model_management.in_training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        raise InterruptedError
+    assert model_management.in_training is False
+
+
 def test_a_second_call_replaces_nothing(loaded):
     from sa_inject.nodes.host.trainable import make_differentiable, training_mode
 
