@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, get_args
 
 import torch
@@ -10,11 +9,9 @@ from torch import Tensor
 
 from ...core.adapter import Adapter
 from ...core.image_prompt import ImagePrompt
-from .progress import show_on_node
+from .progress import warn_on_node
 from .sampling_run import ApplyTo, Injection
 from .unet import describe, pooled_width, prediction_type
-
-log = logging.getLogger(__name__)
 
 # Less than the 1 that was trained: guidance multiplies what the reference adds as well. 0.7 drew better than 1 in 13 of
 # 16 subjects (bench/results/quality/explored-on-cuda.md).
@@ -56,8 +53,7 @@ def injection_for(
     chosen = frozenset(key for key in adapter.blocks() if key.stage in stages)
     if start_percent >= end_percent:
         said = f"start_percent {start_percent:g} is not before end_percent {end_percent:g}, so nothing is injected."
-        log.warning("SA-Inject: %s", said)
-        show_on_node(said, node_id)
+        warn_on_node(said, node_id)
         return None
     if strength == 0 or not chosen:
         return None

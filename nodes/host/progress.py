@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import comfy.model_management as model_management
@@ -10,6 +11,8 @@ from server import PromptServer
 
 from ...trainer.loop import Step
 
+log = logging.getLogger(__name__)
+
 SMOOTHING = 0.95  # of the shown loss: single steps of a diffusion loss say little
 
 
@@ -17,6 +20,13 @@ def show_on_node(text: str, node_id: str | None) -> None:
     """Show a line of text at the foot of a node, if somebody is looking."""
     if node_id is not None and getattr(PromptServer, "instance", None) is not None:
         PromptServer.instance.send_progress_text(text, node_id)
+
+
+def warn_on_node(said: str, node_id: str | None) -> None:
+    """Log a warning and show it on the node, there as a sentence: only the name of an input stays in lower case."""
+    log.warning("SA-Inject: %s", said)
+    is_input = "_" in said.partition(" ")[0]
+    show_on_node(said if is_input else said[0].upper() + said[1:], node_id)
 
 
 class TrainingProgress:

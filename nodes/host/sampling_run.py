@@ -16,7 +16,7 @@ from ...core.kv import BlockKey, KVBank
 from ...core.lora import Deltas
 from ...core.masks import token_weights
 from .foreign import ForeignCode
-from .progress import show_on_node
+from .progress import warn_on_node
 from .row_texts import GuiderTexts
 
 log = logging.getLogger(__name__)
@@ -142,8 +142,7 @@ class SamplingRun:
             f"{injection.end_percent:g}, so the image prompt was not used. Take more steps, or lower start_percent: "
             f"0 acts from the first step on."
         )
-        log.warning("SA-Inject: %s", said)
-        show_on_node(said[0].upper() + said[1:], injection.node_id)
+        warn_on_node(said, injection.node_id)
 
 
 def hooks_in_force(base: Any) -> list[Any]:
@@ -168,5 +167,4 @@ def warn_of_another_shape(injection: Injection, height: int, width: int) -> None
         f"another shape. The mask is stretched over it. If this run draws only a part of a larger picture, such as a "
         f"tile or a face, the mask does not fit: leave attn_mask open there."
     )
-    log.warning("SA-Inject: %s", said)
-    show_on_node(said[0].upper() + said[1:], injection.node_id)
+    warn_on_node(said, injection.node_id)

@@ -100,5 +100,6 @@ def test_an_area_of_another_shape_than_the_run_is_named(comfy_host, model, warne
     sample(comfy_host, patched, size=size, steps=1, cfg=1.0)
     assert len(warned()) == len(shown) == int(is_said)
     if is_said:
-        (line,) = warned()
+        (line,), ((text, _),) = warned(), shown
+        assert text == line.removeprefix("SA-Inject: ")
         assert f"attn_mask is {mask[1]}x{mask[0]}, but this run draws a picture of {size[1] * 8}x{size[0] * 8}" in line
