@@ -122,12 +122,20 @@ def adapter_metadata(path: Path) -> dict[str, str] | None:
 
     Raises OSError when the file cannot be read.
     """
+    metadata = header_metadata(path)
+    return metadata if metadata.get("format") == FORMAT else None
+
+
+def header_metadata(path: Path) -> dict[str, str]:
+    """The metadata of any safetensors file, from its header alone; none for a file that is of another kind.
+
+    Raises OSError when the file cannot be read.
+    """
     try:
         with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
+            return file.metadata() or {}
     except SafetensorError:
-        return None
-    return metadata if metadata.get("format") == FORMAT else None
+        return {}
 
 
 def _tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:

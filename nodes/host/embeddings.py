@@ -8,11 +8,12 @@ from pathlib import Path
 
 import folder_paths
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...core.adapter import Adapter
+from ...core.adapter_file import header_metadata
 from ...core.whole_file import whole_file
 
 FORMAT = "sa_inject_embedding"
@@ -72,7 +73,7 @@ def _files_under(name: str) -> Iterator[Path]:
 
 
 def _is_ours(path: Path) -> bool:
-    return _metadata(path).get("format") == FORMAT
+    return header_metadata(path).get("format") == FORMAT
 
 
 def _holds(path: Path, tensors: dict[str, Tensor]) -> bool:
@@ -84,11 +85,3 @@ def _holds(path: Path, tensors: dict[str, Tensor]) -> bool:
     except SafetensorError:
         return False
     return found.keys() == tensors.keys() and all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="np") as file:
-            return file.metadata() or {}
-    except SafetensorError:
-        return {}
