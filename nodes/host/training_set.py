@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ...trainer.examples import Example, TrainingSet
 from ...trainer.views import augmented_views
 from .images import bucket_size, cover, encode_picture
-from .masks import check_leaves_something, keeps_something
+from .masks import check_leaves_something, keeps_something, resized_mask
 from .trainable import normal_tensor
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def _example(
     model: Any, vae: Any, picture: Tensor, mask: Tensor | None, captions: tuple[str, ...], number: int | None = None
 ) -> Example:
     latent = encode_picture(vae, picture, model.model.latent_format.latent_channels)
-    small = None if mask is None else F.adaptive_avg_pool2d(mask[None, None], latent.shape[-2:])[0, 0]
+    small = resized_mask(mask, *latent.shape[-2:])
     return Example(model.model.process_latent_in(latent).cpu(), captions, small, number)
 
 
