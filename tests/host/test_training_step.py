@@ -202,6 +202,46 @@ def test_sdxl_is_told_the_size_and_the_pooled_text(comfy_host, trained):
         assert call.y is not None and relative_error(call.y, expected.expand_as(call.y)) < EXACT
 
 
+@torch.inference_mode()
+def test_sdxl_is_told_width_and_height_of_a_wide_picture(comfy_host):
+    from sa_inject.nodes.host.unet import model_conditions  # pyright: ignore[reportMissingImports]
+
+    model = load(base_model(comfy_host, "sdxl"))
+    text = reference_text(model, seed=3)
+    found = model_conditions(model.model, torch.zeros(1, 4, 8, 16), text)["y"]
+    assert torch.equal(found, model.model.encode_adm(pooled_output=text.pooled, width=128, height=64))
+
+
+@torch.inference_mode()
+def test_captions_that_repeat_stay_with_their_rows(comfy_host, trained):
+    from sa_inject.nodes.host.denoiser import ComfyDenoiser  # pyright: ignore[reportMissingImports]
+
+    model, clip, _ = trained("sd15").checkpoint
+    load(clip.patcher)
+    sampling = model.get_model_object("model_sampling")
+    denoiser = ComfyDenoiser(model.model, sampling, clip, [], model.load_device, torch.float32)
+    captions = ["a dog", "a red car", "a dog", "a dog", "a tree"]
+    found = denoiser.encode(captions).cross_attn
+    for row, caption in zip(found.split(1), captions, strict=True):
+        assert relative_error(row, encoded(comfy_host, clip, caption)) < 1e-5
+
+
+def test_views_of_a_single_picture_keep_its_mask(pack_nodes, trained):
+    from sa_inject.nodes.host.training_set import Subject, training_set  # pyright: ignore[reportMissingImports]
+
+    model, _, vae = trained("sd15").checkpoint
+    mask = torch.zeros(64, 64)
+    mask[16:48, 8:40] = 1
+    picture = pictures(1).movedim(-1, 1)
+    with torch.inference_mode():
+        data = training_set(model, vae, Subject([picture], [mask], None, "sainj", "toy", 64), [("sainj",)], seed=3)
+    (example,) = data.examples
+    assert example.mask is not None and example.mask[3, 2] == 1 and example.mask.mean() == mask.mean()
+    masks = [view.mask for view in data.views]
+    assert len(masks) > 1 and all(m is not None and m.shape == (8, 8) and 0 < m.mean() < 1 for m in masks)
+    assert len({tuple(m.flatten().tolist()) for m in masks if m is not None}) > 1  # moved with the picture
+
+
 # --- with an adapter that adds something ------------------------------------------------------------------------------
 
 
@@ -284,3 +324,6 @@ def test_loss_is_taken_in_the_space_of_the_networks_output(comfy_host, node, inp
     sigma = torch.tensor([0.1, 1.0, 10.0])
     found = denoiser_of(load(model), make_adapter(model)).output_scale(sigma)
     assert torch.allclose(found, slope(sigma).view(-1, 1, 1, 1), rtol=1e-4)
+    latent, noise = random(3, 4, 8, 8, seed=1), random(3, 4, 8, 8, seed=2)
+    noisy = denoiser_of(model, make_adapter(model)).add_noise(latent, noise, sigma)
+    assert torch.allclose(noisy, latent + sigma.view(-1, 1, 1, 1) * noise, rtol=1e-5, atol=1e-5)
