@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sa_inject.core.adapter import Adapter, AdapterInfo, ReferenceMode
-from sa_inject.core.image_prompt import ImagePrompt, Picture, ReferenceText
+from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage, TextConditioning
 from sa_inject.core.lora import SelfAttentionLoRA
 from sa_inject.nodes.host.unet import UnetDescription, describe
 from tests.host import full_size
@@ -86,9 +86,9 @@ class Scene:
     def latent_side(self) -> int:
         return self.side // 8
 
-    def text(self, seed: int) -> ReferenceText:
+    def text(self, seed: int) -> TextConditioning:
         pooled = random(1, POOLED, seed=seed + 1) if self.unet_config.get("adm_in_channels") else None
-        return ReferenceText(random(1, TEXT_TOKENS, self.unet_config["context_dim"], seed=seed), pooled)
+        return TextConditioning(random(1, TEXT_TOKENS, self.unet_config["context_dim"], seed=seed), pooled)
 
     def conditioning(self, seed: int) -> list:
         """What a text encode node would return."""
@@ -100,13 +100,13 @@ class Scene:
 
     def prompt(self, references: int, masked: bool) -> ImagePrompt:
         mask = quarter_mask(self.side) if masked else None
-        return ImagePrompt(tuple(Picture(self.latent(100 + place), mask) for place in range(references)))
+        return ImagePrompt(tuple(ReferenceImage(self.latent(100 + place), mask) for place in range(references)))
 
     def adapter(self, mode: ReferenceMode) -> Adapter:
         return untrained_adapter(self.description, self.text(seed=7), mode)
 
 
-def untrained_adapter(description: UnetDescription, text: ReferenceText, mode: ReferenceMode) -> Adapter:
+def untrained_adapter(description: UnetDescription, text: TextConditioning, mode: ReferenceMode) -> Adapter:
     """An adapter of the usual size that costs what a trained one costs."""
     architecture, layers = description
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from .image_prompt import ReferenceText
+from .image_prompt import TextConditioning
 from .kv import BlockKey
 from .layers import SelfAttentionLayer
 from .lora import SelfAttentionLoRA
@@ -19,7 +19,7 @@ REFERENCE_MODES: tuple[str, ...] = get_args(ReferenceMode)
 PREDICTION_TYPES = ("eps", "v_prediction", "edm", "x0", "flow")
 
 
-class AdapterMismatch(ValueError):
+class AdapterMismatchError(ValueError):
     """An adapter and a model that do not belong together."""
 
 
@@ -49,7 +49,7 @@ class Adapter:
     info: AdapterInfo
     lora: SelfAttentionLoRA
     tokens: dict[str, Tensor]
-    text: ReferenceText
+    text: TextConditioning
 
     def blocks(self) -> tuple[BlockKey, ...]:
         return tuple(layer.key for layer in self.info.layers)
@@ -57,12 +57,14 @@ class Adapter:
     def check_fits(
         self, architecture: str, layers: Sequence[SelfAttentionLayer], prediction_type: str | None = None
     ) -> None:
-        """Refuse a model of another shape, or one that predicts something else. Raises AdapterMismatch, naming both.
+        """Refuse a model of another shape, or one that predicts something else.
+
+        Raises AdapterMismatchError, which names both.
 
         What a model predicts is known by names such as "eps" and "v_prediction"; where one is not known, any will do.
         """
         if architecture != self.info.architecture or tuple(layers) != self.info.layers:
-            raise AdapterMismatch(
+            raise AdapterMismatchError(
                 f"Adapter '{self.name}' was trained for {self.info.architecture} "
                 f"({len(self.info.layers)} self-attention layers), but the connected model is {architecture} "
                 f"({len(layers)}). Connect a {self.info.architecture} checkpoint like the one it was trained on, or "
@@ -70,7 +72,7 @@ class Adapter:
             )
         trained = self.info.training.get("prediction_type")
         if trained in PREDICTION_TYPES and prediction_type in PREDICTION_TYPES and trained != prediction_type:
-            raise AdapterMismatch(
+            raise AdapterMismatchError(
                 f"Adapter '{self.name}' was trained on a model that predicts {trained}, but the connected "
                 f"{architecture} model predicts {prediction_type}. Connect a checkpoint like the one it was trained "
                 "on. Where ComfyUI takes the checkpoint for another kind, put ModelSamplingDiscrete before this node."

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .adapter import Adapter, AdapterInfo
 from .adapter_metadata import FORMAT, FORMAT_VERSION, MAX_WIDTH, UnusableMetadata, from_metadata, shortened, to_metadata
-from .image_prompt import ReferenceText
+from .atomic_write import atomic_write
+from .image_prompt import TextConditioning
 from .layers import SelfAttentionLayer
 from .lora import SelfAttentionLoRA, parameter_shapes
-from .whole_file import whole_file
 
 TOKEN_PREFIX = "token_embedding."
 TEXT_KEY = "reference_text.cross_attn"
@@ -29,7 +29,7 @@ FILE_DTYPE = torch.float16
 TEXT_BYTES = 2**19  # reserved for the encoded class word and the learned one; SDXL's are the largest
 MAX_NUMBERS = 2**29  # in one file, 2 GB once they are float32; rank 128 on SDXL has 46 million
 FLOATS = ("F64", "F32", "F16", "BF16")
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 class AdapterFileError(ValueError):
@@ -50,7 +50,7 @@ def save_adapter(
     """
     tensors = _tensors(adapter, dtype)
     metadata = {**(extra_metadata or {}), **to_metadata(adapter.info)}
-    with whole_file(path, replace) as temporary:
+    with atomic_write(path, replace) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:  # its own name for a full disk
@@ -113,7 +113,7 @@ def load_adapter(path: Path) -> Adapter:
         info=info,
         lora=lora,
         tokens={k.removeprefix(TOKEN_PREFIX): v for k, v in tensors.items() if k.startswith(TOKEN_PREFIX)},
-        text=ReferenceText(tensors[TEXT_KEY], tensors.get(POOLED_KEY)),
+        text=TextConditioning(tensors[TEXT_KEY], tensors.get(POOLED_KEY)),
     )
 
 
@@ -155,7 +155,7 @@ def _refuse_other_kinds(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(9)
     # Eight bytes of safetensors are a length, which may happen to look like a pickle; then its header opens.
-    if start.startswith(PICKLE_STARTS) and not start.endswith(b"{"):
+    if start.startswith(PICKLE_MAGIC) and not start.endswith(b"{"):
         raise AdapterFileError(
             f"'{name}' is a pickled file, which could run code when opened; it was not opened. "
             "SA-Inject adapters are safetensors files."
@@ -192,11 +192,11 @@ def _check_header(name: str, file: Any, info: AdapterInfo) -> None:
     if not tokens:
         missing.append(f"{TOKEN_PREFIX}<encoder>")
     if missing:
-        raise AdapterFileError(f"'{name}' lacks {_some(missing)}. The file is incomplete: train it again.")
+        raise AdapterFileError(f"'{name}' lacks {_first_and_count(missing)}. The file is incomplete: train it again.")
     surplus = [key for key in found if key not in {*expected, *tokens, TEXT_KEY, POOLED_KEY}]
     if surplus:
         raise AdapterFileError(
-            f"'{name}' holds {_some(surplus)}, which an adapter of format {FORMAT_VERSION} does not have. "
+            f"'{name}' holds {_first_and_count(surplus)}, which an adapter of format {FORMAT_VERSION} does not have. "
             "It was changed by another program: use the original file."
         )
     for key, shape in expected.items():
@@ -219,7 +219,7 @@ def _check_header(name: str, file: Any, info: AdapterInfo) -> None:
     others = [key for key, tensor in found.items() if tensor.get_dtype() not in FLOATS]
     if others:
         raise AdapterFileError(
-            f"'{name}': {_some(others)} holds numbers of the type {found[others[0]].get_dtype()}. "
+            f"'{name}': {_first_and_count(others)} holds numbers of the type {found[others[0]].get_dtype()}. "
             "It was changed by another program: use the original file."
         )
 
@@ -228,11 +228,11 @@ def _check_values(name: str, tensors: Mapping[str, Tensor]) -> None:
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise AdapterFileError(
-            f"'{name}' holds NaN or infinite values in {_some(broken)}. The training diverged: "
+            f"'{name}' holds NaN or infinite values in {_first_and_count(broken)}. The training diverged: "
             "train again with a lower learning rate."
         )
 
 
-def _some(keys: list[str]) -> str:
+def _first_and_count(keys: list[str]) -> str:
     first = shortened(keys[0])
     return first if len(keys) == 1 else f"{first} and {len(keys) - 1} more"

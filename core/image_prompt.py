@@ -13,14 +13,14 @@ from torch import Tensor
 MOST_REPEATS: int = 4  # of the shortest text
 
 
-class ReferenceText(NamedTuple):
+class TextConditioning(NamedTuple):
     """What the text encoder said. cross_attn (b, tokens, width), pooled (b, width) where the model wants one."""
 
     cross_attn: Tensor
     pooled: Tensor | None = None
 
 
-def as_rows(texts: Sequence[ReferenceText]) -> ReferenceText:
+def stack_conditionings(texts: Sequence[TextConditioning]) -> TextConditioning:
     """Texts as rows of one. There is a pooled vector if all have one.
 
     Shorter texts are repeated up to a length that all have in common, which does not change what cross-attention makes
@@ -29,7 +29,7 @@ def as_rows(texts: Sequence[ReferenceText]) -> ReferenceText:
     length = math.lcm(*(text.cross_attn.shape[1] for text in texts))
     cross_attn = torch.cat([repeated(text.cross_attn, length) for text in texts])
     pooled = [text.pooled for text in texts if text.pooled is not None]
-    return ReferenceText(cross_attn, torch.cat(pooled) if len(pooled) == len(texts) else None)
+    return TextConditioning(cross_attn, torch.cat(pooled) if len(pooled) == len(texts) else None)
 
 
 def repeated(cross_attn: Tensor, length: int) -> Tensor:
@@ -45,7 +45,7 @@ def fit_together(lengths: Sequence[int]) -> bool:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ReferenceImage:
     """One image prompt.
 
     latent (1, c, h, w) as the VAE gave it; mask (h_px, w_px) in 0..1, white where the subject is; `text` is what the
@@ -54,14 +54,14 @@ class Picture:
 
     latent: Tensor
     mask: Tensor | None = None
-    text: ReferenceText | None = None
+    text: TextConditioning | None = None
 
 
 @dataclass(frozen=True)
 class ImagePrompt:
     """One or more pictures, whose tokens are attended to together: they count as much as one."""
 
-    pictures: tuple[Picture, ...]
+    pictures: tuple[ReferenceImage, ...]
 
     def __add__(self, other: ImagePrompt) -> ImagePrompt:
         return ImagePrompt(self.pictures + other.pictures)

@@ -31,7 +31,9 @@ class Reference(NamedTuple):
     query_mask: Tensor | None = None
 
 
-def inject(attended: Tensor, q: Tensor, references: Sequence[Reference], heads: int, attend: Attention) -> Tensor:
+def inject(
+    self_attention_out: Tensor, q: Tensor, references: Sequence[Reference], heads: int, attend: Attention
+) -> Tensor:
     """Add what each reference has to say to the queries, to what they have made of the UNet's own tokens.
 
     attended and q (b, n, heads*d), references (1 or b, m, heads*d) -> (b, n, heads*d)
@@ -39,11 +41,13 @@ def inject(attended: Tensor, q: Tensor, references: Sequence[Reference], heads: 
     out = attended + sum over references of weight * query_mask * softmax(q k_r^T / sqrt(d)) v_r
     """
     for reference in references:
-        attended = torch.add(attended, said(q, reference, heads, attend), alpha=reference.weight)
-    return attended
+        self_attention_out = torch.add(
+            self_attention_out, attend_to_reference(q, reference, heads, attend), alpha=reference.weight
+        )
+    return self_attention_out
 
 
-def said(q: Tensor, reference: Reference, heads: int, attend: Attention) -> Tensor:
+def attend_to_reference(q: Tensor, reference: Reference, heads: int, attend: Attention) -> Tensor:
     """One reference's term of that sum, before its weight: whoever adds it can weigh it for nothing.
     -> (b, n, heads*d)"""
     k, v = (x.to(q).expand(q.shape[0], *x.shape[1:]) for x in reference.kv)

@@ -22,7 +22,7 @@ from .lora_layer import ADAPTER_NAME, lora_linear
 KEY_PREFIX = "base_model.model."  # PEFT's prefix in the files it writes
 
 
-class LowRank(NamedTuple):
+class LoRADelta(NamedTuple):
     """One low-rank product, ready to use. a (r, in), b (out, r), with the scaling alpha/r folded into b."""
 
     a: Tensor
@@ -33,7 +33,7 @@ class LowRank(NamedTuple):
         return F.linear(F.linear(x, self.a), self.b)
 
 
-Deltas = dict[tuple[BlockKey, str], LowRank]
+LoRADeltas = dict[tuple[BlockKey, str], LoRADelta]
 
 
 class SelfAttentionLoRA:
@@ -52,7 +52,7 @@ class SelfAttentionLoRA:
             f"{layer.path}.{projection}": (layer.key, projection) for layer in layers for projection in self.projections
         }
         with torch.random.fork_rng(devices=[]):  # in case that PEFT draws numbers of its own, which are not kept
-            self.skeleton = _skeleton(layers, self._addresses, rank, alpha)
+            self.skeleton = _build_meta_projections(layers, self._addresses, rank, alpha)
         for path in self._addresses:
             a, b = self._linears(path)
             a.to_empty(device="cpu")
@@ -62,10 +62,10 @@ class SelfAttentionLoRA:
                 a.weight.uniform_(-bound, bound, generator=generator)
                 b.weight.zero_()
 
-    def deltas(self, device: torch.device, dtype: torch.dtype) -> Deltas:
+    def deltas(self, device: torch.device, dtype: torch.dtype) -> LoRADeltas:
         """Cast the products for use on `device` in `dtype`; gradients flow back to the float32 parameters."""
         return {
-            address: LowRank(a.weight.to(device, dtype), b.weight.to(device, dtype) * self._scaling(path))
+            address: LoRADelta(a.weight.to(device, dtype), b.weight.to(device, dtype) * self._scaling(path))
             for path, address in self._addresses.items()
             for a, b in (self._linears(path),)
         }
@@ -114,7 +114,7 @@ def parameter_shapes(layers: Sequence[SelfAttentionLayer], rank: int) -> dict[st
     }
 
 
-def _skeleton(
+def _build_meta_projections(
     layers: Sequence[SelfAttentionLayer], addresses: dict[str, tuple[BlockKey, str]], rank: int, alpha: float
 ) -> nn.Module:
     sizes = {layer.key: layer for layer in layers}
@@ -122,11 +122,11 @@ def _skeleton(
     for path, (key, _) in addresses.items():
         layer = sizes[key]
         base = nn.Linear(layer.query_dim, layer.inner_dim, bias=False, device="meta")
-        _graft(root, path, lora_linear(base, rank, alpha))
+        _add_submodule(root, path, lora_linear(base, rank, alpha))
     return root
 
 
-def _graft(root: nn.Module, path: str, module: nn.Module) -> None:
+def _add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in dict(root.named_children()):

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KEEP_ABOVE: float = 0.5  # a token belongs to the subject when at least this share of its area does
+MASK_THRESHOLD: float = 0.5  # a token belongs to the subject when at least this share of its area does
 
 
 TIE: float = 1e-4  # averages closer than this to the best are as good: rounding must not choose between them
 
 
-def token_weights(mask: Tensor, height: int, width: int) -> Tensor:
+def downsample_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """Average masks over the area of every token. mask (..., h, w) in 0..1 -> (..., height*width) in 0..1
 
     On the CPU, where the result stays: Metal cannot average areas of unequal size.
@@ -21,14 +21,14 @@ def token_weights(mask: Tensor, height: int, width: int) -> Tensor:
     return F.adaptive_avg_pool2d(single, (height, width)).reshape(*mask.shape[:-2], height * width)
 
 
-def kept_tokens(mask: Tensor, height: int, width: int) -> Tensor:
+def token_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """Say which tokens subject masks keep. mask (..., h, w) in 0..1 -> (..., height*width) bool, on the CPU
 
-    Where no token of a mask reaches KEEP_ABOVE, the ones that it covers best stay, all of them if they are equal, so
-    that a small or faint subject is never lost at a coarse layer. A mask that covers nothing keeps the first token.
+    Where no token of a mask reaches MASK_THRESHOLD, the ones that it covers best stay, all of them if they are equal.
+    So a small or faint subject is never lost at a coarse layer. A mask that covers nothing keeps the first token.
     """
-    weights = token_weights(mask, height, width)
-    kept = weights >= KEEP_ABOVE
+    weights = downsample_mask(mask, height, width)
+    kept = weights >= MASK_THRESHOLD
     best = (weights > 0) & (weights >= weights.amax(-1, keepdim=True) - TIE)
     first = F.one_hot(weights.new_zeros(weights.shape[:-1]).long(), weights.shape[-1]).bool()
     best = torch.where(best.any(-1, keepdim=True), best, first)

@@ -21,18 +21,18 @@ from torch import Tensor
 
 from .attention import Attention
 from .kv import KV, BlockKey
-from .lora import Deltas
+from .lora import LoRADeltas
 
 # The host gives every transformer block a dictionary of its own that both hooks of that block see, so what one hook
 # hands to the next lives there, and threads cannot mix it up.
-HIDDEN = "sa_inject_hidden"
+HIDDEN_STATES_KEY = "sa_inject_hidden"
 
 
 class ReferencePassComplete(Exception):
     """Raised when the last wanted keys and values are in the bank: the rest of the pass would be thrown away."""
 
 
-class Recorded(NamedTuple):
+class ReferenceKV(NamedTuple):
     """Keys and values of a batch of references at one layer, with the layer's height and width in tokens."""
 
     kv: KV  # (b, height*width, heads*d)
@@ -40,7 +40,7 @@ class Recorded(NamedTuple):
     width: int
 
 
-class ReferenceRecorder:
+class ReferencePassHooks:
     """Patches that turn one UNet call into a reference pass.
 
     After the call `bank` holds what every layer in `wanted` handed over, or what `select` took of it there and then, so
@@ -52,10 +52,10 @@ class ReferenceRecorder:
         self,
         wanted: Collection[BlockKey],
         last: BlockKey,
-        deltas: Deltas,
+        deltas: LoRADeltas,
         attend: Attention,
         stop_early: bool = True,
-        select: Callable[[Recorded], Any] = lambda recorded: recorded,
+        select: Callable[[ReferenceKV], Any] = lambda recorded: recorded,
     ) -> None:
         self.bank: dict[BlockKey, Any] = {}
         self.wanted = frozenset(wanted)
@@ -68,7 +68,7 @@ class ReferenceRecorder:
     def transformer_options(self, blocks: Collection[BlockKey]) -> dict[str, Any]:
         """The private options of the reference pass; `blocks` are all self-attention layers of the UNet."""
         return {
-            "patches": {"attn1_patch": [keep_hidden]},
+            "patches": {"attn1_patch": [store_hidden_states]},
             "patches_replace": {"attn1": dict.fromkeys(blocks, self._attention)},
         }
 
@@ -80,21 +80,21 @@ class ReferenceRecorder:
         key = block_key(extra_options)
         if key in self.wanted:
             height, width = extra_options["activations_shape"][-2:]
-            recorded = Recorded(self.handed_over(k, v, extra_options[HIDDEN], key), height, width)
+            recorded = ReferenceKV(self.project_keys_values(k, v, extra_options[HIDDEN_STATES_KEY], key), height, width)
             self.bank[key] = self._select(recorded)
         if self._stop_early and key == self._last:
             raise ReferencePassComplete
 
-    def handed_over(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
+    def project_keys_values(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
         """k_r = (W_k + dW_k) z_r and v_r = dW_v z_r; k and v are what the frozen projections made of z_r."""
         return KV(k + self._deltas[key, "to_k"](hidden), self._deltas[key, "to_v"](hidden))
 
 
-def keep_hidden(
+def store_hidden_states(
     hidden: Tensor, context: Tensor, value: Tensor, extra_options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A patch that changes nothing, and keeps what the projections of a self-attention are about to read."""
-    extra_options[HIDDEN] = hidden
+    extra_options[HIDDEN_STATES_KEY] = hidden
     return hidden, context, value
 
 
@@ -104,7 +104,7 @@ def block_key(extra_options: dict[str, Any]) -> BlockKey:
     return BlockKey(stage, index, extra_options["block_index"])
 
 
-def run_to_last_layer(unet_call: Any, recorder: ReferenceRecorder) -> dict[BlockKey, Any]:
+def run_reference_pass(unet_call: Any, recorder: ReferencePassHooks) -> dict[BlockKey, Any]:
     """Call the UNet until the recorder has all it wants, and return the bank."""
     try:
         unet_call()

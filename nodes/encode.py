@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.image_prompt import ImagePrompt, Picture
+from ..core.image_prompt import ImagePrompt, ReferenceImage
 from .host.conditioning import reference_texts
 from .host.images import SNAP, encode_picture, fit_picture, pictures_of
 from .host.masks import check_leaves_something, masks_of
@@ -77,7 +77,7 @@ class EncodeImagePrompt(io.ComfyNode):
         for number, (picture, subject, text) in enumerate(zip(pictures, masks, texts, strict=True), start=1):
             picture, subject = fit_picture(picture, subject, resolution[0], fit[0])
             check_leaves_something(subject, number, NAME, size=tuple(picture.shape[-2:]))
-            encoded.append(Picture(encode_picture(vae[0], picture), subject, text))
+            encoded.append(ReferenceImage(encode_picture(vae[0], picture), subject, text))
         prompt = ImagePrompt(tuple(encoded))
         for earlier in reversed(image_prompt or []):
             prompt = earlier + prompt

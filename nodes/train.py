@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.adapter import REFERENCE_MODES
-from ..core.image_prompt import ImagePrompt, Picture
+from ..core.image_prompt import ImagePrompt, ReferenceImage
 from ..trainer.config import TrainConfig
 from .host.adapter_index import warn_of_adapters_with
 from .host.files import adapter_folder
@@ -265,5 +265,5 @@ def _previews(model, clip, vae, adapter, subject, count, seed):
     picture, mask = fit_picture(subject.pictures[0], subject.masks[0], subject.resolution, "crop")
     if mask is not None and not keeps_something(mask):  # the subject lies where the square was cut off
         picture, mask = fit_picture(subject.pictures[0], subject.masks[0], subject.resolution, "pad")
-    prompt = ImagePrompt((Picture(encode_picture(vae, picture), mask),))
+    prompt = ImagePrompt((ReferenceImage(encode_picture(vae, picture), mask),))
     return draw_previews(model, clip, vae, adapter, prompt, count, seed)

@@ -7,10 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..core.image_prompt import ReferenceText
+from ..core.image_prompt import TextConditioning
 from ..core.injection import Reference
 from ..core.kv import BlockKey
-from ..core.lora import Deltas
+from ..core.lora import LoRADeltas
 
 References = Mapping[BlockKey, Reference]  # row-aligned: kv (b, m, heads*d)
 
@@ -20,7 +20,7 @@ class Denoiser(Protocol):
 
     sigmas: Tensor  # (t,) every noise level of the model's schedule, ascending
 
-    def encode(self, captions: Sequence[str]) -> ReferenceText:
+    def encode(self, captions: Sequence[str]) -> TextConditioning:
         """Encode captions, one row each, with the learned word in them."""
         ...
 
@@ -33,7 +33,7 @@ class Denoiser(Protocol):
         ...
 
     def read_reference(
-        self, latent: Tensor, sigma: Tensor | None, text: ReferenceText, mask: Tensor | None, deltas: Deltas
+        self, latent: Tensor, sigma: Tensor | None, text: TextConditioning, mask: Tensor | None, deltas: LoRADeltas
     ) -> References:
         """Run the reference pass on latents (b, c, h, w), at sigma (b,) or free of noise when None.
 
@@ -41,6 +41,6 @@ class Denoiser(Protocol):
         """
         ...
 
-    def denoise(self, noisy: Tensor, sigma: Tensor, text: ReferenceText, references: References | None) -> Tensor:
+    def denoise(self, noisy: Tensor, sigma: Tensor, text: TextConditioning, references: References | None) -> Tensor:
         """Predict the clean latents, float32, attending to the references where there are any."""
         ...

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..core.image_prompt import ReferenceText, as_rows
+from ..core.image_prompt import TextConditioning, stack_conditionings
 from ..core.lora import SelfAttentionLoRA
 from .config import TrainConfig
 from .denoiser import Denoiser
@@ -67,7 +67,7 @@ class Training(Iterator[Step]):
         self._word_learns = config.token_learning_rate > 0
         for token in tokens:
             token.requires_grad_(self._word_learns)
-        self._texts: dict[str, ReferenceText] = {}  # of captions, where the word does not learn
+        self._texts: dict[str, TextConditioning] = {}  # of captions, where the word does not learn
         self._sigmas = denoiser.sigmas.cpu()  # ascending
         with torch.no_grad():
             self._reference_text = denoiser.encode([reference_caption])
@@ -131,7 +131,7 @@ class Training(Iterator[Step]):
         return is_finite
 
     @property
-    def reference_text(self) -> ReferenceText:
+    def reference_text(self) -> TextConditioning:
         """What the reference pass reads, encoded; it is the same from the first step to the last."""
         return self._reference_text
 
@@ -206,7 +206,7 @@ class Training(Iterator[Step]):
         mask, scale = _stack_masks(targets, device), denoiser.output_scale(sigma)
         return network_loss(denoised, latent, scale, None if mask is None else mask[:, None]).mean()
 
-    def _encoded(self, captions: Sequence[str]) -> ReferenceText:
+    def _encoded(self, captions: Sequence[str]) -> TextConditioning:
         """Captions as the text encoder reads them, a row each; where the word does not learn, each only once."""
         if self._word_learns:
             return self._denoiser.encode(captions)
@@ -214,7 +214,7 @@ class Training(Iterator[Step]):
             for caption in captions:
                 if caption not in self._texts:
                     self._texts[caption] = self._denoiser.encode([caption])
-        return as_rows([self._texts[caption] for caption in captions])
+        return stack_conditionings([self._texts[caption] for caption in captions])
 
     def _reference_input(self, references: Sequence[Example], sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         latent = _stack(references, self._device)
@@ -260,9 +260,9 @@ def _stack_masks(examples: Sequence[Example], device: torch.device) -> Tensor | 
     return torch.stack(masks).to(device, torch.float32)
 
 
-def _repeat(text: ReferenceText, rows: int) -> ReferenceText:
+def _repeat(text: TextConditioning, rows: int) -> TextConditioning:
     cross_attn, pooled = text
-    return ReferenceText(
+    return TextConditioning(
         cross_attn.expand(rows, *cross_attn.shape[1:]),
         None if pooled is None else pooled.expand(rows, *pooled.shape[1:]),
     )

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from sa_inject.core.attention import Attention, differentiable_attention
-from sa_inject.core.image_prompt import ReferenceText
+from sa_inject.core.image_prompt import TextConditioning
 from sa_inject.core.injection import Reference
 from sa_inject.core.kv import KV, BlockKey
-from sa_inject.core.lora import Deltas
-from sa_inject.core.reference import ReferenceRecorder, block_key
+from sa_inject.core.lora import LoRADeltas
+from sa_inject.core.reference import ReferencePassHooks, block_key
 from sa_inject.nodes.host.bank import reference_inputs
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.unet import clean_sigma
@@ -107,14 +107,14 @@ def with_pairs(change: Callable[[Pair], Pair]) -> Callable[[Room], None]:
 class BaseProjections(WholePass):
     """Hands over what the frozen weights project, from hidden states that the LoRA has changed (as BootPIG tried)."""
 
-    def handed_over(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
+    def project_keys_values(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
         return KV(k, v)
 
 
-class WholeValues(ReferenceRecorder):
+class WholeValues(ReferencePassHooks):
     """Hands over values of the frozen weights and the LoRA together: untrained, they are not silent."""
 
-    def handed_over(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
+    def project_keys_values(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
         return KV(k + self._deltas[key, "to_k"](hidden), v + self._deltas[key, "to_v"](hidden))
 
 
@@ -168,7 +168,7 @@ def reads(text_of: Callable[[Subject, int], str]) -> Callable[[Lesson], Taught]:
         latents: list[Tensor] = []
 
         class Reads(ComfyDenoiser):
-            def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
+            def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: LoRADeltas) -> Any:
                 places = [next(p for p, known in enumerate(latents) if torch.equal(known, row)) for row in latent]
                 text = self.encode([text_of(subject, place) for place in places])
                 return super().read_reference(latent, sigma, text, mask, deltas)
@@ -179,7 +179,7 @@ def reads(text_of: Callable[[Subject, int], str]) -> Callable[[Lesson], Taught]:
             adapter = room.adapter()
             with torch.no_grad():
                 texts = [room.denoiser.encode([text_of(subject, p)]) for p in range(len(latents))]
-        lesson.reference_texts = [ReferenceText(*(None if t is None else t.cpu() for t in text)) for text in texts]
+        lesson.reference_texts = [TextConditioning(*(None if t is None else t.cpu() for t in text)) for text in texts]
         return taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER))
 
     return teach
@@ -196,7 +196,7 @@ class WithChance(ComfyDenoiser):
 class LightlyNoised(WithChance):
     """Reads a reference neither clean nor at the picture's own level, but noised to what a clean one is read as."""
 
-    def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
+    def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: LoRADeltas) -> Any:
         sigma = torch.full((latent.shape[0],), clean_sigma(self._sampling), device=latent.device)
         noise = torch.randn(latent.shape, generator=self._generator).to(latent)
         return super().read_reference(self.add_noise(latent, noise, sigma), sigma, text, mask, deltas)
@@ -247,7 +247,7 @@ class ToldTheLevel(ComfyDenoiser):
         self._clean = latent  # a reference's, when what is noised is read next
         return super().add_noise(latent, noise, sigma)
 
-    def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
+    def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: LoRADeltas) -> Any:
         sampling = self._sampling
         told = sigma.new_tensor([level_to_tell(sampling, level, self.told_at) for level in sigma.tolist()])
         one = torch.ones_like(told)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sa_inject.core.attention import Attention, differentiable_attention
 from sa_inject.core.injection import inject
-from sa_inject.core.lora import Deltas, SelfAttentionLoRA
-from sa_inject.core.reference import HIDDEN, ReferenceRecorder, block_key
+from sa_inject.core.lora import LoRADeltas, SelfAttentionLoRA
+from sa_inject.core.reference import HIDDEN_STATES_KEY, ReferencePassHooks, block_key
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.trainable import differentiable_options
 from sa_inject.nodes.host.unet import model_conditions
@@ -27,7 +27,7 @@ from .methods import PLACEHOLDER, Lesson, Taught, taught_by
 
 ATTENDED = "bench_attended"
 Replacements = tuple[tuple[tuple[str, ...], Any], ...]
-RECORDER = ("sa_inject.nodes.host.bank.ReferenceRecorder", "sa_inject.nodes.host.denoiser.ReferenceRecorder")
+RECORDER = ("sa_inject.nodes.host.bank.ReferencePassHooks", "sa_inject.nodes.host.denoiser.ReferencePassHooks")
 
 
 @contextlib.contextmanager
@@ -44,17 +44,17 @@ class WholeLoRA(SelfAttentionLoRA):
     projections = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-class WholePass(ReferenceRecorder):
+class WholePass(ReferencePassHooks):
     """Adapts what a layer passes on to the next as well: by `own`, or else by what adapts the keys and values."""
 
     def __init__(
         self,
         wanted: Any,
         last: Any,
-        deltas: Deltas,
+        deltas: LoRADeltas,
         attend: Attention,
         stop_early: bool = True,
-        own: Deltas | None = None,
+        own: LoRADeltas | None = None,
         **more: Any,
     ) -> None:
         super().__init__(wanted, last, deltas, attend, stop_early, **more)
@@ -68,7 +68,9 @@ class WholePass(ReferenceRecorder):
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         self._record(k, v, extra_options)
         projected = {"to_q": q, "to_k": k, "to_v": v}
-        q, k, v = (self._adapted(x, extra_options[HIDDEN], name, extra_options) for name, x in projected.items())
+        q, k, v = (
+            self._adapted(x, extra_options[HIDDEN_STATES_KEY], name, extra_options) for name, x in projected.items()
+        )
         attended = extra_options[ATTENDED] = self._attend_to(q, k, v, extra_options)
         return attended
 
@@ -96,7 +98,7 @@ class AdaptedUnet(ComfyDenoiser):
 
     own: SelfAttentionLoRA
 
-    def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: Deltas) -> Any:
+    def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: LoRADeltas) -> Any:
         own = self.own.deltas(latent.device, torch.float32)
         with replaced((RECORDER, functools.partial(WholePass, own=own))):
             return super().read_reference(latent, sigma, text, mask, deltas)
@@ -111,7 +113,7 @@ class AdaptedUnet(ComfyDenoiser):
 class _Injecting(WholePass):
     """Adapts every self-attention of a whole UNet call, and injects where there is something to inject."""
 
-    def __init__(self, last: Any, own: Deltas, references: Any) -> None:
+    def __init__(self, last: Any, own: LoRADeltas, references: Any) -> None:
         super().__init__((), last, {}, differentiable_attention, stop_early=False, own=own)
         self._references = references
 

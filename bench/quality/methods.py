@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from demo.base.world import IMAGE_SIZE, caption, random_scene
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.adapter_file import save_adapter
-from sa_inject.core.image_prompt import ImagePrompt, ReferenceText
+from sa_inject.core.image_prompt import ImagePrompt, TextConditioning
 from sa_inject.nodes.host import training_set
 from sa_inject.nodes.host.images import pictures_of
 from sa_inject.nodes.host.unet import describe
@@ -54,7 +54,7 @@ class Lesson:
     rate: float
     word_rate: float = 0.0
     negative: Any = None  # see `unprompted`
-    reference_texts: Sequence[ReferenceText] = ()  # of each picture, where the class word is not what is read
+    reference_texts: Sequence[TextConditioning] = ()  # of each picture, where the class word is not what is read
     strength: float | None = None  # that ours is applied with; None: the node's default
 
     def pictures(self) -> Tensor:

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sa_inject.core.attention import differentiable_attention
 from sa_inject.core.kv import BlockKey
 from sa_inject.core.lora import SelfAttentionLoRA
-from sa_inject.core.masks import kept_tokens
-from sa_inject.core.reference import ReferenceRecorder, block_key, run_to_last_layer
+from sa_inject.core.masks import token_mask
+from sa_inject.core.reference import ReferencePassHooks, block_key, run_reference_pass
 
 from ..scenes import RANK, TEXT_TOKENS, Scene, quarter_mask
 
@@ -60,16 +60,16 @@ class Limit:
         def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, *_: Any, **__: Any) -> Tensor:
             return differentiable_attention(q, k, v, heads)
 
-        recorder = ReferenceRecorder(self._blocks, self._blocks[-1], deltas, attend)
+        recorder = ReferencePassHooks(self._blocks, self._blocks[-1], deltas, attend)
         options = recorder.transformer_options(self._blocks)
-        count = self._count(lambda: run_to_last_layer(lambda: self._call(1, options), recorder))
+        count = self._count(lambda: run_reference_pass(lambda: self._call(1, options), recorder))
         return count, {key: (recorded.height, recorded.width) for key, recorded in recorder.bank.items()}
 
     def tokens(self, masked: bool) -> dict[BlockKey, int]:
         """How many tokens one picture hands over at every layer."""
         mask = quarter_mask(self._scene.side)
         sizes = self._reference[1]
-        return {key: int(kept_tokens(mask, h, w).sum()) if masked else h * w for key, (h, w) in sizes.items()}
+        return {key: int(token_mask(mask, h, w).sum()) if masked else h * w for key, (h, w) in sizes.items()}
 
     def bank_bytes(self, references: int, masked: bool, bytes_per_number: int = 2) -> int:
         """Size of the keys and values of all layers."""

@@ -156,7 +156,7 @@ def write_adapter(path: Path) -> dict[str, int]:
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     from sa_inject.core.adapter_file import save_adapter
-    from sa_inject.core.image_prompt import ReferenceText
+    from sa_inject.core.image_prompt import TextConditioning
     from sa_inject.core.layers import self_attention_layers
     from sa_inject.nodes.host.unet import UnetDescription
 
@@ -164,7 +164,7 @@ def write_adapter(path: Path) -> dict[str, int]:
 
     config = comfy.supported_models.SD15(full_size().SD15.unet).unet_config
     unet = UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init)
-    text = ReferenceText(random(1, TEXT_TOKENS, config["context_dim"], seed=7))
+    text = TextConditioning(random(1, TEXT_TOKENS, config["context_dim"], seed=7))
     adapter = untrained_adapter(UnetDescription("SD1.x", self_attention_layers(unet)), text, "clean")
     save_adapter(adapter, path)
     return {"bytes": path.stat().st_size}

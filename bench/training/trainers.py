@@ -16,7 +16,7 @@ import torch
 from comfy.utils import ProgressBar
 from torch.nn import functional as F
 
-from sa_inject.core.image_prompt import ReferenceText
+from sa_inject.core.image_prompt import TextConditioning
 from sa_inject.nodes.host.checkpoint import FOLDER as TRAINING_STATES
 from sa_inject.nodes.host.files import adapter_folder
 from sa_inject.nodes.host.trainable import (
@@ -130,7 +130,7 @@ def train_all_weights(task: Task, steps: int) -> list[float]:
         generator = torch.Generator().manual_seed(task.seed)
         latents = base.process_latent_in(normal_tensor(latents)).to(device, torch.float32)
         pooled = more.get("pooled_output")
-        text = ReferenceText(
+        text = TextConditioning(
             normal_tensor(cross_attn).to(device), None if pooled is None else normal_tensor(pooled).to(device)
         )
         progress = ProgressBar(steps)

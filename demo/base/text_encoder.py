@@ -17,7 +17,7 @@ import comfy.sd1_clip  # noqa: E402
 
 SEED: int = 20_260
 WIDTH: int = 768
-HIDDEN: int = 3072
+HIDDEN_STATES_KEY: int = 3072
 LAYERS: int = 12
 VOCABULARY: int = 49408
 POSITIONS: int = 77
@@ -44,11 +44,11 @@ def text_encoder_state_dict(seed: int = SEED) -> dict[str, Tensor]:
         for name in ("q_proj", "k_proj", "v_proj"):
             tensors[f"{prefix}.self_attn.{name}.weight"] = normal(WIDTH, WIDTH, std=WIDTH**-0.5)
         tensors[f"{prefix}.self_attn.out_proj.weight"] = normal(WIDTH, WIDTH, std=branch * WIDTH**-0.5)
-        tensors[f"{prefix}.mlp.fc1.weight"] = normal(HIDDEN, WIDTH, std=WIDTH**-0.5)
-        tensors[f"{prefix}.mlp.fc2.weight"] = normal(WIDTH, HIDDEN, std=branch * HIDDEN**-0.5)
+        tensors[f"{prefix}.mlp.fc1.weight"] = normal(HIDDEN_STATES_KEY, WIDTH, std=WIDTH**-0.5)
+        tensors[f"{prefix}.mlp.fc2.weight"] = normal(WIDTH, HIDDEN_STATES_KEY, std=branch * HIDDEN_STATES_KEY**-0.5)
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc2"):
             tensors[f"{prefix}.{name}.bias"] = torch.zeros(WIDTH, dtype=torch.float16)
-        tensors[f"{prefix}.mlp.fc1.bias"] = torch.zeros(HIDDEN, dtype=torch.float16)
+        tensors[f"{prefix}.mlp.fc1.bias"] = torch.zeros(HIDDEN_STATES_KEY, dtype=torch.float16)
         for name in ("layer_norm1", "layer_norm2"):
             tensors[f"{prefix}.{name}.weight"] = torch.ones(WIDTH, dtype=torch.float16)
             tensors[f"{prefix}.{name}.bias"] = torch.zeros(WIDTH, dtype=torch.float16)

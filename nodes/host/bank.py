@@ -12,11 +12,11 @@ from comfy.model_management import get_free_memory
 from torch import Tensor
 
 from ...core.adapter import Adapter
-from ...core.image_prompt import ImagePrompt, Picture, as_rows, fit_together
+from ...core.image_prompt import ImagePrompt, ReferenceImage, fit_together, stack_conditionings
 from ...core.kv import KV, BlockKey, KVBank
-from ...core.lora import Deltas
-from ...core.masks import kept_tokens
-from ...core.reference import Recorded, ReferenceRecorder, run_to_last_layer, select_tokens
+from ...core.lora import LoRADeltas
+from ...core.masks import token_mask
+from ...core.reference import ReferenceKV, ReferencePassHooks, run_reference_pass, select_tokens
 from .reference_call import DrawingCall, with_channels
 from .unet import NetworkInputs, clean_sigma, network_inputs
 
@@ -40,7 +40,7 @@ def read_image_prompt(
     sigma: float | None,
     noise_seed: int,
     blocks: Collection[BlockKey],
-    deltas: Deltas,
+    deltas: LoRADeltas,
 ) -> KVBank:
     """Run the reference pass over an image prompt and line up what its pictures hand over.
 
@@ -56,10 +56,10 @@ def read_image_prompt(
     for group in _batches(prompt.pictures, adapter, base, like.device, cells if call.rows is None else 0):
         pictures = [prompt.pictures[place] for place in group]
         select = partial(tokens_of_each, pictures=pictures)
-        recorder = ReferenceRecorder(order, order[-1], deltas, host_attention(call.options), select=select)
+        recorder = ReferencePassHooks(order, order[-1], deltas, host_attention(call.options), select=select)
         inputs = reference_inputs(base, adapter, pictures, group, sigma, noise_seed, like)
         patches = recorder.transformer_options([key for key in adapter.blocks() if key not in missing])
-        bank = run_to_last_layer(partial(call.read, inputs, patches), recorder)
+        bank = run_reference_pass(partial(call.read, inputs, patches), recorder)
         for key in order:
             parts[key].extend(zip(group, bank.pop(key), strict=True))
     return {key: _in_order(parts.pop(key)) for key in order}
@@ -68,7 +68,7 @@ def read_image_prompt(
 def reference_inputs(
     base: Any,
     adapter: Adapter,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ReferenceImage],
     places: Sequence[int],
     sigma: float | None,
     noise_seed: int,
@@ -84,7 +84,7 @@ def reference_inputs(
             [_noise(picture.latent, noise_seed, place) for picture, place in zip(pictures, places, strict=True)]
         )
         latent = sampling.noise_scaling(sigmas.view(-1, 1, 1, 1), noise.to(latent), latent)
-    text = as_rows([picture.text or adapter.text for picture in pictures])
+    text = stack_conditionings([picture.text or adapter.text for picture in pictures])
     inputs = network_inputs(base, latent, sigmas, text, like.dtype)
     return inputs._replace(x=with_channels(inputs.x, like.shape[1]))
 
@@ -96,7 +96,7 @@ def _noise(latent: Tensor, seed: int, place: int) -> Tensor:
 
 
 def _batches(
-    pictures: Sequence[Picture], adapter: Adapter, base: Any, device: torch.device, cells: int | None
+    pictures: Sequence[ReferenceImage], adapter: Adapter, base: Any, device: torch.device, cells: int | None
 ) -> Iterator[list[int]]:
     """Places of pictures that are read in one call: one size of latent, and no more than fit.
 
@@ -110,7 +110,7 @@ def _batches(
         yield from (places[first : first + count] for first in range(0, len(places), count))
 
 
-def _alike(pictures: Sequence[Picture], adapter: Adapter) -> list[list[int]]:
+def _alike(pictures: Sequence[ReferenceImage], adapter: Adapter) -> list[list[int]]:
     """Places of pictures that can be rows of one call, in groups: by size, and by lengths of text that go together."""
     lengths = [(picture.text or adapter.text).cross_attn.shape[1] for picture in pictures]
     groups: list[list[int]] = []
@@ -130,10 +130,10 @@ def has_room(base: Any, shape: Sequence[int], device: torch.device) -> bool:
     return base.memory_required(shape) * 1.5 < get_free_memory(device)
 
 
-def tokens_of_each(recorded: Recorded, pictures: Sequence[Picture]) -> list[KV]:
+def tokens_of_each(recorded: ReferenceKV, pictures: Sequence[ReferenceImage]) -> list[KV]:
     """What each picture of a batch hands over, without its masked-out tokens. -> (1, m, heads*d) each"""
     size = (recorded.height, recorded.width)
-    kept = [None if picture.mask is None else kept_tokens(picture.mask, *size) for picture in pictures]
+    kept = [None if picture.mask is None else token_mask(picture.mask, *size) for picture in pictures]
     return [select_tokens(recorded.kv, row, tokens) for row, tokens in enumerate(kept)]
 
 

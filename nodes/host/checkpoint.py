@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...core.whole_file import whole_file
+from ...core.atomic_write import atomic_write
 from ...trainer.loop import Training
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class TrainingCheckpoint:
         return current
 
     def _written(self, state: State, training: Training) -> State:
-        with whole_file(state.path) as temporary:
+        with atomic_write(state.path) as temporary:
             torch.save(training.state_dict(), temporary)
         self.discard_stopped()
         return state

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core.image_prompt import ReferenceText
+from ...core.image_prompt import TextConditioning
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ NOT_READ = {
 }
 
 
-def reference_texts(conditionings: Sequence[list[Any]], pictures: int, node: str) -> list[ReferenceText | None]:
+def reference_texts(conditionings: Sequence[list[Any]], pictures: int, node: str) -> list[TextConditioning | None]:
     """A text for each picture: none, one for all, or one for each. Raises ValueError where it cannot be told."""
     if not conditionings:
         return [None] * pictures
@@ -39,7 +39,7 @@ def reference_texts(conditionings: Sequence[list[Any]], pictures: int, node: str
     return texts * pictures if len(texts) == 1 else texts
 
 
-def reference_text(conditioning: list[Any]) -> ReferenceText:
+def reference_text(conditioning: list[Any]) -> TextConditioning:
     """The text of a CONDITIONING. Raises ValueError when there is none, or more than one."""
     if not conditioning:
         raise ValueError("The conditioning is empty. Connect the output of a CLIPTextEncode, or leave it open.")
@@ -55,7 +55,7 @@ def reference_text(conditioning: list[Any]) -> ReferenceText:
             "SA-Inject reads only the text of the conditioning at Encode Image Prompt, not its %s.", ", ".join(ignored)
         )
     pooled = options.get("pooled_output")
-    return ReferenceText(_only_row(cross_attn), None if pooled is None else _only_row(pooled))
+    return TextConditioning(_only_row(cross_attn), None if pooled is None else _only_row(pooled))
 
 
 def _only_row(text: Tensor) -> Tensor:

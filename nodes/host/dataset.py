@@ -40,7 +40,7 @@ class Dataset:
         return f"{_count(len(self.images), 'picture')}, {_count(captions, 'caption')}, {_count(masks, 'mask')}"
 
     def summary(self) -> str:
-        return self.counts() if not self.left_out else f"{self.counts()}; left out: {_some(self.left_out)}"
+        return self.counts() if not self.left_out else f"{self.counts()}; left out: {_first_and_count(self.left_out)}"
 
 
 def read_dataset(name: str, placeholder: str) -> Dataset:
@@ -67,7 +67,7 @@ def read_dataset(name: str, placeholder: str) -> Dataset:
         log.warning("Left out of '%s': %s", shown(name), reason)
     if not images:
         raise ValueError(
-            f"None of {_count(len(entries), 'picture')} in '{shown(name)}' can be used: {_some(left_out)}."
+            f"None of {_count(len(entries), 'picture')} in '{shown(name)}' can be used: {_first_and_count(left_out)}."
         )
     dataset = Dataset(images, captions, masks, left_out)
     log.info("Loaded '%s': %s.", shown(name), dataset.counts())
@@ -134,7 +134,7 @@ def _empty(name: str, folder: Path) -> str:
     return f"There are no pictures in '{shown(name)}'. Put 3 to 10 pictures of the subject into it (PNG, JPEG).{where}"
 
 
-def _some(reasons: Sequence[str]) -> str:
+def _first_and_count(reasons: Sequence[str]) -> str:
     rest = len(reasons) - NAMES_TOLD
     return "; ".join(reasons[:NAMES_TOLD]) + (f"; and {rest} more" if rest > 0 else "")
 

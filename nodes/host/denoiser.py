@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...core.attention import differentiable_attention
-from ...core.image_prompt import ReferenceText
+from ...core.image_prompt import TextConditioning
 from ...core.injection import Reference, inject
 from ...core.layers import SelfAttentionLayer
-from ...core.lora import Deltas
-from ...core.masks import kept_tokens
-from ...core.reference import ReferenceRecorder, block_key, run_to_last_layer
+from ...core.lora import LoRADeltas
+from ...core.masks import token_mask
+from ...core.reference import ReferencePassHooks, block_key, run_reference_pass
 from ...trainer.denoiser import References
 from .text import encode_text
 from .trainable import differentiable_options
@@ -41,7 +41,7 @@ class ComfyDenoiser:
         self._blocks = tuple(layer.key for layer in layers)
         self._dtype = dtype
 
-    def encode(self, captions: Sequence[str]) -> ReferenceText:
+    def encode(self, captions: Sequence[str]) -> TextConditioning:
         different = list(dict.fromkeys(captions))
         cross_attn, pooled = encode_text(self._clip, different)
         if not cross_attn.isfinite().all():
@@ -53,7 +53,7 @@ class ComfyDenoiser:
         if len(different) < len(captions):
             rows = [different.index(caption) for caption in captions]
             cross_attn, pooled = cross_attn[rows], None if pooled is None else pooled[rows]
-        return ReferenceText(cross_attn.to(self._device), None if pooled is None else pooled.to(self._device))
+        return TextConditioning(cross_attn.to(self._device), None if pooled is None else pooled.to(self._device))
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         # A clone, because some versions add to the noise in place.
@@ -65,21 +65,21 @@ class ComfyDenoiser:
         return denoised(sigma, one, zero) - denoised(sigma, zero, zero)
 
     def read_reference(
-        self, latent: Tensor, sigma: Tensor | None, text: ReferenceText, mask: Tensor | None, deltas: Deltas
+        self, latent: Tensor, sigma: Tensor | None, text: TextConditioning, mask: Tensor | None, deltas: LoRADeltas
     ) -> References:
-        recorder = ReferenceRecorder(self._blocks, self._blocks[-1], deltas, differentiable_attention)
+        recorder = ReferencePassHooks(self._blocks, self._blocks[-1], deltas, differentiable_attention)
         if sigma is None:
             sigma = torch.full((latent.shape[0],), clean_sigma(self._sampling), device=latent.device)
         inputs = network_inputs(self._base, latent, sigma, text, self._dtype)
         options = {**differentiable_options(), **recorder.transformer_options(self._blocks)}
-        bank = run_to_last_layer(lambda: self._base.diffusion_model(*inputs, None, options), recorder)
+        bank = run_reference_pass(lambda: self._base.diffusion_model(*inputs, None, options), recorder)
         if mask is None:
             return {key: Reference(recorded.kv) for key, recorded in bank.items()}
         sizes = {(recorded.height, recorded.width) for recorded in bank.values()}
-        kept = {size: kept_tokens(mask, *size).to(latent.device) for size in sizes}
+        kept = {size: token_mask(mask, *size).to(latent.device) for size in sizes}
         return {key: Reference(kv, key_mask=kept[height, width]) for key, (kv, height, width) in bank.items()}
 
-    def denoise(self, noisy: Tensor, sigma: Tensor, text: ReferenceText, references: References | None) -> Tensor:
+    def denoise(self, noisy: Tensor, sigma: Tensor, text: TextConditioning, references: References | None) -> Tensor:
         conditions = model_conditions(self._base, noisy, text)
         options = differentiable_options()
         if references is not None:

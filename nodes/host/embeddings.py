@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...core.adapter import Adapter
 from ...core.adapter_file import header_metadata
-from ...core.whole_file import whole_file
+from ...core.atomic_write import atomic_write
 
 FORMAT = "sa_inject_embedding"
 EXTENSION = ".safetensors"
@@ -37,7 +37,7 @@ def save_embedding(adapter: Adapter, name: str) -> Path:
                 f"The embedding was not written: {other} is there already, and SA-Inject did not write it. Move that "
                 "file, rename the adapter, or switch write_embedding off."
             )
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"format": FORMAT})
     _written.add(path)
     return path

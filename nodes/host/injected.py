@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...core.attention import Attention
-from ...core.injection import Reference, said
+from ...core.injection import Reference, attend_to_reference
 from ...core.kv import BlockKey, KVBank
-from ...core.reference import block_key, keep_hidden
+from ...core.reference import block_key, store_hidden_states
 from .bank import host_attention
 from .joined import JoinedPictures
 from .sampling_run import Injection, SamplingRun
@@ -34,7 +34,7 @@ def with_injection(
     """Copy the call's options and put the injection over every block that a bank covers."""
     patches = options.get("patches", {})
     if joined:
-        patches = {**patches, "attn1_patch": [keep_hidden]}
+        patches = {**patches, "attn1_patch": [store_hidden_states]}
     replaced = options.get("patches_replace", {})
     attn1 = dict(replaced.get("attn1", {}))
     rows = InjectedRows(sources, len(sources[0].rows) + sum(len(p.prompt.pictures) for p in joined))
@@ -138,7 +138,7 @@ def attend_and_inject(
     out = attend(q, k, v, heads)  # (b, n, heads*d)
     for rows, references in given:
         for reference in references:
-            added = said(q[rows], reference, heads, attend)
+            added = attend_to_reference(q[rows], reference, heads, attend)
             # In place: nothing is copied, and the weight costs nothing.
             if isinstance(rows, slice):
                 out[rows].add_(added, alpha=reference.weight)

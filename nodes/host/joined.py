@@ -16,7 +16,7 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.image_prompt import ImagePrompt, repeated
 from ...core.kv import BlockKey, KVBank
-from ...core.reference import HIDDEN, Recorded, ReferenceRecorder
+from ...core.reference import HIDDEN_STATES_KEY, ReferenceKV, ReferencePassHooks
 from .bank import has_room, lined_up, tokens_of_each
 from .foreign import ForeignCode
 from .unet import NetworkInputs
@@ -26,7 +26,7 @@ class JoinedPictures(NamedTuple):
     """An image prompt whose pictures are rows of a UNet call; the bank fills while that runs."""
 
     prompt: ImagePrompt
-    recorder: ReferenceRecorder
+    recorder: ReferencePassHooks
     rows: slice
     bank: KVBank
 
@@ -34,8 +34,10 @@ class JoinedPictures(NamedTuple):
         """Keep what they hand over at one layer, if it is wanted. k and v (rows of the call, n, heads*d)"""
         if key not in self.recorder.wanted:
             return
-        kv = self.recorder.handed_over(k[self.rows], v[self.rows], extra_options[HIDDEN][self.rows], key)
-        recorded = Recorded(kv, *extra_options["activations_shape"][-2:])
+        kv = self.recorder.project_keys_values(
+            k[self.rows], v[self.rows], extra_options[HIDDEN_STATES_KEY][self.rows], key
+        )
+        recorded = ReferenceKV(kv, *extra_options["activations_shape"][-2:])
         self.bank[key] = lined_up(tokens_of_each(recorded, self.prompt.pictures))
 
 
@@ -73,7 +75,7 @@ class LargerCall:
             return False
         return has_room(base, [len(x) + len(prompt.pictures), *x.shape[1:]], x.device)
 
-    def join(self, key: Any, prompt: ImagePrompt, inputs: NetworkInputs, recorder: ReferenceRecorder) -> bool:
+    def join(self, key: Any, prompt: ImagePrompt, inputs: NetworkInputs, recorder: ReferencePassHooks) -> bool:
         """Add the pictures as rows, unless they are of another kind than those of the call."""
         x, timestep, context, y, control = self.arguments
         if x.shape[1:] != inputs.x.shape[1:] or (y is None) != (inputs.y is None):

@@ -14,7 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...core.kv import KVBank
-from ...core.reference import ReferenceRecorder
+from ...core.reference import ReferencePassHooks
 from .bank import host_attention, read_image_prompt, reference_inputs
 from .foreign import ForeignCode, foreign_code
 from .injected import REPLACED, Source, with_injection
@@ -172,7 +172,7 @@ class SelfAttentionInjection:
             places = range(len(prompt.pictures))
             inputs = reference_inputs(self.base, adapter, prompt.pictures, places, level, run.seed, x)
             last = adapter.info.layers[-1].key
-            recorder = ReferenceRecorder(injection.blocks, last, deltas, host_attention(drawing.options))
+            recorder = ReferencePassHooks(injection.blocks, last, deltas, host_attention(drawing.options))
             if joined.join(key, prompt, inputs, recorder):
                 return joined.pictures[key].bank
         run.banks[key] = uncompiled_read_image_prompt(

@@ -13,8 +13,8 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.image_prompt import ImagePrompt
 from ...core.kv import BlockKey, KVBank
-from ...core.lora import Deltas
-from ...core.masks import token_weights
+from ...core.lora import LoRADeltas
+from ...core.masks import downsample_mask
 from .foreign import ForeignCode
 from .progress import warn_on_node
 from .row_texts import GuiderTexts
@@ -84,7 +84,7 @@ class SamplingRun:
     size: tuple[int, ...] | None = None  # (h, w) of the latent that is drawn
     steps: int | None = None
     banks: dict[BankKey, KVBank] = field(default_factory=dict)
-    deltas: dict[tuple, Deltas] = field(default_factory=dict)
+    deltas: dict[tuple, LoRADeltas] = field(default_factory=dict)
     downsampled_masks: dict[tuple, Tensor] = field(default_factory=dict)
     foreign: dict[int, ForeignCode | None] = field(default_factory=dict)
     texts: GuiderTexts = field(default_factory=GuiderTexts)
@@ -104,7 +104,7 @@ class SamplingRun:
             del self.banks[stale]
         return key
 
-    def deltas_of(self, adapter: Adapter, x: Tensor) -> Deltas:
+    def deltas_of(self, adapter: Adapter, x: Tensor) -> LoRADeltas:
         """The adapter's LoRA where x is, and in its precision."""
         key = (id(adapter), x.device, x.dtype)
         if key not in self.deltas:
@@ -116,7 +116,7 @@ class SamplingRun:
         key = (id(injection), height, width, device)
         if key not in self.downsampled_masks:
             assert injection.attn_mask is not None
-            self.downsampled_masks[key] = token_weights(injection.attn_mask, height, width).to(device)
+            self.downsampled_masks[key] = downsample_mask(injection.attn_mask, height, width).to(device)
         return self.downsampled_masks[key]
 
     def is_active(self, injection: Injection, sigma: float | None, sampling: Any) -> bool:

@@ -16,9 +16,9 @@ import folder_paths
 
 from ...core.adapter import Adapter
 from ...core.adapter_file import adapter_bytes, holds_adapter, load_adapter, save_adapter
+from ...core.atomic_write import NameTakenError
 from ...core.file_names import name_problem
 from ...core.layers import SelfAttentionLayer
-from ...core.whole_file import NameTakenError
 from .files import EXTENSION, FOLDER, adapter_folder
 from .provenance import Provenance, file_metadata
 
@@ -64,7 +64,7 @@ def check_can_save(path: Path, layers: Sequence[SelfAttentionLayer] = (), rank: 
     made = _missing_folders(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # As `whole_file` calls it, so that it is cleaned up after a crash.
+        # As `atomic_write` calls it, so that it is cleaned up after a crash.
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", suffix=".part") as file:
             for start in range(0, size, CHUNK):
                 file.write(os.urandom(min(CHUNK, size - start)))

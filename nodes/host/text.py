@@ -19,7 +19,7 @@ import torch
 from comfy.sd1_clip import SDClipModel
 from torch import Tensor
 
-from ...core.image_prompt import ReferenceText, as_rows
+from ...core.image_prompt import TextConditioning, stack_conditionings
 from .words import find_words, folded, hidden_words
 
 log = logging.getLogger(__name__)
@@ -201,16 +201,16 @@ def class_word_vectors(clip: Any, class_word: str, count: int) -> dict[str, Tens
     return vectors
 
 
-def encode_text(clip: Any, texts: Sequence[str]) -> ReferenceText:
+def encode_text(clip: Any, texts: Sequence[str]) -> TextConditioning:
     """Encode texts, one row each, on an already loaded CLIP; gradients reach the learned word."""
     tokens = [clip.tokenize(text) for text in texts]
     lengths = {len(chunks) for of_text in tokens for chunks in of_text.values()}
     # Texts of one length are one batch: every weight is read, and cast if need be, once for all of them.
     batches = [tokens] if len(lengths) == 1 else [[of_text] for of_text in tokens]
-    return as_rows([_encode_batch(clip, batch) for batch in batches])
+    return stack_conditionings([_encode_batch(clip, batch) for batch in batches])
 
 
-def _encode_batch(clip: Any, tokens: Sequence[Mapping[str, list]]) -> ReferenceText:
+def _encode_batch(clip: Any, tokens: Sequence[Mapping[str, list]]) -> TextConditioning:
     """Texts that have equally many chunks.
 
     ComfyUI takes the chunks of one long prompt, joins what they give, and returns the first one's pooled vector.
@@ -225,10 +225,10 @@ def _encode_batch(clip: Any, tokens: Sequence[Mapping[str, list]]) -> ReferenceT
         cross_attn, pooled = stage.encode_token_weights(chunks)[:2]
     cross_attn = cross_attn.reshape(rows, -1, cross_attn.shape[-1])
     if pooled is None or rows == 1:
-        return ReferenceText(cross_attn, pooled)
+        return TextConditioning(cross_attn, pooled)
     per_text = len(next(iter(chunks.values()))) // rows
     firsts = [of_chunks[: rows * per_text : per_text].to(pooled) for of_chunks in pooled_of_chunks]  # one per encoder
-    return ReferenceText(cross_attn, next(p for p in firsts if _same(p[:1], pooled)))
+    return TextConditioning(cross_attn, next(p for p in firsts if _same(p[:1], pooled)))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter, AdapterInfo
 from ...core.adapter_file import FILE_DTYPE
-from ...core.image_prompt import ReferenceText
+from ...core.image_prompt import TextConditioning
 from ...core.lora import SelfAttentionLoRA
 from ...trainer.captions import captions_for
 from ...trainer.config import TrainConfig
@@ -184,7 +184,7 @@ def _finished(
     config: TrainConfig,
     lora: SelfAttentionLoRA,
     tokens: dict[str, nn.Parameter],
-    text: ReferenceText,
+    text: TextConditioning,
     patcher: Any,
 ) -> Adapter:
     def rounded(tensor: Tensor) -> Tensor:
@@ -214,5 +214,5 @@ def _finished(
         ),
         lora=lora,
         tokens={encoder: rounded(vector) for encoder, vector in tokens.items()},
-        text=ReferenceText(rounded(text.cross_attn), None if text.pooled is None else rounded(text.pooled)),
+        text=TextConditioning(rounded(text.cross_attn), None if text.pooled is None else rounded(text.pooled)),
     )

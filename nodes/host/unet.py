@@ -11,7 +11,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import SDXL, SDXLRefiner
 from torch import Tensor
 
-from ...core.image_prompt import ReferenceText
+from ...core.image_prompt import TextConditioning
 from ...core.layers import SelfAttentionLayer, self_attention_layers
 
 # A picture without noise is read as if it lay so far up the schedule. There a UNet's features say best what corresponds
@@ -88,7 +88,7 @@ def clean_sigma(sampling: Any) -> float:
     return float(sampling.percent_to_sigma(1 - CLEAN_READ_AT))
 
 
-def model_conditions(base: Any, latent: Tensor, text: ReferenceText) -> dict[str, Tensor]:
+def model_conditions(base: Any, latent: Tensor, text: TextConditioning) -> dict[str, Tensor]:
     """Ask the model what it wants beside the latent: context, SDXL's size embedding, an inpainting model's mask.
 
     latent (b, c, h, w) already scaled, text with b rows -> `c_crossattn`, and `y` and `c_concat` where wanted
@@ -109,7 +109,7 @@ def model_conditions(base: Any, latent: Tensor, text: ReferenceText) -> dict[str
     return {name: condition.process_cond(batch_size=b, area=None).cond for name, condition in conditions.items()}
 
 
-def network_inputs(base: Any, noisy: Tensor, sigma: Tensor, text: ReferenceText, dtype: Any) -> NetworkInputs:
+def network_inputs(base: Any, noisy: Tensor, sigma: Tensor, text: TextConditioning, dtype: Any) -> NetworkInputs:
     """Scale and cast what a direct call of the diffusion model needs.
 
     noisy (b, c, h, w), sigma (b,), text with b rows. Mirrors what BaseModel.apply_model does before the call, for the

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sa_inject.core.adapter import REFERENCE_MODES, AdapterMismatch
+from sa_inject.core.adapter import REFERENCE_MODES, AdapterMismatchError
 from sa_inject.core.kv import BlockKey
 from tests.core.tiny_adapter import random_adapter
 
@@ -20,21 +20,21 @@ def test_model_of_the_same_shape_fits():
 
 def test_model_of_another_shape_is_refused_with_both_names():
     adapter = random_adapter("my cat")
-    with pytest.raises(AdapterMismatch, match=r"'my cat'.*SD1\.x \(7 .*but the connected model is SDXL \(6\)"):
+    with pytest.raises(AdapterMismatchError, match=r"'my cat'.*SD1\.x \(7 .*but the connected model is SDXL \(6\)"):
         adapter.check_fits("SDXL", adapter.info.layers[1:])
 
 
 def test_model_of_another_family_is_refused_though_its_layers_are_the_same():
     """SD1.x and SD2.x have the same self-attention and texts of different width."""
     adapter = random_adapter()
-    with pytest.raises(AdapterMismatch, match=r"trained for SD1\.x.*connected model is SD2\.x"):
+    with pytest.raises(AdapterMismatchError, match=r"trained for SD1\.x.*connected model is SD2\.x"):
         adapter.check_fits("SD2.x", adapter.info.layers)
 
 
 def test_layer_of_another_width_is_refused():
     adapter = random_adapter()
     *others, last = adapter.info.layers
-    with pytest.raises(AdapterMismatch):
+    with pytest.raises(AdapterMismatchError):
         adapter.check_fits("SD1.x", [*others, last._replace(inner_dim=last.inner_dim + 1)])
 
 
@@ -56,7 +56,9 @@ def test_model_that_predicts_something_else_is_refused_where_both_are_known(trai
     if fits:
         adapter.check_fits("SD1.x", adapter.info.layers, connected)
     else:
-        with pytest.raises(AdapterMismatch, match=rf"cat'.*predicts {trained}, .* SD1\.x model predicts {connected}"):
+        with pytest.raises(
+            AdapterMismatchError, match=rf"cat'.*predicts {trained}, .* SD1\.x model predicts {connected}"
+        ):
             adapter.check_fits("SD1.x", adapter.info.layers, connected)
 
 

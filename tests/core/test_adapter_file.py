@@ -277,7 +277,7 @@ def test_unreadable_metadata_is_refused(tmp_path, whole, entry, value):
     assert "has unreadable metadata (" in refused(rewritten(tmp_path, whole, metadata={entry: value}))
 
 
-def test_whole_file_rewritten_without_a_change_is_accepted(tmp_path, whole, adapter):
+def test_atomic_write_rewritten_without_a_change_is_accepted(tmp_path, whole, adapter):
     """What the refusals above rest on."""
     assert load_adapter(rewritten(tmp_path, whole)).info == adapter.info
 

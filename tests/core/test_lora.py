@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sa_inject.core.layers import self_attention_layers
-from sa_inject.core.lora import LowRank, SelfAttentionLoRA
+from sa_inject.core.lora import LoRADelta, SelfAttentionLoRA
 from tests.core.tiny_adapter import ALPHA, RANK, lora_paths, merged, random_lora
 from tests.tiny_unet import TinyUNet
 
@@ -91,7 +91,7 @@ def test_deltas_are_the_scaled_products():
 
 
 def test_low_rank_product_takes_one_width_to_another():
-    delta = LowRank(torch.randn(2, 5), torch.randn(7, 2))
+    delta = LoRADelta(torch.randn(2, 5), torch.randn(7, 2))
     x = torch.randn(3, 5)
     torch.testing.assert_close(delta(x), x @ (delta.b @ delta.a).T)
 

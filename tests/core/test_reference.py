@@ -12,11 +12,11 @@ from sa_inject.core.kv import KV, BlockKey
 from sa_inject.core.layers import self_attention_layers
 from sa_inject.core.lora import SelfAttentionLoRA
 from sa_inject.core.reference import (
-    Recorded,
+    ReferenceKV,
     ReferencePassComplete,
-    ReferenceRecorder,
+    ReferencePassHooks,
     block_key,
-    run_to_last_layer,
+    run_reference_pass,
     select_tokens,
 )
 from tests.core.tiny_adapter import merged, random_lora
@@ -32,13 +32,13 @@ def unet_inputs() -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([0.0, 400.0]), torch.randn(2, 5, CONTEXT_DIM, generator=generator)
 
 
-def recorder_for(lora: SelfAttentionLoRA, wanted=BLOCKS, **changes) -> ReferenceRecorder:
+def recorder_for(lora: SelfAttentionLoRA, wanted=BLOCKS, **changes) -> ReferencePassHooks:
     arguments = {"last": wanted[-1], "attend": differentiable_attention} | changes
-    return ReferenceRecorder(wanted, deltas=lora.deltas(torch.device("cpu"), torch.float32), **arguments)
+    return ReferencePassHooks(wanted, deltas=lora.deltas(torch.device("cpu"), torch.float32), **arguments)
 
 
-def reference_pass(unet: nn.Module, recorder: ReferenceRecorder) -> dict[BlockKey, Recorded]:
-    return run_to_last_layer(lambda: call(unet, recorder.transformer_options(BLOCKS)), recorder)
+def reference_pass(unet: nn.Module, recorder: ReferencePassHooks) -> dict[BlockKey, ReferenceKV]:
+    return run_reference_pass(lambda: call(unet, recorder.transformer_options(BLOCKS)), recorder)
 
 
 def call(unet: nn.Module, options: dict[str, Any]) -> Tensor:
@@ -184,9 +184,9 @@ def test_nothing_of_a_pass_remains(fails):
     replacements = dict(options["patches_replace"]["attn1"])
     if fails:
         with pytest.raises(MemoryError, match="no room"):
-            run_to_last_layer(lambda: call(unet, options), recorder)
+            run_reference_pass(lambda: call(unet, options), recorder)
     else:
-        run_to_last_layer(lambda: call(unet, options), recorder)
+        run_reference_pass(lambda: call(unet, options), recorder)
     assert options["patches"] == patches and options["patches_replace"] == {"attn1": replacements}
     assert not [key for key in options if str(key).startswith("sa_inject")]  # a tensor here would outlive the pass
     assert same_state(state_of(unet), before)

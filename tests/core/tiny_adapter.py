@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sa_inject.core.adapter import Adapter, AdapterInfo
-from sa_inject.core.image_prompt import ReferenceText
+from sa_inject.core.image_prompt import TextConditioning
 from sa_inject.core.layers import self_attention_layers
 from sa_inject.core.lora import KEY_PREFIX, SelfAttentionLoRA
 from tests.tiny_unet import CONTEXT_DIM, TinyUNet
@@ -58,7 +58,7 @@ def random_adapter(name: str = "teapot", pooled: bool = False) -> Adapter:
         ),
         lora=random_lora(unet),
         tokens={"clip_l": torch.randn(2, 8, generator=generator), "clip_g": torch.randn(1, 12, generator=generator)},
-        text=ReferenceText(
+        text=TextConditioning(
             torch.randn(1, 5, CONTEXT_DIM, generator=generator),
             torch.randn(1, 6, generator=generator) if pooled else None,
         ),

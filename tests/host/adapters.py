@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sa_inject.core.adapter import Adapter, AdapterInfo  # pyright: ignore[reportMissingImports]
-from sa_inject.core.image_prompt import ImagePrompt, Picture, ReferenceText  # pyright: ignore[reportMissingImports]
+from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage, TextConditioning  # pyright: ignore[reportMissingImports]
 from sa_inject.core.kv import KV, BlockKey  # pyright: ignore[reportMissingImports]
 from sa_inject.core.lora import SelfAttentionLoRA  # pyright: ignore[reportMissingImports]
 
@@ -27,10 +27,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def reference_text(model: Any, seed: int = 0, tokens: int = TEXT_TOKENS) -> ReferenceText:
+def reference_text(model: Any, seed: int = 0, tokens: int = TEXT_TOKENS) -> TextConditioning:
     config = model.model.model_config.unet_config
     pooled = random(1, POOLED, seed=seed + 1) if config.get("adm_in_channels") else None
-    return ReferenceText(random(1, tokens, config["context_dim"], seed=seed), pooled)
+    return TextConditioning(random(1, tokens, config["context_dim"], seed=seed), pooled)
 
 
 def conditioning(model: Any, seed: int, tokens: int = TEXT_TOKENS) -> list:
@@ -71,7 +71,7 @@ def make_adapter(model: Any, mode: str = "clean", seed: int = 0) -> Adapter:
 def make_prompt(*sizes: tuple[int, int], seed: int = 0, masks: tuple[Tensor | None, ...] = ()) -> ImagePrompt:
     """Pictures of these latent sizes, with these masks."""
     pictures = tuple(
-        Picture(random(1, 4, h, w, seed=100 + seed + place), masks[place] if masks else None)
+        ReferenceImage(random(1, 4, h, w, seed=100 + seed + place), masks[place] if masks else None)
         for place, (h, w) in enumerate(sizes or ((8, 8),))
     )
     return ImagePrompt(pictures)

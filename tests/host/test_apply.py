@@ -289,11 +289,11 @@ def assert_released_after(host, model, event: Callable[[], None], error: type[Ba
 
 def test_a_reference_pass_that_fails_leaves_nothing(comfy_host, model):
     """A subject phrase of another width than the model reads: the error comes out of the middle of the UNet."""
-    from sa_inject.core.image_prompt import ReferenceText  # pyright: ignore[reportMissingImports]
+    from sa_inject.core.image_prompt import TextConditioning  # pyright: ignore[reportMissingImports]
 
     plain = sample(comfy_host, model)
     adapter = make_adapter(model)
-    adapter.text = ReferenceText(random(1, 7, 33))
+    adapter.text = TextConditioning(random(1, 7, 33))
     patched = apply(comfy_host, model, adapter=adapter)
     with pytest.raises(RuntimeError):
         sample(comfy_host, patched)
@@ -301,9 +301,9 @@ def test_a_reference_pass_that_fails_leaves_nothing(comfy_host, model):
 
 
 def test_text_of_another_model_is_refused_by_the_picture(comfy_host, model):
-    from sa_inject.core.image_prompt import ImagePrompt, Picture, ReferenceText  # pyright: ignore[reportMissingImports]
+    from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage, TextConditioning  # pyright: ignore[reportMissingImports]
 
-    picture = Picture(random(1, 4, 8, 8), text=ReferenceText(random(1, 7, 33)))
+    picture = ReferenceImage(random(1, 4, 8, 8), text=TextConditioning(random(1, 7, 33)))
     with pytest.raises(ValueError, match="conditioning of picture 1 of the image prompt is 33 wide.* wants 768"):
         apply(comfy_host, model, prompt=ImagePrompt((picture,)))
 

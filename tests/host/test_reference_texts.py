@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from sa_inject.core.image_prompt import ImagePrompt, Picture, ReferenceText  # pyright: ignore[reportMissingImports]
+from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage, TextConditioning  # pyright: ignore[reportMissingImports]
 from tests.host.adapters import (
     apply,
     base_model,
@@ -29,7 +29,7 @@ def prompt_with_texts(model, *lengths: int | None) -> ImagePrompt:
     """Pictures of one size; None reads the class word of the adapter, which is 7 tokens long."""
     return ImagePrompt(
         tuple(
-            Picture(
+            ReferenceImage(
                 random(1, 4, 8, 8, seed=place),
                 text=None if length is None else reference_text(model, seed=20 + place, tokens=length),
             )
@@ -124,15 +124,15 @@ def test_what_a_conditioning_says_beside_its_text_is_named_in_the_log(comfy_host
 @pytest.mark.parametrize("pooled, has", [(None, "no pooled vector"), (768, "a pooled vector of 768")])
 def test_sdxl_wants_a_pooled_vector_of_its_own(comfy_host, pooled, has):
     model = base_model(comfy_host, "sdxl")
-    text = ReferenceText(random(1, 7, 2048), None if pooled is None else random(1, pooled))
-    prompt = ImagePrompt((Picture(random(1, 4, 8, 8)), Picture(random(1, 4, 8, 8), text=text)))
+    text = TextConditioning(random(1, 7, 2048), None if pooled is None else random(1, pooled))
+    prompt = ImagePrompt((ReferenceImage(random(1, 4, 8, 8)), ReferenceImage(random(1, 4, 8, 8), text=text)))
     with pytest.raises(ValueError, match=f"conditioning of picture 2 of the image prompt has {has}, .* one of 1280"):
         apply(comfy_host, model, prompt=prompt)
 
 
 def test_other_models_want_no_pooled_vector(comfy_host, model):
-    text = ReferenceText(random(1, 7, 768), random(1, 768))
-    prompt = ImagePrompt((Picture(random(1, 4, 8, 8), text=text), Picture(random(1, 4, 8, 8))))
+    text = TextConditioning(random(1, 7, 768), random(1, 768))
+    prompt = ImagePrompt((ReferenceImage(random(1, 4, 8, 8), text=text), ReferenceImage(random(1, 4, 8, 8))))
     assert sample(comfy_host, apply(comfy_host, model, make_adapter(model, "noised"), prompt)).isfinite().all()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sa_inject.core.image_prompt import ImagePrompt, Picture  # pyright: ignore[reportMissingImports]
+from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage  # pyright: ignore[reportMissingImports]
 from tests.host.adapters import apply, base_model, load, make_adapter, random, relative_error
 from tests.host.test_reference_pass import call_once
 
@@ -38,7 +38,7 @@ def test_training_and_drawing_keep_the_same_tokens(comfy_host, model, name):
     from sa_inject.nodes.host.denoiser import ComfyDenoiser  # pyright: ignore[reportMissingImports]
 
     adapter, mask = make_adapter(model), MASKS[name]
-    picture = Picture(random(1, 4, 8, 8), mask=mask)
+    picture = ReferenceImage(random(1, 4, 8, 8), mask=mask)
     drawn = call_once(load(apply(comfy_host, model, adapter, ImagePrompt((picture,)))))
     base, sampling = model.model, model.get_model_object("model_sampling")
     denoiser = ComfyDenoiser(base, sampling, None, adapter.info.layers, model.load_device, torch.float32)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sa_inject.core.image_prompt import ReferenceText  # pyright: ignore[reportMissingImports]
+from sa_inject.core.image_prompt import TextConditioning  # pyright: ignore[reportMissingImports]
 from sa_inject.core.kv import KV  # pyright: ignore[reportMissingImports]
 from tests.host.adapters import apply, base_model, call_unet, load, make_adapter, random, reference_text, relative_error
 from tests.host.test_reference_pass import frozen_copy, keys_and_values, merged_copy, worst_error
@@ -252,9 +252,9 @@ def denoiser_of(model: Any, adapter: Any) -> Any:
     return ComfyDenoiser(model.model, sampling, None, adapter.info.layers, model.load_device, torch.float32)
 
 
-def rows_of(*texts: ReferenceText) -> ReferenceText:
+def rows_of(*texts: TextConditioning) -> TextConditioning:
     pooled = [text.pooled for text in texts if text.pooled is not None]
-    return ReferenceText(torch.cat([text.cross_attn for text in texts]), torch.cat(pooled) if pooled else None)
+    return TextConditioning(torch.cat([text.cross_attn for text in texts]), torch.cat(pooled) if pooled else None)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd15_inpaint", "sd2_v", "sdxl"])
@@ -277,12 +277,12 @@ def test_training_reads_each_row_at_its_own_noise_level(comfy_host, kind):
 @torch.inference_mode()
 def test_training_denoises_as_drawing_does(comfy_host, kind):
     """Two rows with prompts, pictures, masks and noise levels of their own, against a drawing of each."""
-    from sa_inject.core.image_prompt import ImagePrompt, Picture  # pyright: ignore[reportMissingImports]
+    from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage  # pyright: ignore[reportMissingImports]
 
     model = load(base_model(comfy_host, kind))
     adapter = make_adapter(model)
     masks = cell_masks()[:2]
-    drawn_pictures = [Picture(random(1, 4, 8, 8, seed=20 + row), masks[row]) for row in range(2)]
+    drawn_pictures = [ReferenceImage(random(1, 4, 8, 8, seed=20 + row), masks[row]) for row in range(2)]
     texts = [reference_text(model, seed=30 + row) for row in range(2)]
     noisy, sigmas = 3 * random(2, 4, 8, 8, seed=40), (0.7, 5.0)
     denoiser = denoiser_of(model, adapter)

@@ -133,9 +133,9 @@ def test_pruned_relatives_are_told_apart(comfy_host):
 
 
 def test_pictures_of_another_vae_are_refused_by_number(comfy_host, sd15):
-    from sa_inject.core.image_prompt import ImagePrompt, Picture  # pyright: ignore[reportMissingImports]
+    from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage  # pyright: ignore[reportMissingImports]
 
-    prompt = make_prompt() + ImagePrompt((Picture(random(1, 16, 8, 8)),))
+    prompt = make_prompt() + ImagePrompt((ReferenceImage(random(1, 16, 8, 8)),))
     with pytest.raises(ValueError, match="Picture 2 .* 16 latent channels, but the model wants 4"):
         apply(comfy_host, sd15, prompt=prompt)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sa_inject.core.image_prompt import ReferenceText
+from sa_inject.core.image_prompt import TextConditioning
 from sa_inject.trainer.config import TrainConfig
 from sa_inject.trainer.examples import Example, Pair, TrainingSet, group_by_shape
 from sa_inject.trainer.loop import Diverged, Training
@@ -246,7 +246,7 @@ class Noised(NamedTuple):
 class Read(NamedTuple):
     latent: Tensor
     sigma: Tensor | None
-    text: ReferenceText
+    text: TextConditioning
     mask: Tensor | None
 
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sa_inject.core.attention import differentiable_attention
-from sa_inject.core.image_prompt import ReferenceText
+from sa_inject.core.image_prompt import TextConditioning
 from sa_inject.core.injection import Reference, inject
 from sa_inject.core.layers import self_attention_layers
-from sa_inject.core.lora import Deltas, SelfAttentionLoRA
-from sa_inject.core.reference import ReferenceRecorder, block_key, run_to_last_layer
+from sa_inject.core.lora import LoRADeltas, SelfAttentionLoRA
+from sa_inject.core.reference import ReferencePassHooks, block_key, run_reference_pass
 from sa_inject.trainer.denoiser import References
 from sa_inject.trainer.examples import Example
 from tests.tiny_unet import CONTEXT_DIM, IN_CHANNELS, TinyUNet
@@ -34,8 +34,8 @@ class TinyDenoiser:
         self.sigmas = torch.logspace(-1, 1, 20)
         self.token = token
 
-    def encode(self, captions: Sequence[str]) -> ReferenceText:
-        return ReferenceText(torch.stack([self._caption(caption) for caption in captions]))
+    def encode(self, captions: Sequence[str]) -> TextConditioning:
+        return TextConditioning(torch.stack([self._caption(caption) for caption in captions]))
 
     def _caption(self, caption: str) -> Tensor:
         words = caption.split()[:TEXT_LENGTH]
@@ -49,18 +49,18 @@ class TinyDenoiser:
         return -per_row(sigma)
 
     def read_reference(
-        self, latent: Tensor, sigma: Tensor | None, text: ReferenceText, mask: Tensor | None, deltas: Deltas
+        self, latent: Tensor, sigma: Tensor | None, text: TextConditioning, mask: Tensor | None, deltas: LoRADeltas
     ) -> References:
-        recorder = ReferenceRecorder(self.blocks, self.blocks[-1], deltas, differentiable_attention)
+        recorder = ReferencePassHooks(self.blocks, self.blocks[-1], deltas, differentiable_attention)
         sigma = torch.zeros(latent.shape[0]) if sigma is None else sigma
         options = recorder.transformer_options(self.blocks)
-        bank = run_to_last_layer(lambda: self._network(latent, sigma, text, options), recorder)
+        bank = run_reference_pass(lambda: self._network(latent, sigma, text, options), recorder)
         return {
             key: Reference(kv, key_mask=None if mask is None else key_mask(mask, height, width))
             for key, (kv, height, width) in bank.items()
         }
 
-    def denoise(self, noisy: Tensor, sigma: Tensor, text: ReferenceText, references: References | None) -> Tensor:
+    def denoise(self, noisy: Tensor, sigma: Tensor, text: TextConditioning, references: References | None) -> Tensor:
         def attention(q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
             heads = extra_options["n_heads"]
             attended = differentiable_attention(q, k, v, heads)
@@ -70,7 +70,7 @@ class TinyDenoiser:
         epsilon = self._network(noisy, sigma, text, {"patches_replace": {"attn1": replacements}})
         return noisy - per_row(sigma) * epsilon
 
-    def _network(self, noisy: Tensor, sigma: Tensor, text: ReferenceText, options: dict) -> Tensor:
+    def _network(self, noisy: Tensor, sigma: Tensor, text: TextConditioning, options: dict) -> Tensor:
         scaled = noisy / (per_row(sigma).square() + 1).sqrt()
         return self.unet(scaled, 1000 * sigma / (sigma + 1), text.cross_attn, transformer_options=options)
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-PARTIAL = re.compile(r"\..*-[a-z0-9_]{8}\.part")  # what `whole_file` calls a file while it is written
+PARTIAL = re.compile(r"\..*-[a-z0-9_]{8}\.part")  # what `atomic_write` calls a file while it is written
 ABANDONED_AFTER = 24 * 3600.0  # seconds in which no writer touched it
 
 
@@ -18,7 +18,7 @@ class NameTakenError(OSError):
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
     """A file to write to, which takes the name `path` when the block ends well; else `path` stays as it was.
 
     Raises OSError when the folder cannot be written; nothing is left behind then. With `replace` false, a file that
