@@ -227,7 +227,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
         config = TrainConfig(
             steps=chosen["steps"],
             batch_size=chosen["batch_size"],
-            accumulation=chosen["gradient_accumulation"],
+            gradient_accumulation=chosen["gradient_accumulation"],
             lora_learning_rate=chosen["lora_learning_rate"],
             token_learning_rate=chosen["token_learning_rate"],
             token_vectors=chosen["token_vectors"],

@@ -18,7 +18,7 @@ class TrainConfig:
 
     steps: int = 400
     batch_size: int = 1
-    accumulation: int = 1  # batches per optimizer step
+    gradient_accumulation: int = 1  # batches per optimizer step
     lora_learning_rate: float = 1e-3
     token_learning_rate: float = 6e-3
     token_vectors: int = 4  # the learned word's length in tokens
@@ -29,13 +29,13 @@ class TrainConfig:
     reference_dropout: float = 0.1  # share of examples that see no reference, so that the word learns to stand alone
     reference_start: float = REFERENCE_START
     # What is learned is an average of the steps, in which each counts as its number to this power; None: the last one.
-    averaging: float | None = 4.0
+    average_power: float | None = 4.0
     weight_decay: float = 1e-2  # of the LoRA; the token has none, decay would pull it out of the vocabulary
     max_gradient_norm: float = 1.0
     loss_scaling: bool = False  # for float16 compute, whose small gradients underflow
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "token_vectors", "rank"):
+        for name in ("steps", "batch_size", "gradient_accumulation", "token_vectors", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("lora_learning_rate", "token_learning_rate", "weight_decay"):
@@ -44,8 +44,10 @@ class TrainConfig:
         for name in ("alpha", "max_gradient_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number above 0.")
-        if self.averaging is not None and not 0 <= self.averaging < math.inf:
-            raise ValueError(f"averaging is {self.averaging}; it must be None or a number that is not negative.")
+        if self.average_power is not None and not 0 <= self.average_power < math.inf:
+            raise ValueError(
+                f"average_power is {self.average_power}; it must be None or a number that is not negative."
+            )
         if not 0 <= self.reference_dropout <= 1:
             raise ValueError(f"reference_dropout is {self.reference_dropout}; it is a share from 0 to 1.")
         if not 0 <= self.reference_start < 1:

@@ -16,7 +16,7 @@ from ..core.lora import SelfAttentionLoRA
 from .config import TrainConfig
 from .denoiser import Denoiser
 from .examples import Example, Pair, TrainingSet, group_by_shape
-from .objective import network_loss
+from .objective import prediction_loss
 
 
 class Step(NamedTuple):
@@ -31,14 +31,14 @@ class Step(NamedTuple):
 OVERFLOWS_IN_A_ROW = 24
 
 
-class Diverged(RuntimeError):
+class DivergedError(RuntimeError):
     """The loss, or every gradient, is no longer a number."""
 
 
 class Training(Iterator[Step]):
     """A run that trains in place, one optimizer step at a time; wherever it stops, what there is is a usable adapter.
 
-    `settle` is for the end: it puts the average of what the steps came to in the place of what the last one did.
+    `apply_average` is for the end: it puts the average of what the steps came to in the place of what the last one did.
     `state_dict` is all that another run over the same things needs to go on as this one would have, bit for bit.
     """
 
@@ -63,17 +63,19 @@ class Training(Iterator[Step]):
         self._device = device
         self._compute_dtype = compute_dtype
         self._trainables = nn.ParameterList([*lora.parameters(), *tokens])
-        self._average = None if config.averaging is None else Average(self._trainables, config.averaging)
-        self._word_learns = config.token_learning_rate > 0
+        self._average = (
+            None if config.average_power is None else PolynomialAverage(self._trainables, config.average_power)
+        )
+        self._trains_token_embedding = config.token_learning_rate > 0
         for token in tokens:
-            token.requires_grad_(self._word_learns)
+            token.requires_grad_(self._trains_token_embedding)
         self._texts: dict[str, TextConditioning] = {}  # of captions, where the word does not learn
         self._sigmas = denoiser.sigmas.cpu()  # ascending
         with torch.no_grad():
             self._reference_text = denoiser.encode([reference_caption])
         self._generator = torch.Generator().manual_seed(config.seed)
         self._pairs = data.pairs(config.reference_dropout, self._generator)
-        self._chance = self._chance_now()  # as the last whole step left it
+        self._rng_state = self._capture_rng_state()  # as the last whole step left it
         self._optimizer = torch.optim.AdamW(
             [
                 {"params": lora.parameters(), "lr": config.lora_learning_rate, "weight_decay": config.weight_decay},
@@ -92,23 +94,23 @@ class Training(Iterator[Step]):
             raise StopIteration
         number = len(self.losses) + 1
         for _ in range(OVERFLOWS_IN_A_ROW):
-            loss = sum(self._backward() for _ in range(self._config.accumulation))
+            loss = sum(self._accumulate_gradients() for _ in range(self._config.gradient_accumulation))
             if not math.isfinite(loss):
-                raise Diverged(
+                raise DivergedError(
                     f"The loss became {loss} at step {number}. Lower the learning rates, or choose a wider precision."
                 )
             if self._optimize(number):
                 break
             self.overflows += 1
         else:
-            raise Diverged(
+            raise DivergedError(
                 f"At step {number} the gradients of {OVERFLOWS_IN_A_ROW} batches in a row were no numbers in float16, "
                 "so nothing can be learned. Choose the precision bf16 or fp32."
             )
         self.losses.append(loss)
         if self._average is not None:
             self._average.update_parameters(self._trainables)
-        self._chance, self._scale = self._chance_now(), self._scaler.state_dict()
+        self._rng_state, self._scale = self._capture_rng_state(), self._scaler.state_dict()
         return Step(number, loss)
 
     def _optimize(self, number: int) -> bool:
@@ -123,7 +125,7 @@ class Training(Iterator[Step]):
         norm = torch.nn.utils.clip_grad_norm_(self._trainables, config.max_gradient_norm)
         is_finite = bool(torch.isfinite(norm))
         if not (is_finite or config.loss_scaling):
-            raise Diverged(f"The gradient became {norm.item()} at step {number}. Lower the learning rates.")
+            raise DivergedError(f"The gradient became {norm.item()} at step {number}. Lower the learning rates.")
         if is_finite:
             self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -135,7 +137,7 @@ class Training(Iterator[Step]):
         """What the reference pass reads, encoded; it is the same from the first step to the last."""
         return self._reference_text
 
-    def settle(self) -> None:
+    def apply_average(self) -> None:
         """Let the trainables be their average over the steps, where one is kept."""
         if self._average is not None:
             self._trainables.load_state_dict(self._average.module.state_dict())
@@ -143,7 +145,7 @@ class Training(Iterator[Step]):
     def state_dict(self) -> dict[str, Any]:
         """Where the last whole step left everything: numbers, lists and tensors, as torch.load(weights_only=True)
         takes them. The tensors are the live ones: save or copy them before the next step."""
-        random, waiting = self._chance
+        random, waiting = self._rng_state
         return {
             "losses": list(self.losses),
             "trainables": self._trainables.state_dict(),
@@ -165,20 +167,20 @@ class Training(Iterator[Step]):
         self._generator.set_state(state["generator"])
         self._pairs.waiting = list(state["waiting"])
         self.losses = list(state["losses"])
-        self._chance = self._chance_now()
+        self._rng_state = self._capture_rng_state()
 
-    def _chance_now(self) -> tuple[Tensor, list[int]]:
+    def _capture_rng_state(self) -> tuple[Tensor, list[int]]:
         return self._generator.get_state(), list(self._pairs.waiting)
 
-    def _backward(self) -> float:
+    def _accumulate_gradients(self) -> float:
         """Add up the gradients of one batch; its loss."""
         config, total = self._config, 0.0
         batch = list(itertools.islice(self._pairs, config.batch_size))
         levels = torch.randint(len(self._sigmas), (len(batch),), generator=self._generator)  # uniform, as the model's
-        batch = _without_early_references(batch, levels, (1 - config.reference_start) * len(self._sigmas))
+        batch = _drop_references_at_high_noise(batch, levels, (1 - config.reference_start) * len(self._sigmas))
         for places in group_by_shape(batch):
             group, sigma = [batch[place] for place in places], self._sigmas[levels[places]].to(self._device)
-            share = len(group) / len(batch) / config.accumulation
+            share = len(group) / len(batch) / config.gradient_accumulation
             loss = share * self._group_loss(group, sigma)
             if loss.requires_grad:  # not without a reference where the word does not learn
                 self._scaler.scale(loss).backward()
@@ -202,13 +204,13 @@ class Training(Iterator[Step]):
                 mask=_stack_masks(references, device),
                 deltas=self._lora.deltas(device, self._compute_dtype),
             )
-        denoised = denoiser.denoise(noisy, sigma, self._encoded(captions), bank)
+        denoised = denoiser.denoise(noisy, sigma, self._encode_captions(captions), bank)
         mask, scale = _stack_masks(targets, device), denoiser.output_scale(sigma)
-        return network_loss(denoised, latent, scale, None if mask is None else mask[:, None]).mean()
+        return prediction_loss(denoised, latent, scale, None if mask is None else mask[:, None]).mean()
 
-    def _encoded(self, captions: Sequence[str]) -> TextConditioning:
+    def _encode_captions(self, captions: Sequence[str]) -> TextConditioning:
         """Captions as the text encoder reads them, a row each; where the word does not learn, each only once."""
-        if self._word_learns:
+        if self._trains_token_embedding:
             return self._denoiser.encode(captions)
         with torch.no_grad():
             for caption in captions:
@@ -227,7 +229,7 @@ class Training(Iterator[Step]):
         return torch.randn(latent.shape, generator=self._generator).to(latent)
 
 
-class Average(AveragedModel):
+class PolynomialAverage(AveragedModel):
     """Polynomial-decay averaging (Shamir and Zhang, 2013, section 4): step t counts about as t to that power.
 
     With a high learning rate the steps go around what they look for, and their average is nearer to it than the last.
@@ -240,7 +242,7 @@ class Average(AveragedModel):
         super().__init__(trainables, avg_fn=averaged)
 
 
-def _without_early_references(batch: Sequence[Pair], levels: Tensor, first: float) -> list[Pair]:
+def _drop_references_at_high_noise(batch: Sequence[Pair], levels: Tensor, first: float) -> list[Pair]:
     """Let the word stand alone at noise levels from `first` on, which a sampler goes through first."""
     return [
         pair if level < first else pair._replace(reference=None)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def network_loss(denoised: Tensor, latent: Tensor, output_scale: Tensor, mask: Tensor | None = None) -> Tensor:
+def prediction_loss(denoised: Tensor, latent: Tensor, output_scale: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error between the network's output and its target, row by row.
 
     denoised, latent (b, c, h, w), output_scale (b, 1, 1, 1), mask (b, 1, h, w) in 0..1 -> (b,)

@@ -324,7 +324,7 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "K and V, in the whole pass": ours,
     **{f"rank {rank}": lambda lesson, rank=rank: ours(lesson, rank=rank) for rank in (1, 4, 64)},
     **{f"word of {n} tokens": lambda lesson, n=n: ours(lesson, token_vectors=n) for n in (1, 2, 8)},
-    "last step, not averaged": lambda lesson: learned(lesson, averaging=None),
+    "last step, not averaged": lambda lesson: learned(lesson, average_power=None),
     "word not learned": lambda lesson: learned(lesson, word_learns=False),
     "word first": word_first,
     "no LoRA": lambda lesson: learned(lesson, lora_learning_rate=0.0),

@@ -92,7 +92,7 @@ class Room:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False):
             training = Training(self.denoiser, self.data, trainables, tokens, read, config, device=self.device)
             losses = [step.loss for step in training]
-        training.settle()
+        training.apply_average()
         return losses
 
     def adapter(self) -> Adapter:
@@ -136,7 +136,7 @@ def classroom(
         base = patcher.model
         make_differentiable(base)
         make_differentiable(models.clip.cond_stage_model)
-        undo.enter_context(out_of_place_text_encoder(models.clip, recompute=False))
+        undo.enter_context(out_of_place_text_encoder(models.clip, checkpointing=False))
         undo.enter_context(cast_once(models.clip.cond_stage_model, models.dtype))
         undo.enter_context(weights_kept(base.diffusion_model))
         lora, tokens, taught = training._trainables(

@@ -38,7 +38,11 @@ RANK = 16
 CLASS_PICTURES = 16  # for prior preservation
 PROMPTS_OF_CALL = 13  # drawn at once on CUDA, which would wait for single ones to be launched
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of both attentions of every block
-AS_USUAL: dict[str, Any] = {"reference_dropout": 1.0, "averaging": None}  # no references; the last step is what counts
+# no references; the last step is what counts
+AS_USUAL: dict[str, Any] = {
+    "reference_dropout": 1.0,
+    "average_power": None,
+}
 AS_TRAINED = 1.0  # the strength that ours learns with
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...core.attention import differentiable_attention
-from ...trainer.lean import CastBuffer, lean_conv2d, lean_linear, recomputed
+from ...trainer.frozen_ops import CastBuffer, frozen_conv2d, frozen_linear, recompute
 
 # The layers whose forward is known; fp8 and quantized ones scale, too.
 LINEARS = (disable_weight_init.Linear, manual_cast.Linear)
@@ -91,15 +91,15 @@ def training_mode() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def out_of_place_text_encoder(clip: Any, recompute: bool, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+def out_of_place_text_encoder(clip: Any, checkpointing: bool, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Let gradients through the text encoder, whose layers add to their input in place.
 
     ComfyUI offers no hook for this, so the layers of this one encoder get a forward of their own, and lose it again.
-    recompute: keep the input of every layer alone, and compute it once more in the backward pass.
+    checkpointing: keep the input of every layer alone, and compute it once more in the backward pass.
     dtype: what its products are computed in. Their sum, which runs through all layers, stays in float32.
     """
     layers = [m for m in clip.cond_stage_model.modules() if isinstance(m, CLIPLayer)]
-    forward = _recomputed_clip_layer if recompute else _clip_layer
+    forward = _recomputed_clip_layer if checkpointing else _clip_layer
     with own_forward(layers, functools.partial(forward, dtype)):
         yield
 
@@ -166,22 +166,22 @@ def _clip_layer(dtype: torch.dtype, layer: Any, original: Any, x: Tensor, mask: 
     mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
     x = x + layer.self_attn(layer.layer_norm1(x).to(dtype), mask, attend)
     mlp = layer.mlp
-    return x + mlp.fc2(recomputed(mlp.activation, mlp.fc1(layer.layer_norm2(x).to(dtype))))
+    return x + mlp.fc2(recompute(mlp.activation, mlp.fc1(layer.layer_norm2(x).to(dtype))))
 
 
 def _recomputed_clip_layer(dtype: torch.dtype, layer: Any, original: Any, x: Tensor, *args: Any) -> Tensor:
-    return recomputed(lambda x: _clip_layer(dtype, layer, original, x, *args), x)
+    return recompute(lambda x: _clip_layer(dtype, layer, original, x, *args), x)
 
 
 def _lean_linear(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:
-    return lean_linear(x, layer.weight, layer.bias, buffer) if _can_be_lean(layer, x) else original(x)
+    return frozen_linear(x, layer.weight, layer.bias, buffer) if _can_be_lean(layer, x) else original(x)
 
 
 def _lean_convolution(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:
     if not _can_be_lean(layer, x) or isinstance(layer.padding, str):
         return original(x)
     settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return lean_conv2d(x, layer.weight, layer.bias, buffer, *settings)
+    return frozen_conv2d(x, layer.weight, layer.bias, buffer, *settings)
 
 
 def _can_be_lean(layer: Any, x: Tensor) -> bool:
@@ -200,7 +200,7 @@ def _begins_with_norm_and_silu(layers: nn.Sequential) -> bool:
 
 def _lean_norm_and_silu(layers: nn.Sequential, original: Any, x: Tensor) -> Tensor:
     norm, silu, *rest = layers
-    x = recomputed(lambda x: silu(norm(x)), x)
+    x = recompute(lambda x: silu(norm(x)), x)
     for layer in rest:
         x = layer(x)
     return x
@@ -211,7 +211,7 @@ def _lean_gate(layer: Any, original: Any, x: Tensor) -> Tensor:
         x, gate = projected.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
-    return recomputed(gated, layer.proj(x))
+    return recompute(gated, layer.proj(x))
 
 
 def _recomputed_forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Tensor:

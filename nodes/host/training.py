@@ -19,7 +19,7 @@ from ...core.image_prompt import TextConditioning
 from ...core.lora import SelfAttentionLoRA
 from ...trainer.captions import captions_for
 from ...trainer.config import TrainConfig
-from ...trainer.loop import Diverged, Step, Training
+from ...trainer.loop import DivergedError, Step, Training
 from .checkpoint import TrainingCheckpoint
 from .denoiser import ComfyDenoiser
 from .fingerprint import training_fingerprint
@@ -142,14 +142,14 @@ def _take_steps(
         for step in training:
             checkpoint.on_step(training)
             on_step(step)
-    except Diverged:
+    except DivergedError:
         checkpoint.discard_stopped()
         raise
     except BaseException:
         checkpoint.save(training)
         raise
     checkpoint.save(training, is_finished=True)
-    training.settle()
+    training.apply_average()
 
 
 def _training_clone(model: Any, dtype: torch.dtype | None) -> Any:

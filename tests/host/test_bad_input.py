@@ -148,9 +148,8 @@ def test_empty_class_word(refused):
 
 def test_counts_below_one(refused, pack_nodes):
     for name in ("steps", "batch_size", "gradient_accumulation", "rank"):
-        setting = "accumulation" if name == "gradient_accumulation" else name
         for value in (0, -1):
-            assert refused(**{name: value}) == f"{setting} is {value}; it must be at least 1."
+            assert refused(**{name: value}) == f"{name} is {value}; it must be at least 1."
         assert pack_nodes["TrainSAInjectAdapter"].INPUT_TYPES()["required"][name][1]["min"] == 1
 
 

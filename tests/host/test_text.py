@@ -245,7 +245,7 @@ def assert_gradients_reach(clip: Any, tokens: dict[str, Tensor], prompt: str, la
         model_management.load_models_gpu([clip.patcher])
         make_differentiable(clip.cond_stage_model)
         expected = encode_text(taught, [prompt])
-        with out_of_place_text_encoder(clip, recompute=layer is None):
+        with out_of_place_text_encoder(clip, checkpointing=layer is None):
             text = encode_text(taught, [prompt, "a dog"])
             text.cross_attn.square().sum().backward()
         assert torch.allclose(text.cross_attn[:1], expected.cross_attn, atol=1e-5)

@@ -591,7 +591,7 @@ def held_out_losses(checkpoint: Checkpoint, adapter: Any) -> tuple[float, float]
     from sa_inject.nodes.host.denoiser import ComfyDenoiser
     from sa_inject.nodes.host.text import class_word_vectors, clip_with_token
     from sa_inject.nodes.host.unet import compute_dtype
-    from sa_inject.trainer.objective import network_loss
+    from sa_inject.trainer.objective import prediction_loss
 
     model, clip, vae = checkpoint
     info, base = adapter.info, model.model
@@ -611,7 +611,7 @@ def held_out_losses(checkpoint: Checkpoint, adapter: Any) -> tuple[float, float]
             noise = torch.randn(latents.shape, generator=generator)
             sigma = denoiser.sigmas[place].expand(3)
             denoised = denoiser.denoise(denoiser.add_noise(latents, noise, sigma), sigma, text, bank)
-            losses.append(network_loss(denoised, latents, denoiser.output_scale(sigma)).mean())
+            losses.append(prediction_loss(denoised, latents, denoiser.output_scale(sigma)).mean())
         return torch.stack(losses).mean().item()
 
     fresh = SelfAttentionLoRA(info.layers, info.rank, info.alpha, torch.Generator().manual_seed(0))
@@ -636,7 +636,7 @@ def test_batch_and_accumulation_multiply_the_pictures_of_a_step(sd15, run, laten
     assert len(found.losses) == 1
     assert sum(rows for rows, *_ in latents_seen) == 2 * 2
     assert max(rows for rows, *_ in latents_seen) == 2
-    assert found.adapter.info.training["batch_size"] == found.adapter.info.training["accumulation"] == 2
+    assert found.adapter.info.training["batch_size"] == found.adapter.info.training["gradient_accumulation"] == 2
 
 
 def test_pictures_of_different_sizes_keep_their_aspect(sd15, run, latents_seen):

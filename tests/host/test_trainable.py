@@ -129,7 +129,7 @@ def unet_step(base: Any, *contexts: Any) -> tuple[Tensor, Tensor, int]:
         return out.detach(), gradient, bytes_beside(kept, unet)
 
 
-def test_lean_layers_and_activations_compute_the_same_and_keep_less(loaded):
+def test_frozen_ops_layers_and_activations_compute_the_same_and_keep_less(loaded):
     from sa_inject.nodes.host.trainable import lean_activations, lean_layers, make_differentiable, training_mode
 
     base = loaded[0].model

@@ -13,7 +13,7 @@ def test_defaults_are_those_of_the_method():
     assert (config.lora_learning_rate, config.token_learning_rate) == (1e-3, 6e-3)
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation", "rank"])
+@pytest.mark.parametrize("name", ["steps", "batch_size", "gradient_accumulation", "rank"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_counts_below_one_are_refused_by_name_and_value(name, value):
     with pytest.raises(ValueError, match=f"^{name} is {value}; it must be at least 1"):
@@ -37,9 +37,9 @@ def test_scale_that_is_not_above_zero_is_refused_by_name_and_value(name, value):
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_averaging_is_a_power_or_none(value):
-    with pytest.raises(ValueError, match=f"averaging is {value}; it must be None or a number"):
-        TrainConfig(averaging=value)
-    assert TrainConfig(averaging=None).averaging is None
+    with pytest.raises(ValueError, match=f"average_power is {value}; it must be None or a number"):
+        TrainConfig(average_power=value)
+    assert TrainConfig(average_power=None).average_power is None
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])

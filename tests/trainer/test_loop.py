@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sa_inject.core.image_prompt import TextConditioning
 from sa_inject.trainer.config import TrainConfig
 from sa_inject.trainer.examples import Example, Pair, TrainingSet, group_by_shape
-from sa_inject.trainer.loop import Diverged, Training
-from sa_inject.trainer.objective import network_loss
+from sa_inject.trainer.loop import DivergedError, Training
+from sa_inject.trainer.objective import prediction_loss
 from tests.trainer.tiny_denoiser import CPU, REFERENCE_CAPTION, Subject, TinyDenoiser, example, fresh_subject
 
 FAST = {"lora_learning_rate": 1e-2, "token_learning_rate": 1e-2, "reference_dropout": 0.0, "reference_start": 0.0}
@@ -198,14 +198,14 @@ def test_same_seed_gives_the_same_losses_and_another_seed_others():
 def test_what_is_learned_is_an_average_of_the_steps(power):
     """A step counts as its number to that power: exactly for 0 and 1, about so above."""
     subject = fresh_subject()
-    training = run(subject, pictures(), steps=8, averaging=power)
+    training = run(subject, pictures(), steps=8, average_power=power)
     seen = [values(subject) for _ in training]
     weights = torch.ones(8)
     for number in range(2, 9):
         share = (power + 1) / (power + number)
         weights[: number - 1] *= 1 - share
         weights[number - 1] = share
-    training.settle()
+    training.apply_average()
     for name, tensor in values(subject).items():
         expected = sum(weight * then[name] for weight, then in zip(weights, seen, strict=True))
         assert torch.allclose(tensor, expected, rtol=1e-5, atol=1e-7), name
@@ -217,17 +217,17 @@ def test_what_is_learned_is_an_average_of_the_steps(power):
 
 def test_without_averaging_the_last_step_is_what_is_learned():
     subject = fresh_subject()
-    training = run(subject, pictures(), steps=3, averaging=None)
+    training = run(subject, pictures(), steps=3, average_power=None)
     *_, _ = training
     last = values(subject)
-    training.settle()
+    training.apply_average()
     assert all(torch.equal(tensor, last[name]) for name, tensor in values(subject).items())
-    run(fresh_subject(), pictures(), averaging=None).load_state_dict(training.state_dict())
+    run(fresh_subject(), pictures(), average_power=None).load_state_dict(training.state_dict())
 
 
 def test_average_does_not_change_how_the_run_goes_on():
-    plain = losses(fresh_subject(), pictures(), steps=4, averaging=None)
-    assert losses(fresh_subject(), pictures(), steps=4, averaging=0.0) == plain
+    plain = losses(fresh_subject(), pictures(), steps=4, average_power=None)
+    assert losses(fresh_subject(), pictures(), steps=4, average_power=0.0) == plain
 
 
 def test_steps_are_numbered_from_one():
@@ -292,7 +292,7 @@ def naive_loss(
     noisy = target.latent + sigma.view(1, 1, 1, 1) * noise
     denoised = model.denoise(noisy, sigma, model.encode([pair.caption]), bank)
     mask = None if target.mask is None else target.mask[None, None]
-    return network_loss(denoised, target.latent, -sigma.view(1, 1, 1, 1), mask)[0]
+    return prediction_loss(denoised, target.latent, -sigma.view(1, 1, 1, 1), mask)[0]
 
 
 class GivenPairs(SimpleNamespace):
@@ -390,7 +390,11 @@ class WithoutChance(TinyDenoiser):
 def test_accumulated_batches_equal_one_large_batch():
     pairs = [Pair(A, "a sks", B), Pair(WIDE, "the red sks", C), Pair(C, "sks", A), Pair(B, "sks", None)]
     results = []
-    for settings in ({"batch_size": 4}, {"batch_size": 2, "accumulation": 2}, {"batch_size": 1, "accumulation": 4}):
+    for settings in (
+        {"batch_size": 4},
+        {"batch_size": 2, "gradient_accumulation": 2},
+        {"batch_size": 1, "gradient_accumulation": 4},
+    ):
         subject = warmed_up(fresh_subject(WithoutChance))
         seen = gradients(subject)
         found = losses(subject, GivenPairs(pairs), steps=2, **settings)
@@ -471,7 +475,7 @@ class BreaksAt(TinyDenoiser):
 def test_loss_that_is_no_number_ends_the_run_and_spares_the_adapter():
     subject = fresh_subject(BreaksAt)
     taken = []
-    with pytest.raises(Diverged, match=r"loss became nan at step 3\. Lower the learning rates"):
+    with pytest.raises(DivergedError, match=r"loss became nan at step 3\. Lower the learning rates"):
         taken.extend((step.number, values(subject)) for step in run(subject, pictures(), steps=5))
     assert [number for number, _ in taken] == [1, 2]
     assert all(torch.equal(tensor, taken[-1][1][name]) for name, tensor in values(subject).items())
@@ -481,7 +485,7 @@ def test_gradient_that_is_no_number_ends_the_run_and_spares_the_adapter():
     subject = fresh_subject()
     before = values(subject)
     subject.tokens[0].register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(Diverged, match="gradient became (nan|inf) at step 1"):
+    with pytest.raises(DivergedError, match="gradient became (nan|inf) at step 1"):
         losses(subject, pictures(), steps=5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in values(subject).items())
 
@@ -499,7 +503,7 @@ def test_run_that_is_stopped_leaves_the_steps_that_it_took():
     "settings",
     [
         {},
-        {"batch_size": 2, "accumulation": 2, "reference_dropout": 0.3},
+        {"batch_size": 2, "gradient_accumulation": 2, "reference_dropout": 0.3},
         {"batch_size": 2, "reference_mode": "noised", "weight_decay": 0.5},
         {"loss_scaling": True},
     ],
@@ -511,7 +515,7 @@ def test_run_that_goes_on_from_a_file_ends_as_one_that_was_never_stopped(tmp_pat
     steps = run(whole, pictures(), steps=6, **settings)
     expected = [step.loss for step in steps]
     last = values(whole)
-    steps.settle()
+    steps.apply_average()
 
     stopped = fresh_subject()
     steps = run(stopped, pictures(), steps=6, **settings)
@@ -524,23 +528,23 @@ def test_run_that_goes_on_from_a_file_ends_as_one_that_was_never_stopped(tmp_pat
     assert [step.number for step in steps] == list(range(after + 1, 7))
     assert steps.losses == expected
     assert all(torch.equal(tensor, last[name]) for name, tensor in values(resumed).items())
-    steps.settle()
+    steps.apply_average()
     assert all(torch.equal(tensor, values(whole)[name]) for name, tensor in values(resumed).items())
 
 
 def test_run_that_failed_within_a_step_goes_on_from_the_step_before(tmp_path):
     whole = fresh_subject()
-    expected = losses(whole, pictures(), steps=4, batch_size=2, accumulation=2)
+    expected = losses(whole, pictures(), steps=4, batch_size=2, gradient_accumulation=2)
 
     failed = fresh_subject(FailsAt)
-    steps = run(failed, pictures(), steps=4, batch_size=2, accumulation=2)
+    steps = run(failed, pictures(), steps=4, batch_size=2, gradient_accumulation=2)
     with pytest.raises(MemoryError):
         list(steps)
     state = steps.state_dict()
     assert len(state["losses"]) == 2
 
     resumed = fresh_subject()
-    steps = run(resumed, pictures(), steps=4, batch_size=2, accumulation=2)
+    steps = run(resumed, pictures(), steps=4, batch_size=2, gradient_accumulation=2)
     steps.load_state_dict(state)
     list(steps)
     assert steps.losses == expected
@@ -598,7 +602,7 @@ def overflowing(factors: Sequence[float]) -> Subject:
 def test_scaled_gradient_that_overflows_is_no_step(broken):
     """Neither of the count, nor of the losses, nor of the average."""
     subject = overflowing([broken, 1.0, broken, broken, 1.0, 1.0])
-    training = run(subject, pictures(), steps=3, loss_scaling=True, averaging=0.0)
+    training = run(subject, pictures(), steps=3, loss_scaling=True, average_power=0.0)
     seen, steps = [], []
     for step in training:
         steps.append(step)
@@ -607,7 +611,7 @@ def test_scaled_gradient_that_overflows_is_no_step(broken):
     assert training.losses == [step.loss for step in steps]
     assert training.overflows == 3 and len(subject.denoiser.noised) == 6
     assert all(not torch.equal(a["token"], b["token"]) for a, b in itertools.pairwise(seen))
-    training.settle()
+    training.apply_average()
     for name, tensor in values(subject).items():
         assert torch.allclose(tensor, sum(then[name] for then in seen) / 3, rtol=1e-5, atol=1e-7), name
 
@@ -620,7 +624,7 @@ def test_gradients_that_go_on_overflowing_end_the_run_and_spare_the_adapter():
     message = (
         r"step 2 the gradients of \d+ batches in a row were no numbers in float16.*Choose the precision bf16 or fp32"
     )
-    with pytest.raises(Diverged, match=message):
+    with pytest.raises(DivergedError, match=message):
         next(training)
     assert all(torch.equal(tensor, before[name]) for name, tensor in values(subject).items())
     assert len(training.losses) == 1

@@ -34,7 +34,7 @@ class CastBuffer:
         return memory[: weight.numel()].view(weight.shape).copy_(weight)
 
 
-def lean_linear(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBuffer) -> Tensor:
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBuffer) -> Tensor:
     """F.linear in the type of x, for frozen weights of any. x (..., in), weight (out, in) -> (..., out)
 
     Nothing is kept but the weight as it is stored.
@@ -42,7 +42,7 @@ def lean_linear(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBuff
     return _Linear.apply(x, weight, bias, buffer)
 
 
-def lean_conv2d(
+def frozen_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBuffer, stride: Any, padding: Any, *settings: Any
 ) -> Tensor:
     """F.conv2d in the type of x, for frozen weights of any; `settings` are dilation and groups. (b, c, h, w)
@@ -52,7 +52,7 @@ def lean_conv2d(
     return _Convolution.apply(x, weight, bias, buffer, (stride, padding, *settings))
 
 
-def recomputed(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def recompute(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """run(x), of which nothing is kept but x. `run` must be a frozen function: nothing but x gets a gradient."""
     return _Recomputed.apply(run, x)
 

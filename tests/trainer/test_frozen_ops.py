@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sa_inject.trainer.lean import CastBuffer, lean_conv2d, lean_linear, recomputed
+from sa_inject.trainer.frozen_ops import CastBuffer, frozen_conv2d, frozen_linear, recompute
 
 Run = Callable[[Tensor], Tensor]
 
@@ -45,7 +45,7 @@ def assert_same(lean: Run, plain: Run, x: Tensor) -> None:
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_linear_equals_torchs_and_keeps_the_stored_weight_only(stored, has_bias):
     weight, bias = random(5, 4).to(stored), random(5, seed=1).to(stored) if has_bias else None
-    lean = partial(lean_linear, weight=weight, bias=bias, buffer=CastBuffer())
+    lean = partial(frozen_linear, weight=weight, bias=bias, buffer=CastBuffer())
     x = random(2, 3, 4, seed=2)
     assert_same(lean, lambda x: F.linear(x, weight.float(), None if bias is None else bias.float()), x)
     (only,) = kept(lean, x)
@@ -60,7 +60,7 @@ def test_convolution_equals_torchs_and_keeps_the_stored_weight_only(stored, stri
     x = random(2, 4, 9, 8, seed=2)
 
     def lean(x: Tensor) -> Tensor:
-        return lean_conv2d(x, weight, bias, CastBuffer(), *settings)
+        return frozen_conv2d(x, weight, bias, CastBuffer(), *settings)
 
     assert_same(lean, lambda x: F.conv2d(x, weight.float(), bias.float(), *settings), x)
     (only,) = kept(lean, x)
@@ -75,7 +75,7 @@ def test_one_buffer_serves_layers_of_every_size_in_turn():
 
     def lean(x: Tensor) -> Tensor:
         for layer in layers:
-            x = lean_linear(x, layer.weight, layer.bias, buffer)
+            x = frozen_linear(x, layer.weight, layer.bias, buffer)
         return x
 
     def plain(x: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ def test_recomputed_equals_the_plain_function_and_keeps_its_input_only():
         return F.silu(norm(x))
 
     x = random(2, 4, 5, 5)
-    assert_same(partial(recomputed, plain), plain, x)
-    assert [tensor.shape for tensor in kept(partial(recomputed, plain), x)] == [x.shape]
+    assert_same(partial(recompute, plain), plain, x)
+    assert [tensor.shape for tensor in kept(partial(recompute, plain), x)] == [x.shape]
 
 
 def test_recomputed_functions_may_be_nested():
@@ -108,15 +108,15 @@ def test_recomputed_functions_may_be_nested():
     buffer = CastBuffer()
 
     def inner(x: Tensor) -> Tensor:
-        return lean_linear(x, weight, None, buffer).tanh()
+        return frozen_linear(x, weight, None, buffer).tanh()
 
     def plain(x: Tensor) -> Tensor:
         return (x + F.linear(x, weight.float()).tanh()).exp()
 
-    assert_same(partial(recomputed, lambda x: (x + recomputed(inner, x)).exp()), plain, random(3, 4))
+    assert_same(partial(recompute, lambda x: (x + recompute(inner, x)).exp()), plain, random(3, 4))
 
 
 def test_nothing_is_kept_for_an_input_without_gradient():
     x = random(2, 4)
-    assert not lean_linear(x, random(3, 4), None, CastBuffer()).requires_grad
-    assert not recomputed(torch.tanh, x).requires_grad
+    assert not frozen_linear(x, random(3, 4), None, CastBuffer()).requires_grad
+    assert not recompute(torch.tanh, x).requires_grad
