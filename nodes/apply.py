@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainer.config import REFERENCE_START
-from .host.injection import APPLY_TO, BLOCK_CHOICES, USUAL_STRENGTH, injection_for
+from .host.injection import APPLY_TO, BLOCK_CHOICES, DEFAULT_STRENGTH, build_injection
 from .host.patch import patch_self_attention
 from .sockets import CATEGORY, IMAGE_PROMPT, SA_INJECT_ADAPTER
 
@@ -24,7 +24,7 @@ class ApplySelfAttnInjection(io.ComfyNode):
                 IMAGE_PROMPT.Input("image_prompt", tooltip="Pictures of the subject, from Encode Image Prompt."),
                 io.Float.Input(
                     "strength",
-                    default=USUAL_STRENGTH,
+                    default=DEFAULT_STRENGTH,
                     min=0.0,
                     max=4.0,
                     step=0.05,
@@ -83,7 +83,7 @@ class ApplySelfAttnInjection(io.ComfyNode):
     def execute(
         cls, model, adapter, image_prompt, strength, start_percent, end_percent, apply_to, blocks, attn_mask=None
     ) -> io.NodeOutput:
-        injection = injection_for(
+        injection = build_injection(
             model,
             adapter,
             image_prompt,

@@ -6,8 +6,8 @@ from comfy_api.latest import io
 
 from ..core.image_prompt import ImagePrompt, ReferenceImage
 from .host.conditioning import reference_texts
-from .host.images import SNAP, encode_picture, fit_picture, pictures_of
-from .host.masks import check_leaves_something, masks_of
+from .host.images import SIZE_MULTIPLE, encode_picture, fit_picture, split_images
+from .host.masks import check_leaves_something, split_masks
 from .sockets import CATEGORY, IMAGE_PROMPT
 
 NAME = "Encode Image Prompt"
@@ -32,9 +32,9 @@ class EncodeImagePrompt(io.ComfyNode):
                 io.Int.Input(
                     "resolution",
                     default=512,
-                    min=SNAP,
+                    min=SIZE_MULTIPLE,
                     max=2048,
-                    step=SNAP,
+                    step=SIZE_MULTIPLE,
                     tooltip="Side in pixels at which the pictures are read. Best is the resolution that the adapter "
                     "was trained at (512 for SD1.x, 1024 for SDXL). Smaller is faster and loses detail; larger is "
                     "slower, and the subject tends to come out larger.",
@@ -70,8 +70,8 @@ class EncodeImagePrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, vae, resolution, fit, mask=None, conditioning=None, image_prompt=None) -> io.NodeOutput:
-        pictures = pictures_of(images, NAME)
-        masks = masks_of(mask, pictures, NAME)
+        pictures = split_images(images, NAME)
+        masks = split_masks(mask, pictures, NAME)
         texts = reference_texts(conditioning or [], len(pictures), NAME)
         encoded = []
         for number, (picture, subject, text) in enumerate(zip(pictures, masks, texts, strict=True), start=1):

@@ -9,8 +9,8 @@ from ..core.image_prompt import ImagePrompt, ReferenceImage
 from ..trainer.config import TrainConfig
 from .host.adapter_index import warn_of_adapters_with
 from .host.files import adapter_folder
-from .host.images import SNAP, encode_picture, fit_picture, pictures_of, to_comfy
-from .host.masks import keeps_something, masks_of
+from .host.images import SIZE_MULTIPLE, encode_picture, fit_picture, split_images, to_comfy
+from .host.masks import keeps_something, split_masks
 from .host.preview import draw_previews
 from .host.progress import TrainingProgress
 from .host.provenance import Provenance
@@ -60,9 +60,9 @@ class TrainSAInjectAdapter(io.ComfyNode):
                 io.Int.Input(
                     "resolution",
                     default=512,
-                    min=SNAP,
+                    min=SIZE_MULTIPLE,
                     max=2048,
-                    step=SNAP,
+                    step=SIZE_MULTIPLE,
                     tooltip="Training size in pixels: each picture keeps its aspect and gets about this many pixels "
                     "squared. 512 for SD1.x, 768 for SD2.x, 1024 for SDXL. Time and memory grow faster than the area.",
                 ),
@@ -215,10 +215,10 @@ class TrainSAInjectAdapter(io.ComfyNode):
                 )
         chosen = {name: value[0] for name, value in settings.items()}
         path = wanted_path(chosen["file_name"])
-        pictures = pictures_of(images, NAME)
+        pictures = split_images(images, NAME)
         subject = Subject(
             pictures=pictures,
-            masks=masks_of(masks, pictures, NAME),
+            masks=split_masks(masks, pictures, NAME),
             captions=captions,
             placeholder=chosen["placeholder_token"].strip(),
             class_word=chosen["class_word"].strip(),
@@ -254,9 +254,9 @@ class TrainSAInjectAdapter(io.ComfyNode):
         provenance = Provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo, VERSION, thumbnail=pictures[0])
         adapter, text = save_or_rescue(adapter, path, provenance)
         progress.say(text)
-        taught = clip_with_token(clip, adapter.info.placeholder, adapter.tokens)
+        patched_clip = clip_with_token(clip, adapter.info.placeholder, adapter.tokens)
         previews = _previews(model, clip, vae, adapter, subject, chosen["previews"], config.seed)
-        return io.NodeOutput(adapter, taught, {"loss": losses}, previews)
+        return io.NodeOutput(adapter, patched_clip, {"loss": losses}, previews)
 
 
 def _previews(model, clip, vae, adapter, subject, count, seed):

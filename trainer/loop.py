@@ -62,9 +62,9 @@ class Training(Iterator[Step]):
         self._config = config
         self._device = device
         self._compute_dtype = compute_dtype
-        self._trainables = nn.ParameterList([*lora.parameters(), *tokens])
+        self._create_trainables = nn.ParameterList([*lora.parameters(), *tokens])
         self._average = (
-            None if config.average_power is None else PolynomialAverage(self._trainables, config.average_power)
+            None if config.average_power is None else PolynomialAverage(self._create_trainables, config.average_power)
         )
         self._trains_token_embedding = config.token_learning_rate > 0
         for token in tokens:
@@ -109,7 +109,7 @@ class Training(Iterator[Step]):
             )
         self.losses.append(loss)
         if self._average is not None:
-            self._average.update_parameters(self._trainables)
+            self._average.update_parameters(self._create_trainables)
         self._rng_state, self._scale = self._capture_rng_state(), self._scaler.state_dict()
         return Step(number, loss)
 
@@ -119,10 +119,10 @@ class Training(Iterator[Step]):
         Raises Diverged, and changes nothing then, where they are none though nothing scales them.
         """
         config = self._config
-        if all(parameter.grad is None for parameter in self._trainables):
+        if all(parameter.grad is None for parameter in self._create_trainables):
             return True  # a word alone that does not learn
         self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._trainables, config.max_gradient_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._create_trainables, config.max_gradient_norm)
         is_finite = bool(torch.isfinite(norm))
         if not (is_finite or config.loss_scaling):
             raise DivergedError(f"The gradient became {norm.item()} at step {number}. Lower the learning rates.")
@@ -140,7 +140,7 @@ class Training(Iterator[Step]):
     def apply_average(self) -> None:
         """Let the trainables be their average over the steps, where one is kept."""
         if self._average is not None:
-            self._trainables.load_state_dict(self._average.module.state_dict())
+            self._create_trainables.load_state_dict(self._average.module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last whole step left everything: numbers, lists and tensors, as torch.load(weights_only=True)
@@ -148,7 +148,7 @@ class Training(Iterator[Step]):
         random, waiting = self._rng_state
         return {
             "losses": list(self.losses),
-            "trainables": self._trainables.state_dict(),
+            "trainables": self._create_trainables.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scale,
@@ -158,7 +158,7 @@ class Training(Iterator[Step]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Only for a run over the same pictures, with the same settings but `steps`."""
-        self._trainables.load_state_dict(state["trainables"])
+        self._create_trainables.load_state_dict(state["trainables"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])

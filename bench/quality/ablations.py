@@ -20,9 +20,9 @@ from sa_inject.core.injection import Reference
 from sa_inject.core.kv import KV, BlockKey
 from sa_inject.core.lora import LoRADeltas
 from sa_inject.core.reference import ReferencePassHooks, block_key
-from sa_inject.nodes.host.bank import reference_inputs
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
-from sa_inject.nodes.host.unet import clean_sigma
+from sa_inject.nodes.host.reference_pass import reference_inputs
+from sa_inject.nodes.host.unet import clean_reference_sigma
 from sa_inject.trainer.config import REFERENCE_START
 from sa_inject.trainer.examples import Pair, PairStream, TrainingSet
 
@@ -31,9 +31,16 @@ from .learn import Room, classroom, with_word
 from .methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, ours_noised, taught_by
 from .subjects import Subject, make_subject
 
-REFERENCE_INPUTS = ("sa_inject.nodes.host.bank.reference_inputs", "sa_inject.nodes.host.patch.reference_inputs")
-CLEAN_SIGMA = ("sa_inject.nodes.host.bank.clean_sigma", "sa_inject.nodes.host.denoiser.clean_sigma")
-MAY_JOIN = ("sa_inject.nodes.host.joined.LargerCall.may_take",)
+HOST = "sa_inject.nodes.host"
+REFERENCE_INPUTS = (
+    f"{HOST}.reference_pass.reference_inputs",
+    f"{HOST}.patch.reference_inputs",
+)
+CLEAN_SIGMA = (
+    f"{HOST}.reference_pass.clean_reference_sigma",
+    f"{HOST}.denoiser.clean_reference_sigma",
+)
+MAY_JOIN = (f"{HOST}.batched_reference.ExtendedBatch.can_append",)
 
 
 def learned(
@@ -197,7 +204,7 @@ class LightlyNoised(WithChance):
     """Reads a reference neither clean nor at the picture's own level, but noised to what a clean one is read as."""
 
     def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: LoRADeltas) -> Any:
-        sigma = torch.full((latent.shape[0],), clean_sigma(self._sampling), device=latent.device)
+        sigma = torch.full((latent.shape[0],), clean_reference_sigma(self._sampling), device=latent.device)
         noise = torch.randn(latent.shape, generator=self._generator).to(latent)
         return super().read_reference(self.add_noise(latent, noise, sigma), sigma, text, mask, deltas)
 
@@ -206,11 +213,11 @@ def lightly_noised_inputs(
     base: Any, adapter: Any, pictures: Any, places: Any, sigma: Any, seed: int, like: Tensor
 ) -> Any:
     """The same while sampling, in place of bank.reference_inputs."""
-    return reference_inputs(base, adapter, pictures, places, clean_sigma(base.model_sampling), seed, like)
+    return reference_inputs(base, adapter, pictures, places, clean_reference_sigma(base.model_sampling), seed, like)
 
 
 def lowest_sigma(sampling: Any) -> float:
-    """What is true of a clean reference, in place of unet.clean_sigma."""
+    """What is true of a clean reference, in place of unet.clean_reference_sigma."""
     return float(sampling.sigma_min)
 
 
@@ -251,7 +258,7 @@ class ToldTheLevel(ComfyDenoiser):
         sampling = self._sampling
         told = sigma.new_tensor([level_to_tell(sampling, level, self.told_at) for level in sigma.tolist()])
         one = torch.ones_like(told)
-        clean = torch.full_like(told, clean_sigma(sampling))
+        clean = torch.full_like(told, clean_reference_sigma(sampling))
         scale = sampling.calculate_input(clean, one) / sampling.calculate_input(told, one)  # as large as a clean one
         return super().read_reference(self._clean * scale.view(-1, 1, 1, 1), told, text, mask, deltas)
 
@@ -282,7 +289,7 @@ def told(*told_at: float) -> Callable[[Lesson], Taught]:
 
 
 def sigma_at(share: float) -> Callable[[Any], float]:
-    """Another place in the schedule to read clean references at, in place of unet.clean_sigma."""
+    """Another place in the schedule to read clean references at, in place of unet.clean_reference_sigma."""
     return lambda sampling: float(sampling.percent_to_sigma(1 - share))
 
 
@@ -374,8 +381,8 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
 
 # What has to be in place while teaching and while drawing.
 CONCATENATED: Replacements = (
-    (("sa_inject.nodes.host.denoiser._Injected",), ConcatenatedInTraining),
-    (("sa_inject.nodes.host.injected.attend_and_inject",), concatenated),
+    ((f"{HOST}.denoiser._Injected",), ConcatenatedInTraining),
+    ((f"{HOST}.injected.attend_and_inject",), concatenated),
 )
 REPLACED: dict[str, Replacements] = {
     "LoRA in the whole pass": ((RECORDER, WholePass),),
@@ -385,7 +392,7 @@ REPLACED: dict[str, Replacements] = {
     "concatenated": ((RECORDER, WholeValues), *CONCATENATED),
     "no LoRA": ((RECORDER, WholeValues), *CONCATENATED),
     "whole values, added": ((RECORDER, WholeValues),),
-    "references lightly noised": ((("sa_inject.nodes.host.bank.reference_inputs",), lightly_noised_inputs),),
+    "references lightly noised": (((f"{HOST}.reference_pass.reference_inputs",), lightly_noised_inputs),),
     "references read as clean": ((CLEAN_SIGMA, lowest_sigma),),
     "references told the picture's level": ((REFERENCE_INPUTS, inputs_told(())),),
     "references told one of 3 levels": ((REFERENCE_INPUTS, inputs_told(THREE_LEVELS)),),

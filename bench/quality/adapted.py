@@ -18,8 +18,8 @@ from sa_inject.core.attention import Attention, differentiable_attention
 from sa_inject.core.injection import inject
 from sa_inject.core.lora import LoRADeltas, SelfAttentionLoRA
 from sa_inject.core.reference import HIDDEN_STATES_KEY, ReferencePassHooks, block_key
+from sa_inject.nodes.host.autograd import differentiable_options
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
-from sa_inject.nodes.host.trainable import differentiable_options
 from sa_inject.nodes.host.unet import model_conditions
 
 from .learn import Room, classroom, with_word
@@ -27,7 +27,11 @@ from .methods import PLACEHOLDER, Lesson, Taught, taught_by
 
 ATTENDED = "bench_attended"
 Replacements = tuple[tuple[tuple[str, ...], Any], ...]
-RECORDER = ("sa_inject.nodes.host.bank.ReferencePassHooks", "sa_inject.nodes.host.denoiser.ReferencePassHooks")
+HOST = "sa_inject.nodes.host"
+RECORDER = (
+    f"{HOST}.reference_pass.ReferencePassHooks",
+    f"{HOST}.denoiser.ReferencePassHooks",
+)
 
 
 @contextlib.contextmanager
@@ -142,10 +146,10 @@ def lora_on_both(lesson: Lesson, **changes: Any) -> Taught:
                 for (key, projection), product in products.items()
             }
     patches = {f"diffusion_model.{name}": ("diff", (value,)) for name, value in differences.items()}
-    taught = taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER))
-    taught.model.add_patches(patches)
+    trained = taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER))
+    trained.model.add_patches(patches)
     more = sum(parameter.numel() for parameter in own.parameters())
-    return taught._replace(parameters=taught.parameters + more, file_bytes=taught.file_bytes + 2 * more)
+    return trained._replace(parameters=trained.parameters + more, file_bytes=trained.file_bytes + 2 * more)
 
 
 class _Both:

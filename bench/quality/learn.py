@@ -21,15 +21,15 @@ from torch.nn import functional as F
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.lora import SelfAttentionLoRA
 from sa_inject.nodes.host import training, training_set
-from sa_inject.nodes.host.denoiser import ComfyDenoiser
-from sa_inject.nodes.host.text import class_word_vectors, clip_with_token, finder
-from sa_inject.nodes.host.trainable import (
+from sa_inject.nodes.host.autograd import (
+    clone_for_autograd,
     make_differentiable,
-    normal_tensor,
     out_of_place_text_encoder,
-    own_forward,
+    patched_forward,
     training_mode,
 )
+from sa_inject.nodes.host.denoiser import ComfyDenoiser
+from sa_inject.nodes.host.text import clip_with_token, finder, initial_token_embedding
 from sa_inject.nodes.host.unet import UnetDescription, describe
 from sa_inject.trainer.captions import captions_for
 from sa_inject.trainer.config import TrainConfig
@@ -99,7 +99,7 @@ class Room:
         """What the pack would save."""
         with torch.no_grad():
             text = self.denoiser.encode([self.subject.class_word])
-        return training._finished(
+        return training._build_adapter(
             "bench", self.description, self.subject, self.config, self.lora, self.tokens, text, self.patcher
         )
 
@@ -128,7 +128,7 @@ def classroom(
             subject.class_word,
             finder(models.clip, subject.placeholder),
         )
-        initial = class_word_vectors(models.clip, subject.class_word, config.token_vectors)
+        initial = initial_token_embedding(models.clip, subject.class_word, config.token_vectors)
         data = training_set.training_set(models.model, models.vae, subject, captions, config.seed)
     patcher = models.model.clone()
     with training_mode(), contextlib.ExitStack() as undo:
@@ -139,7 +139,7 @@ def classroom(
         undo.enter_context(out_of_place_text_encoder(models.clip, checkpointing=False))
         undo.enter_context(cast_once(models.clip.cond_stage_model, models.dtype))
         undo.enter_context(weights_kept(base.diffusion_model))
-        lora, tokens, taught = training._trainables(
+        lora, tokens, patched_clip = training._create_trainables(
             models.clip, description, initial, subject.placeholder, config, patcher
         )
         sampling = patcher.get_model_object("model_sampling")
@@ -147,7 +147,7 @@ def classroom(
         yield Room(
             unet=base.diffusion_model,
             description=description,
-            denoiser=denoiser_class(base, sampling, taught, description.layers, device, torch.float32),
+            denoiser=denoiser_class(base, sampling, patched_clip, description.layers, device, torch.float32),
             data=mixed(training_set.without_inference_tensors(data), extra),
             subject=subject,
             lora=lora,
@@ -180,7 +180,7 @@ def cast_once(frozen: nn.Module, dtype: torch.dtype) -> contextlib.AbstractConte
     def forward(layer: nn.Linear, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return F.linear(x, *cast[layer]) if torch.is_autocast_enabled(x.device.type) else original(x)
 
-    return own_forward(layers, forward)
+    return patched_forward(layers, forward)
 
 
 @contextlib.contextmanager
@@ -225,7 +225,9 @@ def weights_kept(unet: nn.Module) -> Iterator[None]:
 def class_examples(models: Models, latents: Tensor, captions: Sequence[str]) -> list[Example]:
     """Pictures of the class as examples. latents (n, c, h, w) as a sampler returns them."""
     scaled = models.model.model.process_latent_in(latents).float().cpu()
-    return [Example(normal_tensor(latent[None]), (caption,)) for latent, caption in zip(scaled, captions, strict=True)]
+    return [
+        Example(clone_for_autograd(latent[None]), (caption,)) for latent, caption in zip(scaled, captions, strict=True)
+    ]
 
 
 def with_word(models: Models, word: dict[str, Tensor], placeholder: str) -> Any:

@@ -254,24 +254,24 @@ class Bench:
             return known
         start = time.perf_counter()
         lesson = Lesson(self.host, self.models, subject, self.settings, *rates, strength=strength)
-        taught, seconds, memory = timed(lesson, Method(teach))
+        trained, seconds, memory = timed(lesson, Method(teach))
         began = time.perf_counter()
-        images = draw(lesson, taught, subject.prompt_texts(taught.words), pictures)
+        images = draw(lesson, trained, subject.prompt_texts(trained.words), pictures)
         per_image = (time.perf_counter() - began) / len(images)
         asked = [scene for scene in subject.prompts for _ in range(pictures)]
         value: Cell = {
             "device": device_slug(),
             "scores": score(self.judge, subject, images, asked)._asdict(),
-            "parameters": taught.parameters,
-            "file_bytes": taught.file_bytes,
+            "parameters": trained.parameters,
+            "file_bytes": trained.file_bytes,
             "training_seconds": round(seconds, 2),
             "added_bytes": memory,
             "seconds_per_image": round(per_image, 3),
-            "unseen_loss": [round(loss, 6) for loss in unseen_loss(lesson, taught)],
+            "unseen_loss": [round(loss, 6) for loss in unseen_loss(lesson, trained)],
         }
         if bystanders:
             scenes = bystander_scenes(bystanders)
-            value["base_fidelity"] = base_fidelity(self.judge, draw(lesson, taught, texts_of(scenes, None), 1), scenes)
+            value["base_fidelity"] = base_fidelity(self.judge, draw(lesson, trained, texts_of(scenes, None), 1), scenes)
         self.keep_pictures(part, name, subject, images[::pictures])
         if part == "main":
             self.second.add(key, images, asked)

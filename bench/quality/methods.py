@@ -25,7 +25,7 @@ from sa_inject.core.adapter import Adapter
 from sa_inject.core.adapter_file import save_adapter
 from sa_inject.core.image_prompt import ImagePrompt, TextConditioning
 from sa_inject.nodes.host import training_set
-from sa_inject.nodes.host.images import pictures_of
+from sa_inject.nodes.host.images import split_images
 from sa_inject.nodes.host.unet import describe
 from sa_inject.trainer.config import TrainConfig
 
@@ -67,7 +67,7 @@ class Lesson:
         return torch.from_numpy(stacked).float() / 255
 
     def training_subject(self) -> training_set.Subject:
-        pictures = pictures_of([self.pictures()], "bench")
+        pictures = split_images([self.pictures()], "bench")
         return training_set.Subject(
             pictures=pictures,
             masks=[None] * len(pictures),
@@ -295,7 +295,7 @@ def size_of(tensors: dict[str, Tensor]) -> tuple[int, int]:
 
 def sample(
     lesson: Lesson,
-    taught: Taught,
+    trained: Taught,
     texts: Sequence[str],
     pictures: int,
     seeds: Sequence[int],
@@ -308,23 +308,23 @@ def sample(
     of_call = of_call or (PROMPTS_OF_CALL if torch.cuda.is_available() else 1)
     return torch.cat(
         [
-            _sample_at_once(lesson, taught, texts[first : first + of_call], pictures, seeds[first : first + of_call])
+            _sample_at_once(lesson, trained, texts[first : first + of_call], pictures, seeds[first : first + of_call])
             for first in range(0, len(texts), of_call)
         ]
     )
 
 
 def _sample_at_once(
-    lesson: Lesson, taught: Taught, texts: Sequence[str], pictures: int, seeds: Sequence[int]
+    lesson: Lesson, trained: Taught, texts: Sequence[str], pictures: int, seeds: Sequence[int]
 ) -> Tensor:
     """As KSampler does it, whose own noise has one seed for all."""
     host, settings = lesson.host, lesson.settings
-    found = [host.execute("CLIPTextEncode", clip=taught.clip, text=text)[0][0] for text in texts]
+    found = [host.execute("CLIPTextEncode", clip=trained.clip, text=text)[0][0] for text in texts]
     cross_attn = torch.cat([text[0] for text in found]).repeat_interleave(pictures, dim=0)
     empty = host.execute("EmptyLatentImage", width=IMAGE_SIZE, height=IMAGE_SIZE, batch_size=pictures)[0]["samples"]
     with torch.inference_mode():
         return comfy.sample.sample(
-            taught.model,
+            trained.model,
             torch.cat([comfy.sample.prepare_noise(empty, seed) for seed in seeds]),
             settings.sampler_steps,
             settings.cfg,
@@ -346,10 +346,10 @@ def unprompted(lesson: Lesson) -> Any:
     return lesson.negative
 
 
-def draw(lesson: Lesson, taught: Taught, texts: Sequence[str], pictures: int) -> list[Image.Image]:
+def draw(lesson: Lesson, trained: Taught, texts: Sequence[str], pictures: int) -> list[Image.Image]:
     """So many pictures of every prompt, in the order of the prompts; seeds depend on the prompt's place alone."""
     seeds = [1000 * place for place in range(len(texts))]
-    return decoded(lesson, sample(lesson, taught, texts, pictures, seeds))
+    return decoded(lesson, sample(lesson, trained, texts, pictures, seeds))
 
 
 def decoded(lesson: Lesson, latents: Tensor) -> list[Image.Image]:
@@ -361,8 +361,8 @@ def timed(lesson: Lesson, method: Method) -> tuple[Taught, float, int]:
     """Teach, and say how long it took and by how many bytes memory grew at its peak."""
     start = time.perf_counter()
     with peak_memory() as peak, attention_written_out():
-        taught = method.teach(lesson)
-    return taught, time.perf_counter() - start, peak.added
+        trained = method.teach(lesson)
+    return trained, time.perf_counter() - start, peak.added
 
 
 def with_words(*rates: float) -> tuple[tuple[float, float], ...]:

@@ -24,13 +24,13 @@ LEVELS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # places in the mode
 SEED = 5
 
 
-def unseen_loss(lesson: Lesson, taught: Taught) -> list[float]:
+def unseen_loss(lesson: Lesson, trained: Taught) -> list[float]:
     """Mean squared error of the predicted noise at each of LEVELS, over the scenes of the subject's prompts."""
     host, models, subject = lesson.host, lesson.models, lesson.subject
     scenes = torch.from_numpy(np.stack([np.asarray(render(scene)) for scene in subject.prompts])).float() / 255
     latents = host.execute("VAEEncode", pixels=scenes, vae=models.vae)[0]["samples"]
-    texts = subject.prompt_texts(taught.words)
-    positive = [host.execute("CLIPTextEncode", clip=taught.clip, text=text)[0][0][0] for text in texts]
+    texts = subject.prompt_texts(trained.words)
+    positive = [host.execute("CLIPTextEncode", clip=trained.clip, text=text)[0][0][0] for text in texts]
     losses: list[float] = []
 
     def measure(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], *_: Any, **__: Any) -> Tensor:
@@ -48,7 +48,7 @@ def unseen_loss(lesson: Lesson, taught: Taught) -> list[float]:
     nothing = torch.zeros_like(latents)
     with torch.inference_mode():
         comfy.sample.sample_custom(
-            taught.model,
+            trained.model,
             nothing,
             1.0,  # without guidance, as losses are
             comfy.samplers.KSAMPLER(measure),

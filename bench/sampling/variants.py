@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sa_inject.nodes.host.injection import USUAL_STRENGTH
+from sa_inject.nodes.host.injection import DEFAULT_STRENGTH
 
 from ..measure import StepClock
 from ..reference_only import with_reference_every_step
@@ -32,7 +32,7 @@ class Variant:
     references: int = 1
     masked: bool = False
     apply_to: str = "positive"
-    strength: float = USUAL_STRENGTH
+    strength: float = DEFAULT_STRENGTH
     is_outside: bool = False  # start and end lie between two steps
     at_most: float | None = None
 

@@ -17,15 +17,15 @@ from comfy.utils import ProgressBar
 from torch.nn import functional as F
 
 from sa_inject.core.image_prompt import TextConditioning
-from sa_inject.nodes.host.checkpoint import FOLDER as TRAINING_STATES
-from sa_inject.nodes.host.files import adapter_folder
-from sa_inject.nodes.host.trainable import (
+from sa_inject.nodes.host.autograd import (
+    checkpoint_activations,
+    clone_for_autograd,
     differentiable_options,
     make_differentiable,
-    normal_tensor,
-    recomputed_activations,
     training_mode,
 )
+from sa_inject.nodes.host.checkpoint import FOLDER as TRAINING_STATES
+from sa_inject.nodes.host.files import adapter_folder
 from sa_inject.nodes.host.unet import network_inputs
 from tests.host import full_size
 
@@ -125,13 +125,13 @@ def train_all_weights(task: Task, steps: int) -> list[float]:
         undo.callback(_restore, unet, stored)
         unet.float().requires_grad_(True)
         if task.checkpointing:
-            undo.enter_context(recomputed_activations(unet))
+            undo.enter_context(checkpoint_activations(unet))
         optimizer = torch.optim.AdamW(unet.parameters(), lr=0.0)
         generator = torch.Generator().manual_seed(task.seed)
-        latents = base.process_latent_in(normal_tensor(latents)).to(device, torch.float32)
+        latents = base.process_latent_in(clone_for_autograd(latents)).to(device, torch.float32)
         pooled = more.get("pooled_output")
         text = TextConditioning(
-            normal_tensor(cross_attn).to(device), None if pooled is None else normal_tensor(pooled).to(device)
+            clone_for_autograd(cross_attn).to(device), None if pooled is None else clone_for_autograd(pooled).to(device)
         )
         progress = ProgressBar(steps)
         for step in range(steps):

@@ -16,9 +16,9 @@ from ...core.lora import LoRADeltas
 from ...core.masks import token_mask
 from ...core.reference import ReferencePassHooks, block_key, run_reference_pass
 from ...trainer.denoiser import References
+from .autograd import differentiable_options
 from .text import encode_text
-from .trainable import differentiable_options
-from .unet import clean_sigma, model_conditions, network_inputs
+from .unet import clean_reference_sigma, model_conditions, network_inputs
 
 
 class ComfyDenoiser:
@@ -69,7 +69,7 @@ class ComfyDenoiser:
     ) -> References:
         recorder = ReferencePassHooks(self._blocks, self._blocks[-1], deltas, differentiable_attention)
         if sigma is None:
-            sigma = torch.full((latent.shape[0],), clean_sigma(self._sampling), device=latent.device)
+            sigma = torch.full((latent.shape[0],), clean_reference_sigma(self._sampling), device=latent.device)
         inputs = network_inputs(self._base, latent, sigma, text, self._dtype)
         options = {**differentiable_options(), **recorder.transformer_options(self._blocks)}
         bank = run_reference_pass(lambda: self._base.diffusion_model(*inputs, None, options), recorder)

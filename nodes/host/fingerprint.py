@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...trainer.config import TrainConfig
 from ...trainer.examples import Example, TrainingSet
 from .plain_weights import ORIGINAL
-from .unet import clean_sigma
+from .unet import clean_reference_sigma
 
 FORMAT = 2  # raised when the same inputs train differently, or a kept file is written differently
 DIGITS = 16
@@ -204,7 +204,7 @@ def _sampling_at_probes(sampling: Any) -> Iterator[Tensor]:
     """What the sampling makes of given values: two classes that compute the same are the same."""
     sigmas = sampling.sigmas
     yield sigmas
-    yield torch.tensor(clean_sigma(sampling))
+    yield torch.tensor(clean_reference_sigma(sampling))
     x = torch.linspace(-1.0, 1.0, 4, device=sigmas.device).view(1, 1, 1, 4)
     for place in torch.linspace(0, len(sigmas) - 1, PROBES).long().tolist():
         sigma = sigmas[place : place + 1].clone()

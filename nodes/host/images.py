@@ -19,7 +19,7 @@ from .masks import cropped_mask, resized_mask
 log = logging.getLogger(__name__)
 
 Fit = Literal["crop", "pad", "stretch"]
-SNAP = 64  # pixels: sides are multiples of this, so that every level of a UNet has whole tokens
+SIZE_MULTIPLE = 64  # pixels: sides are multiples of this, so that every level of a UNet has whole tokens
 GREY = 0.5
 VAE_CURE = (
     "Start ComfyUI with --fp32-vae (or --bf16-vae), or connect a VAE that was fixed for float16, such as "
@@ -27,7 +27,7 @@ VAE_CURE = (
 )
 
 
-def pictures_of(images: Sequence[Tensor], what: str) -> list[Tensor]:
+def split_images(images: Sequence[Tensor], what: str) -> list[Tensor]:
     """Split batches and lists of IMAGE into single RGB pictures, float32. -> (1, 3, h, w) each
 
     Alpha is composed onto grey, a single channel becomes RGB. On the CPU, where any size can be resized. Raises
@@ -71,7 +71,7 @@ def fit_picture(picture: Tensor, mask: Tensor | None, resolution: int, fit: Fit)
 
 def bucket_size(height: int, width: int, resolution: int) -> tuple[int, int]:
     """The size to train a picture at: about resolution^2 pixels, its own aspect, sides in steps of 64 pixels."""
-    snap = min(SNAP, resolution)
+    snap = min(SIZE_MULTIPLE, resolution)
     ratio = resolution / (height * width) ** 0.5
     return tuple(max(snap, round(side * ratio / snap) * snap) for side in (height, width))
 

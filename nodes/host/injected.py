@@ -13,8 +13,8 @@ from ...core.attention import Attention
 from ...core.injection import Reference, attend_to_reference
 from ...core.kv import BlockKey, KVBank
 from ...core.reference import block_key, store_hidden_states
-from .bank import host_attention
-from .joined import JoinedPictures
+from .batched_reference import BatchedReferences
+from .reference_pass import host_attention
 from .sampling_run import Injection, SamplingRun
 
 AttentionPatch = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
@@ -29,7 +29,7 @@ class Source:
 
 
 def with_injection(
-    options: dict[str, Any], sources: Sequence[Source], run: SamplingRun, joined: Sequence[JoinedPictures]
+    options: dict[str, Any], sources: Sequence[Source], run: SamplingRun, joined: Sequence[BatchedReferences]
 ) -> dict[str, Any]:
     """Copy the call's options and put the injection over every block that a bank covers."""
     patches = options.get("patches", {})
@@ -78,7 +78,7 @@ class InjectedAttention:
         rows: InjectedRows,
         earlier: AttentionPatch | None,
         run: SamplingRun,
-        joined: Sequence[JoinedPictures],
+        joined: Sequence[BatchedReferences],
     ) -> None:
         self._rows = rows
         self._earlier = earlier
@@ -89,7 +89,7 @@ class InjectedAttention:
         key = block_key(extra_options)
         if self._earlier is not None:
             # What it returns may be meant to be wrong, as guidance nodes do it: nothing is added to that.
-            self._run.step_aside(REPLACED, key)
+            self._run.record_skip(REPLACED, key)
             return self._earlier(q, k, v, extra_options)
         if q.shape[0] != k.shape[0]:
             # Tiling nodes fold tiles of q into the batch and leave k and v whole; the kernels would reshape them so.
@@ -99,7 +99,7 @@ class InjectedAttention:
         given = []
         fold, left = divmod(q.shape[0], self._rows.count)
         if left or extra_options.get("original_shape", [self._rows.count])[0] != self._rows.count:
-            self._run.step_aside("another node changed the number of rows on the way there", key)
+            self._run.record_skip("another node changed the number of rows on the way there", key)
         else:
             given = [
                 (rows, self._references(sources, key, q, extra_options))
@@ -119,7 +119,7 @@ class InjectedAttention:
             if injection.attn_mask is not None:
                 height, width = extra_options["activations_shape"][-2:]
                 if height * width != q.shape[1]:
-                    self._run.step_aside("tokens were merged or tiled there, so attn_mask cannot be placed", key)
+                    self._run.record_skip("tokens were merged or tiled there, so attn_mask cannot be placed", key)
                     continue
                 query_mask = self._run.mask_weights(injection, height, width, q.device)
             references.append(Reference(source.bank[key], injection.strength, query_mask=query_mask))

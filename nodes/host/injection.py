@@ -15,7 +15,7 @@ from .unet import describe, pooled_width, prediction_type
 
 # Less than the 1 that was trained: guidance multiplies what the reference adds as well. 0.7 drew better than 1 in 13 of
 # 16 subjects (bench/results/quality/explored-on-cuda.md).
-USUAL_STRENGTH = 0.7
+DEFAULT_STRENGTH = 0.7
 
 APPLY_TO: tuple[str, ...] = get_args(ApplyTo)
 BLOCK_CHOICES: dict[str, tuple[str, ...]] = {
@@ -27,7 +27,7 @@ BLOCK_CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def injection_for(
+def build_injection(
     model: Any,
     adapter: Adapter,
     image_prompt: ImagePrompt,

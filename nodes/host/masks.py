@@ -20,7 +20,7 @@ LEAST_COVER = 0.1  # of the cell that a mask covers best; less is noise of a com
 SMALL_SHARE = 0.005  # of a picture: a subject that is smaller than this is learned badly
 
 
-def masks_of(masks: Sequence[Tensor] | None, pictures: Sequence[Tensor], what: str) -> list[Tensor | None]:
+def split_masks(masks: Sequence[Tensor] | None, pictures: Sequence[Tensor], what: str) -> list[Tensor | None]:
     """One mask a picture, white where the subject is, in 0..1; None where the whole picture counts. -> (h, w) each
 
     One mask serves all pictures of its size. Raises ValueError for another count or size, and for a mask that leaves

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from ...core.kv import KVBank
 from ...core.reference import ReferencePassHooks
-from .bank import host_attention, read_image_prompt, reference_inputs
+from .batched_reference import ExtendedBatch
 from .foreign import ForeignCode, foreign_code
 from .injected import REPLACED, Source, with_injection
-from .joined import LargerCall
 from .reference_call import DrawingCall
+from .reference_pass import encode_references, host_attention, reference_inputs
 from .row_texts import conditional_rows, is_plain_call
 from .sampling_run import RUN_KEY, BankKey, Injection, SamplingRun, warn_of_another_shape
 
 # A compiled model traces our wrapper too; the reference pass and its caches would make it compile again and again.
-uncompiled_read_image_prompt: Any = torch.compiler.disable(read_image_prompt)
+uncompiled_encode_references: Any = torch.compiler.disable(encode_references)
 uncompiled_foreign_code: Any = torch.compiler.disable(foreign_code)
 
 WRAPPER_KEY = "sa_inject"
@@ -47,8 +47,8 @@ def patch_self_attention(model: Any, injection: Injection) -> Any:
     earlier = _installed(patched)
     wrapper = SelfAttentionInjection(patched.model, (*(earlier.injections if earlier else ()), injection))
     for kind, function in (
-        (WrappersMP.OUTER_SAMPLE, wrapper.around_sampling),
-        (WrappersMP.PREPARE_SAMPLING, wrapper.around_preparation),
+        (WrappersMP.OUTER_SAMPLE, wrapper.outer_sample_wrapper),
+        (WrappersMP.PREPARE_SAMPLING, wrapper.prepare_sampling_wrapper),
         (WrappersMP.DIFFUSION_MODEL, wrapper),
     ):
         patched.wrappers.setdefault(kind, {})[WRAPPER_KEY] = [function]
@@ -67,7 +67,7 @@ class SelfAttentionInjection:
         self.base = base
         self.injections = tuple(injections)
 
-    def around_sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+    def outer_sample_wrapper(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Open a SamplingRun for the calls inside, and drop it with all its banks whatever happens."""
         options = executor.class_obj.model_options.setdefault("transformer_options", {})
         named = {**dict(zip(OUTER_SAMPLE_ARGUMENTS, args, strict=False)), **kwargs}
@@ -86,7 +86,9 @@ class SelfAttentionInjection:
             options.pop(RUN_KEY, None)
             run.report(self.injections)
 
-    def around_preparation(self, executor: Any, model: Any, noise_shape: Sequence[int], *args: Any, **kwargs: Any):
+    def prepare_sampling_wrapper(
+        self, executor: Any, model: Any, noise_shape: Sequence[int], *args: Any, **kwargs: Any
+    ):
         """Ask for room for the reference pass: its pictures count as further rows of the batch."""
         cells = sum(p.latent.shape[-2] * p.latent.shape[-1] for i in self.injections for p in i.image_prompt.pictures)
         rows = -(-cells // (noise_shape[-2] * noise_shape[-1]))
@@ -97,18 +99,18 @@ class SelfAttentionInjection:
         run = options.get(RUN_KEY) or SamplingRun()
         unet, x = executor.class_obj, arguments[0]
         # Reading it lets the device finish first.
-        sigma = _sigma(options) if any(injection.asks_for_noise_level for injection in self.injections) else None
+        sigma = _sigma(options) if any(injection.needs_sigma for injection in self.injections) else None
         seen = self._rows(run, executor, arguments, options)
         seen = [(i, rows) for i, rows in seen if run.is_active(i, sigma, self.base.model_sampling)]
         foreign = self._foreign(run, unet, arguments[2]) if seen else None
         if foreign is None:
             return executor(*arguments, options, **kwargs)
-        joined = LargerCall(executor, arguments, kwargs, options, foreign)
+        joined = ExtendedBatch(executor, arguments, kwargs, options, foreign)
         drawing = DrawingCall(executor.original, x, arguments[3], kwargs, options, foreign)
         sources = []
         for injection, rows in seen:
             if foreign.attention:
-                run.step_aside(REPLACED, *(injection.blocks & foreign.attention))
+                run.record_skip(REPLACED, *(injection.blocks & foreign.attention))
             if not injection.blocks <= foreign.attention:
                 bank = self._bank(run, injection, unet, sigma, drawing, joined)
                 sources.append(Source(injection, rows, bank))
@@ -129,14 +131,14 @@ class SelfAttentionInjection:
             is_plain = is_plain_call(executor, run.guider, self.base, options)
             conditional = conditional_rows(run.guider, run.texts, options, arguments, is_plain)
             if conditional is None:
-                run.step_aside("nothing tells which of their rows belong to the positive prompt")
+                run.record_skip("nothing tells which of their rows belong to the positive prompt")
         seen = []
         for injection in self.injections:
             rows = conditional if injection.apply_to == "positive" else [True] * len(x)
             if rows is None or not any(rows):
                 continue
             if is_part and injection.attn_mask is not None:
-                run.step_aside("they draw only a part of the picture, so attn_mask cannot be placed")
+                run.record_skip("they draw only a part of the picture, so attn_mask cannot be placed")
             else:
                 seen.append((injection, rows))
         return seen
@@ -147,7 +149,7 @@ class SelfAttentionInjection:
             run.foreign[id(unet)] = uncompiled_foreign_code(unet, self.injections[0].adapter.info.layers)
         found = run.foreign[id(unet)]
         if found is None or context.shape[-1] != self.base.model_config.unet_config["context_dim"]:
-            run.step_aside("they go to another network than the one that the adapter was made for")
+            run.record_skip("they go to another network than the one that the adapter was made for")
             return None
         return found
 
@@ -158,7 +160,7 @@ class SelfAttentionInjection:
         unet: Any,
         sigma: float | None,
         drawing: DrawingCall,
-        joined: LargerCall,
+        joined: ExtendedBatch,
     ) -> KVBank:
         """The bank for this call: there already, read now, or one that fills as the pictures go through with x."""
         x = drawing.x
@@ -168,14 +170,14 @@ class SelfAttentionInjection:
         adapter, prompt = injection.adapter, injection.image_prompt
         level = sigma if injection.is_noised else None
         deltas = run.deltas_of(adapter, x)
-        if injection.is_noised and injection.reads_to_the_end and joined.may_take(prompt, adapter, self.base):
+        if injection.is_noised and injection.needs_full_pass and joined.can_append(prompt, adapter, self.base):
             places = range(len(prompt.pictures))
             inputs = reference_inputs(self.base, adapter, prompt.pictures, places, level, run.seed, x)
             last = adapter.info.layers[-1].key
             recorder = ReferencePassHooks(injection.blocks, last, deltas, host_attention(drawing.options))
             if joined.join(key, prompt, inputs, recorder):
                 return joined.pictures[key].bank
-        run.banks[key] = uncompiled_read_image_prompt(
+        run.banks[key] = uncompiled_encode_references(
             drawing,
             self.base,
             adapter,

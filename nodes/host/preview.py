@@ -13,7 +13,7 @@ from ...core.image_prompt import ImagePrompt
 from ...trainer.captions import TEMPLATES, subject_phrase
 from ...trainer.config import REFERENCE_START
 from .images import decode_latents
-from .injection import USUAL_STRENGTH
+from .injection import DEFAULT_STRENGTH
 from .patch import patch_self_attention
 from .sampling_run import Injection
 from .text import clip_with_token
@@ -27,12 +27,12 @@ def draw_previews(
     model: Any, clip: Any, vae: Any, adapter: Adapter, prompt: ImagePrompt, count: int, seed: int
 ) -> Tensor:
     """Draw the subject `count` times at the size of its first image prompt. -> IMAGE (count, h, w, 3)"""
-    taught = clip_with_token(clip, adapter.info.placeholder, adapter.tokens)
+    patched_clip = clip_with_token(clip, adapter.info.placeholder, adapter.tokens)
     positive, negative = (
-        taught.encode_from_tokens_scheduled(taught.tokenize(text))
+        patched_clip.encode_from_tokens_scheduled(patched_clip.tokenize(text))
         for text in (TEMPLATES[0].format(subject_phrase(adapter.info.placeholder, adapter.info.class_word)), "")
     )
-    patched = patch_self_attention(model, usual_injection(adapter, prompt))
+    patched = patch_self_attention(model, default_injection(adapter, prompt))
     latent = torch.zeros(count, *prompt.pictures[0].latent.shape[1:])
     noise = comfy.sample.prepare_noise(latent, seed)
     samples = comfy.sample.sample(
@@ -41,12 +41,12 @@ def draw_previews(
     return decode_latents(vae, samples)
 
 
-def usual_injection(adapter: Adapter, prompt: ImagePrompt) -> Injection:
+def default_injection(adapter: Adapter, prompt: ImagePrompt) -> Injection:
     """What Apply does when nothing is changed on it."""
     return Injection(
         adapter=adapter,
         image_prompt=prompt,
-        strength=USUAL_STRENGTH,
+        strength=DEFAULT_STRENGTH,
         start_percent=REFERENCE_START,
         end_percent=1.0,
         apply_to="positive",

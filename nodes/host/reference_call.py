@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...core.reference import ReferencePassComplete
 from .foreign import ForeignCode
-from .row_texts import CONDITIONAL
+from .row_texts import COND
 from .sampling_run import RUN_KEY
 from .unet import NetworkInputs
 
@@ -68,7 +68,7 @@ class DrawingCall:
         """Theirs, which modules of their own may ask for, and over them what makes this a reference pass."""
         options = {name: value for name, value in self.options.items() if name not in PRIVATE}
         if self.rows is None:
-            options["cond_or_uncond"] = [CONDITIONAL]
+            options["cond_or_uncond"] = [COND]
             options.pop("uuids", None)
             if isinstance(options.get("sigmas"), Tensor):
                 options["sigmas"] = options["sigmas"].flatten()[:1].expand(rows)

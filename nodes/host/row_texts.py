@@ -14,7 +14,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-CONDITIONAL = 0  # how ComfyUI's own guiders mark a chunk of conditional rows in `cond_or_uncond`
+COND = 0  # how ComfyUI's own guiders mark a chunk of conditional rows in `cond_or_uncond`
 SURE = 4.0  # a row reads a text if every text of the other kind is so many times as far from it
 HARMLESS = {"torch.compile"}  # keys of wrappers around apply_model that leave the rows as they are
 
@@ -65,7 +65,7 @@ def conditional_rows(
 
 def conditional_chunks(guider: Any, options: dict[str, Any]) -> list[bool]:
     """For each chunk of a UNet call whether it reads the positive text, as far as ComfyUI says."""
-    kinds = options.get("cond_or_uncond") or [CONDITIONAL]
+    kinds = options.get("cond_or_uncond") or [COND]
     uuids = options.get("uuids", [])
     if len(uuids) != len(kinds):
         uuids = [None] * len(kinds)
@@ -81,7 +81,7 @@ def _is_conditional(guider: Any, kind: int, uuid: Any) -> bool:
     owners = [name for name, entries in conds.items() if any(c.get("uuid", guider) == uuid for c in entries)]
     is_positive = {name == "positive" for name in owners}
     if "positive" not in conds or len(is_positive) != 1:
-        return kind == CONDITIONAL
+        return kind == COND
     return is_positive == {True}
 
 

@@ -45,11 +45,11 @@ class Injection:
         return self.adapter.info.reference_mode == "noised"
 
     @property
-    def asks_for_noise_level(self) -> bool:
+    def needs_sigma(self) -> bool:
         return self.is_noised or self.start_percent > 0 or self.end_percent < 1
 
     @property
-    def reads_to_the_end(self) -> bool:
+    def needs_full_pass(self) -> bool:
         """Whether a reference pass of its own could stop no earlier than the UNet does."""
         return self.adapter.info.layers[-1].key in self.blocks
 
@@ -89,7 +89,7 @@ class SamplingRun:
     foreign: dict[int, ForeignCode | None] = field(default_factory=dict)
     texts: GuiderTexts = field(default_factory=GuiderTexts)
     was_active: dict[int, bool] = field(default_factory=dict)  # by injection, of those with rows to act on
-    stepped_aside: dict[str, set[BlockKey]] = field(default_factory=dict)  # no blocks: in the whole call
+    skipped: dict[str, set[BlockKey]] = field(default_factory=dict)  # no blocks: in the whole call
 
     def bank_key(self, injection: Injection, unet: Any, base: Any, sigma: float | None, x: Tensor) -> BankKey:
         """What a bank for this call is found by. Banks that nobody will ask for again are dropped."""
@@ -124,18 +124,18 @@ class SamplingRun:
         self.was_active[id(injection)] = active or self.was_active.get(id(injection), False)
         return active
 
-    def step_aside(self, reason: str, *blocks: BlockKey) -> None:
-        self.stepped_aside.setdefault(reason, set()).update(blocks)
+    def record_skip(self, reason: str, *blocks: BlockKey) -> None:
+        self.skipped.setdefault(reason, set()).update(blocks)
 
     def report(self, injections: Sequence[Injection]) -> None:
-        for reason, blocks in self.stepped_aside.items():
+        for reason, blocks in self.skipped.items():
             where = ", ".join(map(str, sorted(blocks))) or "some calls of the UNet"
             log.info("SA-Inject stepped aside in %s: %s.", where, reason)
         for injection in injections:
             if self.was_active.get(id(injection)) is False:
-                self._say_that_nothing_was_injected(injection)
+                self._warn_nothing_injected(injection)
 
-    def _say_that_nothing_was_injected(self, injection: Injection) -> None:
+    def _warn_nothing_injected(self, injection: Injection) -> None:
         steps = "no step" if self.steps is None else f"none of the {self.steps} steps"
         said = (
             f"{steps} of this run lay between start_percent {injection.start_percent:g} and end_percent "

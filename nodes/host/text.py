@@ -57,12 +57,12 @@ def clip_with_token(clip: Any, placeholder: str, vectors: Mapping[str, Tensor]) 
                 f"The learned word '{placeholder}' is {vectors[name].shape[-1]} wide for {name}, but the connected "
                 f"CLIP expects {tokenizer.embedding_size}. Connect the CLIP of the adapter's base model."
             )
-    taught = clip.clone()
-    taught.tokenizer = TokenizerWithWord(clip.tokenizer, placeholder, vectors)
-    return taught
+    patched_clip = clip.clone()
+    patched_clip.tokenizer = PlaceholderTokenizer(clip.tokenizer, placeholder, vectors)
+    return patched_clip
 
 
-class TokenizerWithWord:
+class PlaceholderTokenizer:
     """A ComfyUI tokenizer that knows one word more. Everything else is the wrapped tokenizer's."""
 
     def __init__(self, tokenizer: Any, placeholder: str, vectors: Mapping[str, Tensor]) -> None:
@@ -72,7 +72,7 @@ class TokenizerWithWord:
         self._reported: set[str] = set()  # texts of which the log has said that a word was not found
         for attribute, inner in vars(self._tokenizer).items():
             if hasattr(inner, "_try_get_embedding"):
-                setattr(self._tokenizer, attribute, self._taught(inner))
+                setattr(self._tokenizer, attribute, self._patch_tokenizer(inner))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_tokenizer" not in self.__dict__:
@@ -98,29 +98,29 @@ class TokenizerWithWord:
             text,
         )
 
-    def _taught(self, inner: Any) -> Any:
+    def _patch_tokenizer(self, inner: Any) -> Any:
         original = copy.copy(inner)
         if original.embedding_directory is None:
             original.embedding_directory = []  # None would switch the `embedding:` syntax off
-        taught, without_files = copy.copy(original), copy.copy(original)
+        patched_clip, without_files = copy.copy(original), copy.copy(original)
         without_files.embedding_directory = []
-        untaught = getattr(inner, "_sa_inject_original", original._try_get_embedding)
+        original_lookup = getattr(inner, "_sa_inject_original", original._try_get_embedding)
         vectors = {f"{MARKER}{at}": word[inner.embedding_key] for at, word in enumerate(self._words.values())}
 
         def try_get_embedding(name: str) -> tuple:
             mark = name.split()[0] if name.split() else ""
             if mark not in vectors:
-                return untaught(name)
+                return original_lookup(name)
             # The host's answer for a name that no file has, whatever its length: without a look into the folders.
             return (vectors[mark], *type(inner)._try_get_embedding(without_files, name)[1:])
 
-        taught._try_get_embedding = try_get_embedding
-        taught._sa_inject_original = untaught
-        return taught
+        patched_clip._try_get_embedding = try_get_embedding
+        patched_clip._sa_inject_original = original_lookup
+        return patched_clip
 
 
 def _unwrapped(tokenizer: Any) -> Any:
-    return tokenizer._tokenizer if isinstance(tokenizer, TokenizerWithWord) else tokenizer
+    return tokenizer._tokenizer if isinstance(tokenizer, PlaceholderTokenizer) else tokenizer
 
 
 def _is_embedding(tokenizer: Any, name: str) -> bool:
@@ -185,7 +185,7 @@ def _is_found(word: str) -> bool:
     return has_letters and find_words(f"a photo of {word} toy", [word]) == [(11, 11 + len(word), word)]
 
 
-def class_word_vectors(clip: Any, class_word: str, count: int) -> dict[str, Tensor]:
+def initial_token_embedding(clip: Any, class_word: str, count: int) -> dict[str, Tensor]:
     """The embedding that the class word has now, the mean over its tokens, so many times: {encoder: (count, width)}.
 
     In float32. Equal vectors part while they learn, for each has a place of its own in the text.

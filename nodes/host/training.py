@@ -20,20 +20,20 @@ from ...core.lora import SelfAttentionLoRA
 from ...trainer.captions import captions_for
 from ...trainer.config import TrainConfig
 from ...trainer.loop import DivergedError, Step, Training
+from .autograd import (
+    checkpoint_activations,
+    clone_for_autograd,
+    make_differentiable,
+    memory_efficient_layers,
+    out_of_place_text_encoder,
+    recompute_cheap_ops,
+    training_mode,
+)
 from .checkpoint import TrainingCheckpoint
 from .denoiser import ComfyDenoiser
 from .fingerprint import training_fingerprint
 from .plain_weights import plain_weights
-from .text import check_placeholder, class_word_vectors, clip_with_token, finder
-from .trainable import (
-    lean_activations,
-    lean_layers,
-    make_differentiable,
-    normal_tensor,
-    out_of_place_text_encoder,
-    recomputed_activations,
-    training_mode,
-)
+from .text import check_placeholder, clip_with_token, finder, initial_token_embedding
 from .training_set import Subject, training_set, without_inference_tensors
 from .unet import UnetDescription, compute_dtype, describe, prediction_type
 
@@ -74,7 +74,7 @@ def train_adapter(
         subject.class_word,
         finder(clip, subject.placeholder),
     )
-    initial = class_word_vectors(clip, subject.class_word, config.token_vectors)
+    initial = initial_token_embedding(clip, subject.class_word, config.token_vectors)
     data = training_set(model, vae, subject, captions, config.seed)
     patcher = _training_clone(model, PRECISIONS[precision])
     try:
@@ -86,20 +86,22 @@ def train_adapter(
             undo.enter_context(plain_weights(patcher, clip.patcher))
             make_differentiable(base)
             make_differentiable(clip.cond_stage_model)
-            undo.enter_context(lean_layers(base.diffusion_model, clip.cond_stage_model))
-            spare_activations = recomputed_activations if checkpointing else lean_activations
-            undo.enter_context(spare_activations(base.diffusion_model))
+            undo.enter_context(memory_efficient_layers(base.diffusion_model, clip.cond_stage_model))
+            save_activation_memory = checkpoint_activations if checkpointing else recompute_cheap_ops
+            undo.enter_context(save_activation_memory(base.diffusion_model))
 
             dtype = compute_dtype(base)
             # Not float16, which cannot hold what some text encoders compute.
             text_dtype = dtype if dtype == torch.bfloat16 else torch.float32
             undo.enter_context(out_of_place_text_encoder(clip, checkpointing, text_dtype))
             config = dataclasses.replace(config, loss_scaling=dtype == torch.float16)
-            lora, tokens, taught = _trainables(clip, description, initial, subject.placeholder, config, patcher)
+            lora, tokens, patched_clip = _create_trainables(
+                clip, description, initial, subject.placeholder, config, patcher
+            )
             denoiser = ComfyDenoiser(
                 base,
                 patcher.get_model_object("model_sampling"),
-                taught,
+                patched_clip,
                 description.layers,
                 patcher.load_device,
                 dtype,
@@ -115,10 +117,10 @@ def train_adapter(
                 compute_dtype=dtype,
             )
             names = {"placeholder": subject.placeholder, "class_word": subject.class_word}
-            same = training_fingerprint(patcher, taught, data, subject.class_word, config, dtype, names)
+            same = training_fingerprint(patcher, patched_clip, data, subject.class_word, config, dtype, names)
             checkpoint = TrainingCheckpoint(folder, same)
-            _take_steps(training, config.steps, checkpoint, on_step)
-            adapter = _finished(name, description, subject, config, lora, tokens, training.reference_text, patcher)
+            _run_steps(training, config.steps, checkpoint, on_step)
+            adapter = _build_adapter(name, description, subject, config, lora, tokens, training.reference_text, patcher)
     finally:
         if PRECISIONS[precision] is not None:
             # After a full load unpatching would leave the forced casts on, and the next partial load would take those
@@ -133,9 +135,7 @@ def train_adapter(
     return adapter, losses
 
 
-def _take_steps(
-    training: Training, steps: int, checkpoint: TrainingCheckpoint, on_step: Callable[[Step], None]
-) -> None:
+def _run_steps(training: Training, steps: int, checkpoint: TrainingCheckpoint, on_step: Callable[[Step], None]) -> None:
     """All that are left. However they end, what they have learned is kept, unless it leads nowhere."""
     checkpoint.resume(training, steps)
     try:
@@ -160,7 +160,7 @@ def _training_clone(model: Any, dtype: torch.dtype | None) -> Any:
     return patcher
 
 
-def _trainables(
+def _create_trainables(
     clip: Any,
     description: UnetDescription,
     initial: dict[str, Tensor],
@@ -172,12 +172,12 @@ def _trainables(
     generator = torch.Generator().manual_seed(config.seed)
     lora = SelfAttentionLoRA(description.layers, config.rank, config.alpha, generator).to(patcher.load_device)
     tokens = {
-        name: nn.Parameter(normal_tensor(vector).to(clip.patcher.load_device)) for name, vector in initial.items()
+        name: nn.Parameter(clone_for_autograd(vector).to(clip.patcher.load_device)) for name, vector in initial.items()
     }
     return lora, tokens, clip_with_token(clip, placeholder, tokens)
 
 
-def _finished(
+def _build_adapter(
     name: str,
     description: UnetDescription,
     subject: Subject,

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from ...trainer.examples import Example, TrainingSet
 from ...trainer.views import augmented_views
+from .autograd import clone_for_autograd
 from .images import bucket_size, cover, encode_picture
 from .masks import check_leaves_something, keeps_something, resized_mask
-from .trainable import normal_tensor
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def without_inference_tensors(data: TrainingSet) -> TrainingSet:
     """The same examples with tensors that autograd accepts."""
 
     def normal(example: Example) -> Example:
-        mask = None if example.mask is None else normal_tensor(example.mask)
-        return Example(normal_tensor(example.latent), example.captions, mask, example.picture)
+        mask = None if example.mask is None else clone_for_autograd(example.mask)
+        return Example(clone_for_autograd(example.latent), example.captions, mask, example.picture)
 
     return TrainingSet([normal(e) for e in data.examples], [normal(v) for v in data.views])

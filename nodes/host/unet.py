@@ -17,7 +17,7 @@ from ...core.layers import SelfAttentionLayer, self_attention_layers
 # A picture without noise is read as if it lay so far up the schedule. There a UNet's features say best what corresponds
 # to what (Tang et al., 2023, "Emergent correspondence from image diffusion": 261 of 1000), and a drawing takes more
 # from them.
-CLEAN_READ_AT = 0.25
+CLEAN_NOISE_FRACTION = 0.25
 FAMILIES: dict[int, str] = {768: "SD1.x", 1024: "SD2.x", 1280: "SDXL refiner", 2048: "SDXL"}  # by width of the text
 
 # The more special first: most are derived from eps.
@@ -83,9 +83,9 @@ def compute_dtype(base: Any) -> Any:
     return base.manual_cast_dtype or base.get_dtype()
 
 
-def clean_sigma(sampling: Any) -> float:
+def clean_reference_sigma(sampling: Any) -> float:
     """The noise level that the UNet is told when it reads a picture that has none."""
-    return float(sampling.percent_to_sigma(1 - CLEAN_READ_AT))
+    return float(sampling.percent_to_sigma(1 - CLEAN_NOISE_FRACTION))
 
 
 def model_conditions(base: Any, latent: Tensor, text: TextConditioning) -> dict[str, Tensor]:

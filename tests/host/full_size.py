@@ -141,7 +141,7 @@ def train_and_draw(
     report: dict[str, Any] = {"device": str(model.load_device), "vram_state": management.vram_state.name}
 
     forget_peak()
-    adapter, taught, losses, _ = host.execute(
+    adapter, patched_clip, losses, _ = host.execute(
         "TrainSAInjectAdapter",
         model=model,
         clip=clip,
@@ -158,7 +158,7 @@ def train_and_draw(
     (prompt,) = host.execute("EncodeImagePrompt", images=pictures[:1], vae=vae, resolution=side)
     (patched,) = host.execute("ApplySelfAttnInjection", model=model, adapter=adapter, image_prompt=prompt)
     positive, negative = (
-        host.execute("CLIPTextEncode", clip=taught, text=text)[0] for text in ("a photo of sainj toy", "")
+        host.execute("CLIPTextEncode", clip=patched_clip, text=text)[0] for text in ("a photo of sainj toy", "")
     )
     (samples,) = host.execute(
         "KSampler",

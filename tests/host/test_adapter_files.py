@@ -151,7 +151,7 @@ def test_missing_file_is_named(load, folder):
 
 
 def test_loaded_adapter_is_the_one_that_training_handed_over(trained, load, good, sd15):
-    adapter, taught, *_ = trained
+    adapter, patched_clip, *_ = trained
     loaded, clip = load(good, clip=sd15[1])
     assert loaded.info == adapter.info and loaded.name == good.stem
     learned = adapter.lora.state_dict()
@@ -164,7 +164,7 @@ def test_loaded_adapter_is_the_one_that_training_handed_over(trained, load, good
 
 def test_loaded_adapter_draws_what_the_socket_drew(comfy_host, trained, load, good, sd15):
     model, clip, vae = sd15
-    adapter, taught, *_ = trained
+    adapter, patched_clip, *_ = trained
     (image_prompt,) = comfy_host.execute("EncodeImagePrompt", images=random(1, 64, 64, 3), vae=vae, resolution=64)
     (negative,) = comfy_host.execute("CLIPTextEncode", clip=clip, text="")
     (latent,) = comfy_host.execute("EmptyLatentImage", width=64, height=64)
@@ -178,9 +178,9 @@ def test_loaded_adapter_draws_what_the_socket_drew(comfy_host, trained, load, go
         return comfy_host.execute("ApplySelfAttnInjection", model=model, adapter=adapter, image_prompt=image_prompt)[0]
 
     loaded, loaded_clip = load(good, clip=clip)
-    assert torch.equal(draw(apply(loaded), loaded_clip), draw(apply(adapter), taught))
-    assert not torch.equal(draw(apply(adapter), taught), draw(model, taught))
-    assert not torch.equal(draw(model, taught), draw(model, clip))
+    assert torch.equal(draw(apply(loaded), loaded_clip), draw(apply(adapter), patched_clip))
+    assert not torch.equal(draw(apply(adapter), patched_clip), draw(model, patched_clip))
+    assert not torch.equal(draw(model, patched_clip), draw(model, clip))
 
 
 def test_embedding_file_serves_stock_prompts(comfy_host, trained, load, good, sd15):
@@ -188,10 +188,10 @@ def test_embedding_file_serves_stock_prompts(comfy_host, trained, load, good, sd
     embedding = comfy_host.base / "models/embeddings" / good.name
     load(good)
     assert not embedding.exists()
-    _, taught = load(good, clip=clip, write_embedding=True)
+    _, patched_clip = load(good, clip=clip, write_embedding=True)
     assert not list(embedding.parent.glob("*.part"))
 
-    (word,) = comfy_host.execute("CLIPTextEncode", clip=taught, text="a photo of sainj toy")
+    (word,) = comfy_host.execute("CLIPTextEncode", clip=patched_clip, text="a photo of sainj toy")
     (named,) = comfy_host.execute("CLIPTextEncode", clip=clip, text=f"a photo of embedding:{good.stem} toy")
     (plain,) = comfy_host.execute("CLIPTextEncode", clip=clip, text="a photo of sainj toy")
     assert torch.equal(word[0][0], named[0][0]) and not torch.equal(word[0][0], plain[0][0])

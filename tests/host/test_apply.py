@@ -46,13 +46,13 @@ def test_nothing_to_inject_gives_the_base_models_image(comfy_host, model, widget
 
 
 def test_previews_are_drawn_as_apply_draws_by_itself(comfy_host, pack_nodes, model):
-    from sa_inject.nodes.host.injection import injection_for
-    from sa_inject.nodes.host.preview import usual_injection
+    from sa_inject.nodes.host.injection import build_injection
+    from sa_inject.nodes.host.preview import default_injection
 
     adapter, prompt = make_adapter(model), make_prompt()
     widgets = defaults(pack_nodes["ApplySelfAttnInjection"].INPUT_TYPES())
-    assert vars(usual_injection(adapter, prompt)) == vars(
-        injection_for(model, adapter, prompt, attn_mask=None, **widgets)
+    assert vars(default_injection(adapter, prompt)) == vars(
+        build_injection(model, adapter, prompt, attn_mask=None, **widgets)
     )
 
 

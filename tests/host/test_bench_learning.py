@@ -54,13 +54,13 @@ def lesson(bench, load_checkpoint):
     """`lesson(dtype)` opens a classroom on a tiny SD1.5."""
     from bench.quality.learn import Models, classroom
     from sa_inject.nodes.host import training_set
-    from sa_inject.nodes.host.images import pictures_of
+    from sa_inject.nodes.host.images import split_images
     from sa_inject.trainer.config import TrainConfig
 
     loaded = load_checkpoint("sd15")
 
     def open_room(dtype: torch.dtype):
-        taken = pictures_of([pictures(3)], "bench")
+        taken = split_images([pictures(3)], "bench")
         subject = training_set.Subject(taken, [None] * 3, [], "sainj", "toy", 64)
         config = TrainConfig(
             steps=STEPS, lora_learning_rate=RATE, token_learning_rate=1e-3, rank=2, alpha=2.0, seed=1, batch_size=1
@@ -228,9 +228,9 @@ def test_prompts_are_drawn_at_once_as_one_by_one(whole_lesson):
     from bench.quality.methods import ours, sample
 
     lesson = whole_lesson()
-    taught = ours(lesson)
-    texts = lesson.subject.prompt_texts(taught.words)[:3]
-    alone, at_once = (sample(lesson, taught, texts, 2, [5, 6, 7], of_call=of_call) for of_call in (1, 2))
+    patched_clip = ours(lesson)
+    texts = lesson.subject.prompt_texts(patched_clip.words)[:3]
+    alone, at_once = (sample(lesson, patched_clip, texts, 2, [5, 6, 7], of_call=of_call) for of_call in (1, 2))
     assert alone.shape[0] == 6
     assert torch.allclose(at_once, alone, rtol=1e-4, atol=1e-4)
     assert len({tuple(picture.flatten()[:4].tolist()) for picture in alone}) == 6  # no two pictures share their noise
@@ -245,8 +245,8 @@ def drawn(whole_lesson):
     def draw(name: str) -> torch.Tensor:
         lesson = whole_lesson()
         with as_changed(name):
-            taught = ABLATIONS[name](lesson)
-            return sample(lesson, taught, [f"a photo of {taught.words}"], 1, [3])
+            patched_clip = ABLATIONS[name](lesson)
+            return sample(lesson, patched_clip, [f"a photo of {patched_clip.words}"], 1, [3])
 
     return draw
 

@@ -34,7 +34,7 @@ def drawn(comfy_host, pack_nodes, tmp_path_factory) -> Drawn:
     run = demo_run()
     pictures = [pixels(Image.open(path)) for path in sorted(run.SUBJECT.glob("*.png"))]
     captions = [path.read_text().strip() for path in sorted(run.SUBJECT.glob("*.txt"))]
-    adapter, taught, *_ = comfy_host.execute(
+    adapter, patched_clip, *_ = comfy_host.execute(
         "TrainSAInjectAdapter", model=model, clip=clip, vae=vae, images=pictures, captions=captions, **run.TRAINING
     )
     prompt = comfy_host.execute("EncodeImagePrompt", images=pictures, vae=vae, resolution=run.SIDE)[0]
@@ -54,7 +54,7 @@ def drawn(comfy_host, pack_nodes, tmp_path_factory) -> Drawn:
         return picture(comfy_host.execute("VAEDecode", samples=latent, vae=vae)[0])
 
     subject = f"{run.PLACEHOLDER} {run.CLASS_WORD}"
-    with_adapter = [draw(patched, taught, subject, scene, seed) for seed, scene in enumerate(scenes)]
+    with_adapter = [draw(patched, patched_clip, subject, scene, seed) for seed, scene in enumerate(scenes)]
     without = [draw(model, clip, run.CLASS_WORD, scene, seed) for seed, scene in enumerate(scenes[:BASE_PROMPTS])]
     return Drawn(scenes, with_adapter, without)
 

@@ -137,7 +137,7 @@ def test_another_training_takes_its_steps(run):
 # --- what fails after the last step -----------------------------------------------------------------------------------
 
 AFTER = {
-    "building": "sa_inject.nodes.host.training._finished",
+    "building": "sa_inject.nodes.host.training._build_adapter",
     "saving": "sa_inject.nodes.train.save_or_rescue",
     "word": "sa_inject.nodes.train.clip_with_token",
     "previews": "comfy.sample.sample",

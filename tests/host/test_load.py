@@ -107,10 +107,10 @@ def test_a_word_that_is_taken_on_this_clip_is_said(write, load, clip, caplog, mo
     said: list[str] = []
     monkeypatch.setattr(server.PromptServer.instance, "send_progress_text", lambda text, node_id: said.append(text))
     one, two = write("one", seed=1), write("two", seed=2, placeholder=second_word)
-    _, taught = load(one, clip=clip)
-    load(one, clip=taught)  # the same word of the same adapter
+    _, patched_clip = load(one, clip=clip)
+    load(one, clip=patched_clip)  # the same word of the same adapter
     assert not said and "already reads" not in caplog.text
-    load(two, clip=taught)
+    load(two, clip=patched_clip)
     assert len(said) == 1 and f"already reads '{second_word}'" in said[0] and "placeholder_token" in said[0]
     assert said[0] in caplog.text
 
@@ -162,9 +162,9 @@ def test_adapters_of_one_name_in_two_folders_have_two_embeddings(comfy_host, wri
         load(name, write_embedding=True)
     assert not (embeddings / "robot.safetensors").exists()
     for name in (toy, car):
-        taught = load(name, clip=clip)[1]
+        patched_clip = load(name, clip=clip)[1]
         named = encoded(comfy_host, clip, f"a photo of embedding:{name.removesuffix('.safetensors')} toy")
-        assert torch.equal(named, encoded(comfy_host, taught, "a photo of sainj toy"))
+        assert torch.equal(named, encoded(comfy_host, patched_clip, "a photo of sainj toy"))
 
 
 def user_files(embeddings: Path, other: Path) -> dict[str, Path]:

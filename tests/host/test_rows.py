@@ -291,14 +291,14 @@ def test_masked_out_tokens_are_let_go_layer_by_layer(comfy_host, model, monkeypa
     """Not when the reading is over: until then the keys and values of all layers would be held whole."""
     from sa_inject.nodes.host import bank  # pyright: ignore[reportMissingImports]
 
-    whole, alive, select = [], [], bank.tokens_of_each
+    whole, alive, select = [], [], bank.split_per_image
 
     def watched(recorded, pictures):
         whole.append(weakref.ref(recorded.kv.k))
         alive.append(sum(tensor() is not None for tensor in whole))
         return select(recorded, pictures)
 
-    monkeypatch.setattr(bank, "tokens_of_each", watched)
+    monkeypatch.setattr(bank, "split_per_image", watched)
     quarter = torch.zeros(8, 8)
     quarter[:4, :4] = 1
     prompt = make_prompt(*[(8, 8)] * 4, masks=(quarter,) * 4)

@@ -41,7 +41,7 @@ def write_embedding(load_checkpoint, pack_nodes):
 
 
 @pytest.fixture(scope="module")
-def taught(sd15_clip, write_embedding):
+def patched_clip(sd15_clip, write_embedding):
     """A CLIP that reads `sainj` as the vector that is also the embedding `word`."""
     write_embedding("word", vectors())
     return teach(sd15_clip, vectors())
@@ -65,28 +65,28 @@ SAME_READING = [
 ]
 
 
-def test_placeholder_reads_as_its_embedding_file_does(encode, taught, sd15_clip):
+def test_placeholder_reads_as_its_embedding_file_does(encode, patched_clip, sd15_clip):
     for prompt, stock in SAME_READING:
-        found = encode(taught, prompt)
+        found = encode(patched_clip, prompt)
         assert same(found, encode(sd15_clip, stock)), prompt
         assert not torch.allclose(found[0], encode(sd15_clip, prompt)[0], atol=1e-3), prompt
 
 
-def test_weight_of_the_placeholder_counts(encode, taught):
-    conds = [encode(taught, f"a photo of (sainj:{weight})")[0] for weight in (1.0, 1.3, 1.6)]
+def test_weight_of_the_placeholder_counts(encode, patched_clip):
+    conds = [encode(patched_clip, f"a photo of (sainj:{weight})")[0] for weight in (1.0, 1.3, 1.6)]
     assert not torch.allclose(conds[0], conds[1], atol=1e-3) and not torch.allclose(conds[1], conds[2], atol=1e-3)
 
 
-def test_other_prompts_are_read_as_before(encode, taught, sd15_clip):
+def test_other_prompts_are_read_as_before(encode, patched_clip, sd15_clip):
     for prompt in ("", "a photo of a toy", "sainjs", "mysainj", "sainj2", "unsainjé", "sain j"):
-        assert same(encode(taught, prompt), encode(sd15_clip, prompt)), prompt
+        assert same(encode(patched_clip, prompt), encode(sd15_clip, prompt)), prompt
 
 
-def test_embedding_files_named_like_the_word_stay_reachable(encode, taught, sd15_clip, write_embedding):
+def test_embedding_files_named_like_the_word_stay_reachable(encode, patched_clip, sd15_clip, write_embedding):
     write_embedding("sainj", vectors(seed=7))
     write_embedding("my-sainj", vectors(seed=8))
     for prompt in ("embedding:sainj", "a (embedding:sainj:1.2) toy", "a embedding:my-sainj, red"):
-        assert same(encode(taught, prompt), encode(sd15_clip, prompt)), prompt
+        assert same(encode(patched_clip, prompt), encode(sd15_clip, prompt)), prompt
 
 
 def test_given_clip_stays_as_it_was(encode, sd15_clip):
@@ -100,55 +100,55 @@ def test_given_clip_stays_as_it_was(encode, sd15_clip):
     assert same(encode(sd15_clip, prompt), before)
 
 
-def test_clip_skip_before_and_after_teaching(encode, comfy_host, sd15_clip, taught):
+def test_clip_skip_before_and_after_teaching(encode, comfy_host, sd15_clip, patched_clip):
     def skipped(clip):
         return comfy_host.execute("CLIPSetLastLayer", clip=clip, stop_at_clip_layer=-2)[0]
 
     expected = encode(skipped(sd15_clip), "a photo of embedding:word toy")
-    assert not torch.equal(encode(taught, "a photo of sainj toy")[0], expected[0])
-    assert same(encode(skipped(taught), "a photo of sainj toy"), expected)
+    assert not torch.equal(encode(patched_clip, "a photo of sainj toy")[0], expected[0])
+    assert same(encode(skipped(patched_clip), "a photo of sainj toy"), expected)
     assert same(encode(teach(skipped(sd15_clip), vectors()), "a photo of sainj toy"), expected)
 
 
 def test_word_of_several_vectors(encode, sd15_clip, write_embedding):
     write_embedding("several", vectors(seed=3, count=3))
-    taught = teach(sd15_clip, vectors(seed=3, count=3))
-    assert same(encode(taught, "my sainj toy"), encode(sd15_clip, "my embedding:several toy"))
+    patched_clip = teach(sd15_clip, vectors(seed=3, count=3))
+    assert same(encode(patched_clip, "my sainj toy"), encode(sd15_clip, "my embedding:several toy"))
 
 
-def test_clip_without_an_embeddings_folder_learns_too(encode, sd15_clip, taught):
+def test_clip_without_an_embeddings_folder_learns_too(encode, sd15_clip, patched_clip):
     import copy
 
     bare = sd15_clip.clone()
     bare.tokenizer = copy.copy(bare.tokenizer)
     bare.tokenizer.clip_l = copy.copy(bare.tokenizer.clip_l)
     bare.tokenizer.clip_l.embedding_directory = None
-    assert same(encode(teach(bare, vectors()), "my sainj"), encode(taught, "my sainj"))
+    assert same(encode(teach(bare, vectors()), "my sainj"), encode(patched_clip, "my sainj"))
 
 
 # --- several words ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("second", ["wubbo", "sainj-2", "inject", "token"])
-def test_two_adapters_share_a_clip(encode, taught, sd15_clip, write_embedding, second):
+def test_two_adapters_share_a_clip(encode, patched_clip, sd15_clip, write_embedding, second):
     write_embedding("second", vectors(seed=5))
     other_way = teach(teach(sd15_clip, vectors(seed=5), second), vectors())
     expected = encode(sd15_clip, "embedding:word beside embedding:second")
-    for both in (teach(taught, vectors(seed=5), second), other_way):
+    for both in (teach(patched_clip, vectors(seed=5), second), other_way):
         assert same(encode(both, f"sainj beside {second}"), expected)
-    assert same(encode(taught, "sainj alone"), encode(sd15_clip, "embedding:word alone"))
+    assert same(encode(patched_clip, "sainj alone"), encode(sd15_clip, "embedding:word alone"))
 
 
 @pytest.mark.parametrize("spelling", ["sainj", "SAINJ"])
-def test_of_two_adapters_with_one_word_the_later_counts(encode, taught, sd15_clip, write_embedding, spelling):
+def test_of_two_adapters_with_one_word_the_later_counts(encode, patched_clip, sd15_clip, write_embedding, spelling):
     write_embedding("second", vectors(seed=5))
-    later = teach(taught, vectors(seed=5), spelling)
+    later = teach(patched_clip, vectors(seed=5), spelling)
     assert same(encode(later, "my sainj"), encode(sd15_clip, "my embedding:second"))
 
 
-def test_clones_of_a_taught_clip_know_the_word(encode, taught):
-    assert same(encode(taught.clone(), "my sainj"), encode(taught, "my sainj"))
-    assert taught.clone().tokenizer.clip_l.max_length == 77
+def test_clones_of_a_taught_clip_know_the_word(encode, patched_clip):
+    assert same(encode(patched_clip.clone(), "my sainj"), encode(patched_clip, "my sainj"))
+    assert patched_clip.clone().tokenizer.clip_l.max_length == 77
 
 
 # --- other text encoders ----------------------------------------------------------------------------------------------
@@ -157,8 +157,8 @@ def test_clones_of_a_taught_clip_know_the_word(encode, taught):
 def test_both_encoders_of_sdxl_read_the_word(encode, sdxl, write_embedding):
     clip, tokens = sdxl[1], vectors("clip_l", "clip_g")
     write_embedding("both", tokens)
-    taught = teach(clip, tokens)
-    found, base = encode(taught, "my (sainj:1.2) toy"), encode(clip, "my (sainj:1.2) toy")
+    patched_clip = teach(clip, tokens)
+    found, base = encode(patched_clip, "my (sainj:1.2) toy"), encode(clip, "my (sainj:1.2) toy")
     assert same(found, encode(clip, "my (embedding:both:1.2) toy"))
     assert not torch.allclose(found[0][..., :768], base[0][..., :768], atol=1e-3)
     assert not torch.allclose(found[0][..., 768:], base[0][..., 768:], atol=1e-3)
@@ -168,7 +168,7 @@ def test_both_encoders_of_sdxl_read_the_word(encode, sdxl, write_embedding):
     texts = [{"text_g": f"a {word}", "text_l": f"{word} toy"} for word in ("sainj", "embedding:both")]
     taught_way, stock_way = (
         encode(which, "", "CLIPTextEncodeSDXL", **text, **sizes)
-        for which, text in zip((taught, clip), texts, strict=True)
+        for which, text in zip((patched_clip, clip), texts, strict=True)
     )
     assert same(taught_way, stock_way)
 
@@ -218,8 +218,8 @@ def test_gradients_of_the_word_in_bfloat16_are_those_in_float32_but_for_rounding
 def gradient_of_the_word(clip: Any, recompute: bool, dtype: torch.dtype) -> Tensor:
     import comfy.model_management as model_management
 
+    from sa_inject.nodes.host.autograd import make_differentiable, out_of_place_text_encoder, training_mode
     from sa_inject.nodes.host.text import encode_text
-    from sa_inject.nodes.host.trainable import make_differentiable, out_of_place_text_encoder, training_mode
 
     with torch.inference_mode(), training_mode():
         word = torch.nn.Parameter(vectors()["clip_l"].clone())
@@ -235,18 +235,18 @@ def gradient_of_the_word(clip: Any, recompute: bool, dtype: torch.dtype) -> Tens
 def assert_gradients_reach(clip: Any, tokens: dict[str, Tensor], prompt: str, layer: int | None) -> None:
     import comfy.model_management as model_management
 
+    from sa_inject.nodes.host.autograd import make_differentiable, out_of_place_text_encoder, training_mode
     from sa_inject.nodes.host.text import encode_text
-    from sa_inject.nodes.host.trainable import make_differentiable, out_of_place_text_encoder, training_mode
 
     with torch.inference_mode(), training_mode():  # as in a node
         learned = {name: torch.nn.Parameter(vector.clone()) for name, vector in tokens.items()}
-        taught = teach(clip, learned)
-        taught.clip_layer(layer)
+        patched_clip = teach(clip, learned)
+        patched_clip.clip_layer(layer)
         model_management.load_models_gpu([clip.patcher])
         make_differentiable(clip.cond_stage_model)
-        expected = encode_text(taught, [prompt])
+        expected = encode_text(patched_clip, [prompt])
         with out_of_place_text_encoder(clip, checkpointing=layer is None):
-            text = encode_text(taught, [prompt, "a dog"])
+            text = encode_text(patched_clip, [prompt, "a dog"])
             text.cross_attn.square().sum().backward()
         assert torch.allclose(text.cross_attn[:1], expected.cross_attn, atol=1e-5)
         assert text.cross_attn.shape[1] == expected.cross_attn.shape[1]  # the short prompt is repeated to the length

@@ -486,7 +486,7 @@ def test_users_lora_counts_and_stays(sd15, before, trained, run, evidence, comfy
 
 def test_every_lora_matrix_and_the_token_have_learned(sd15, trained):
     from sa_inject.core.lora import SelfAttentionLoRA
-    from sa_inject.nodes.host.text import class_word_vectors
+    from sa_inject.nodes.host.text import initial_token_embedding
 
     info = trained.adapter.info
     fresh = SelfAttentionLoRA(info.layers, info.rank, info.alpha, torch.Generator().manual_seed(0)).state_dict()
@@ -496,7 +496,7 @@ def test_every_lora_matrix_and_the_token_have_learned(sd15, trained):
     assert [key for key in learned if torch.equal(learned[key], half[key])] == []
     assert [key for key in learned if key.endswith("lora_B.weight") and (learned[key] == 0).all(dim=1).any()] == []
 
-    word = class_word_vectors(sd15.clip, "toy", 4)
+    word = initial_token_embedding(sd15.clip, "toy", 4)
     assert trained.adapter.tokens.keys() == word.keys() == {"clip_l"}
     assert not torch.equal(trained.adapter.tokens["clip_l"], word["clip_l"].half().float())
 
@@ -536,12 +536,12 @@ def test_gradient_checkpointing_changes_nothing_but_memory(sd15, trained, run):
 
 
 def test_learning_rate_zero_freezes(sd15, run):
-    from sa_inject.nodes.host.text import class_word_vectors
+    from sa_inject.nodes.host.text import initial_token_embedding
 
     no_lora = run(sd15, lora_learning_rate=0.0).adapter
     assert all((t == 0).all() for key, t in no_lora.lora.state_dict().items() if key.endswith("lora_B.weight"))
     no_token = run(sd15, token_learning_rate=0.0).adapter
-    assert torch.equal(no_token.tokens["clip_l"], class_word_vectors(sd15.clip, "toy", 4)["clip_l"].half().float())
+    assert torch.equal(no_token.tokens["clip_l"], initial_token_embedding(sd15.clip, "toy", 4)["clip_l"].half().float())
 
 
 class Family(NamedTuple):
@@ -589,7 +589,7 @@ def held_out_losses(checkpoint: Checkpoint, adapter: Any) -> tuple[float, float]
 
     from sa_inject.core.lora import SelfAttentionLoRA
     from sa_inject.nodes.host.denoiser import ComfyDenoiser
-    from sa_inject.nodes.host.text import class_word_vectors, clip_with_token
+    from sa_inject.nodes.host.text import clip_with_token, initial_token_embedding
     from sa_inject.nodes.host.unet import compute_dtype
     from sa_inject.trainer.objective import prediction_loss
 
@@ -601,8 +601,10 @@ def held_out_losses(checkpoint: Checkpoint, adapter: Any) -> tuple[float, float]
     device, dtype = model.load_device, compute_dtype(base)
 
     def mean_loss(lora: Any, tokens: dict[str, torch.Tensor]) -> float:
-        taught = clip_with_token(clip, "sainj", tokens)
-        denoiser = ComfyDenoiser(base, model.get_model_object("model_sampling"), taught, info.layers, device, dtype)
+        patched_clip = clip_with_token(clip, "sainj", tokens)
+        denoiser = ComfyDenoiser(
+            base, model.get_model_object("model_sampling"), patched_clip, info.layers, device, dtype
+        )
         generator = torch.Generator().manual_seed(1234)
         text, read = denoiser.encode(["a photo of sainj toy"] * 3), denoiser.encode(["toy"] * 3)
         bank = denoiser.read_reference(latents.roll(1, 0), None, read, None, lora.deltas(device, dtype))
@@ -615,7 +617,7 @@ def held_out_losses(checkpoint: Checkpoint, adapter: Any) -> tuple[float, float]
         return torch.stack(losses).mean().item()
 
     fresh = SelfAttentionLoRA(info.layers, info.rank, info.alpha, torch.Generator().manual_seed(0))
-    return mean_loss(fresh, class_word_vectors(clip, "toy", 4)), mean_loss(adapter.lora, adapter.tokens)
+    return mean_loss(fresh, initial_token_embedding(clip, "toy", 4)), mean_loss(adapter.lora, adapter.tokens)
 
 
 # --- what it learns from ----------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def tokens():
 
 
 @pytest.fixture(scope="module")
-def taught(clips, tokens, comfy_host):
+def patched_clip(clips, tokens, comfy_host):
     """CLIPs that read `sainj` as the vectors that the embedding file `plain` holds."""
     import safetensors.torch
 
@@ -113,28 +113,28 @@ def plain(prompt: str) -> str:
 # --- where it is found ------------------------------------------------------------------------------------------------
 
 
-def test_word_is_found_wherever_it_is_meant(encode, clips, taught):
+def test_word_is_found_wherever_it_is_meant(encode, clips, patched_clip):
     for prompt, stock in SAME_READING.items():
-        assert same(encode(taught["sd15"], prompt), encode(clips["sd15"], plain(stock))), prompt
+        assert same(encode(patched_clip["sd15"], prompt), encode(clips["sd15"], plain(stock))), prompt
 
 
-def test_both_encoders_of_sdxl_find_the_word(encode, clips, taught):
+def test_both_encoders_of_sdxl_find_the_word(encode, clips, patched_clip):
     for prompt in ("(embedding:other:0.8)(sainj:1.2)", "sainj_toy", "一张sainj的照片"):
-        assert same(encode(taught["sdxl"], prompt), encode(clips["sdxl"], plain(SAME_READING[prompt]))), prompt
+        assert same(encode(patched_clip["sdxl"], prompt), encode(clips["sdxl"], plain(SAME_READING[prompt]))), prompt
 
     sizes = dict.fromkeys(("width", "height", "target_width", "target_height"), 64) | {"crop_w": 0, "crop_h": 0}
     glued = {"text_g": "一张sainj的照片", "text_l": "(embedding:other:1.2),sainj toy"}
     spelled = {name: plain(SAME_READING[text]) for name, text in glued.items()}
     found, stock = (
         encode(of[("sdxl")], "", "CLIPTextEncodeSDXL", **texts, **sizes)
-        for of, texts in ((taught, glued), (clips, spelled))
+        for of, texts in ((patched_clip, glued), (clips, spelled))
     )
     assert same(found, stock)
 
 
-def test_word_is_not_found_inside_other_words_and_names(encode, clips, taught):
+def test_word_is_not_found_inside_other_words_and_names(encode, clips, patched_clip):
     for prompt in READ_AS_BEFORE:
-        assert same(encode(taught["sd15"], prompt), encode(clips["sd15"], prompt)), prompt
+        assert same(encode(patched_clip["sd15"], prompt), encode(clips["sd15"], prompt)), prompt
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_word_is_not_found_inside_other_words_and_names(encode, clips, taught):
         ("ｗｕｂｂｏ", "my wubbo", "my WORD"),
     ],
 )
-def test_words_of_every_kind_are_found(encode, clips, taught, tokens, placeholder, prompt, stock):
+def test_words_of_every_kind_are_found(encode, clips, patched_clip, tokens, placeholder, prompt, stock):
     from sa_inject.nodes.host.text import check_placeholder
 
     check_placeholder(clips["sd15"], placeholder)
@@ -176,12 +176,12 @@ def test_words_of_every_kind_are_found(encode, clips, taught, tokens, placeholde
     ],
 )
 def test_words_of_every_kind_are_not_found_in_longer_ones(encode, clips, tokens, placeholder, prompt):
-    taught = teach(clips["sd15"], tokens["sd15"], placeholder)
-    assert same(encode(taught, prompt), encode(clips["sd15"], prompt))
+    patched_clip = teach(clips["sd15"], tokens["sd15"], placeholder)
+    assert same(encode(patched_clip, prompt), encode(clips["sd15"], prompt))
 
 
 @pytest.mark.parametrize("words", [("sain", "sainj"), ("sainj", "sainj-2"), ("小明", "小明明"), ("toyx", "my_toyx")])
-def test_a_word_that_contains_another_is_read_as_itself(encode, clips, taught, tokens, words):
+def test_a_word_that_contains_another_is_read_as_itself(encode, clips, patched_clip, tokens, words):
     short, long = words
     both = teach(teach(clips["sd15"], vectors(seed=7), short), tokens["sd15"], long)
     other_way = teach(teach(clips["sd15"], tokens["sd15"], long), vectors(seed=7), short)
@@ -213,9 +213,9 @@ def test_a_word_that_was_not_found_is_reported_once_for_each_text(encode, clips,
     assert caplog.records[0].levelno == logging.WARNING
 
 
-def test_nothing_is_reported_where_the_word_is_found_or_not_meant(encode, clips, taught, caplog):
+def test_nothing_is_reported_where_the_word_is_found_or_not_meant(encode, clips, patched_clip, caplog):
     for text in ("sainj", "", "a toy", "embedding:sainj_style", "embedding:other,sainj", "<lora:sainj:1> toy"):
-        encode(taught["sd15"], text)
+        encode(patched_clip["sd15"], text)
     long_word = teach(teach(clips["sd15"], vectors(), "sain"), vectors(), "sainj")
     encode(long_word, "sainj toy")
     assert complaints(caplog) == []
@@ -249,7 +249,7 @@ def test_words_that_could_not_be_found_or_would_change_prompts_are_refused(clips
         check_placeholder(clips["sd15"], placeholder)
 
 
-def test_captions_follow_the_rule_of_prompts(clips, taught):
+def test_captions_follow_the_rule_of_prompts(clips, patched_clip):
     from sa_inject.nodes.host.text import finder
 
     has_word = finder(clips["sd15"], "sainj")
@@ -260,7 +260,7 @@ def test_captions_follow_the_rule_of_prompts(clips, taught):
 # --- the folders of the host ------------------------------------------------------------------------------------------
 
 
-def test_the_word_is_read_without_a_look_into_the_embeddings_folders(encode, clips, taught, monkeypatch):
+def test_the_word_is_read_without_a_look_into_the_embeddings_folders(encode, clips, patched_clip, monkeypatch):
     import comfy.sd1_clip
 
     looks = []
@@ -268,12 +268,12 @@ def test_the_word_is_read_without_a_look_into_the_embeddings_folders(encode, cli
     monkeypatch.setattr(comfy.sd1_clip, "expand_directory_list", lambda found: looks.extend(found) or walk(found))
     expected = encode(clips["sd15"], plain("my WORD , a red WORD toy"))
     looks.clear()
-    assert same(encode(taught["sd15"], "my sainj, a red sainj toy"), expected)
+    assert same(encode(patched_clip["sd15"], "my sainj, a red sainj toy"), expected)
     assert looks == []
-    encode(taught["sd15"], "my sainj, embedding:other")
+    encode(patched_clip["sd15"], "my sainj, embedding:other")
     assert looks != []
 
 
-def test_marks_that_somebody_writes_are_names_like_others(encode, clips, taught):
+def test_marks_that_somebody_writes_are_names_like_others(encode, clips, patched_clip):
     for prompt in ("embedding:sa-inject-token-7 toy", "embedding:sa-inject-token-x"):
-        assert same(encode(taught["sd15"], prompt), encode(clips["sd15"], prompt)), prompt
+        assert same(encode(patched_clip["sd15"], prompt), encode(clips["sd15"], prompt)), prompt

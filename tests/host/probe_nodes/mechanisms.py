@@ -157,7 +157,7 @@ class ProbeAddsToLayers:
             kept, self.kept = self.kept, None
             return out if kept is None else out + kept.to(out)
 
-        def around_sampling(executor, *args, **kwargs):
+        def outer_sample_wrapper(executor, *args, **kwargs):
             unet = executor.class_obj.model_patcher.model.diffusion_model
             layers = [layer for block in unet.input_blocks for layer in block]
             for layer in layers:
@@ -177,7 +177,7 @@ class ProbeAddsToLayers:
             return out
 
         model = model.clone()
-        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "probe", around_sampling)
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "probe", outer_sample_wrapper)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "probe", around_call)
         return (model,)
 

@@ -17,12 +17,12 @@ from ...core.adapter import Adapter
 from ...core.image_prompt import ImagePrompt, repeated
 from ...core.kv import BlockKey, KVBank
 from ...core.reference import HIDDEN_STATES_KEY, ReferenceKV, ReferencePassHooks
-from .bank import has_room, lined_up, tokens_of_each
 from .foreign import ForeignCode
+from .reference_pass import concatenate_kv, fits_in_memory, split_per_image
 from .unet import NetworkInputs
 
 
-class JoinedPictures(NamedTuple):
+class BatchedReferences(NamedTuple):
     """An image prompt whose pictures are rows of a UNet call; the bank fills while that runs."""
 
     prompt: ImagePrompt
@@ -38,10 +38,10 @@ class JoinedPictures(NamedTuple):
             k[self.rows], v[self.rows], extra_options[HIDDEN_STATES_KEY][self.rows], key
         )
         recorded = ReferenceKV(kv, *extra_options["activations_shape"][-2:])
-        self.bank[key] = lined_up(tokens_of_each(recorded, self.prompt.pictures))
+        self.bank[key] = concatenate_kv(split_per_image(recorded, self.prompt.pictures))
 
 
-class LargerCall:
+class ExtendedBatch:
     """A UNet call (x, timestep, context, y, control) that image prompts can be joined to."""
 
     def __init__(
@@ -53,12 +53,12 @@ class LargerCall:
         foreign: ForeignCode,
     ) -> None:
         self.arguments = list(arguments)
-        self.pictures: dict[Any, JoinedPictures] = {}  # by the keys of their banks
+        self.pictures: dict[Any, BatchedReferences] = {}  # by the keys of their banks
         is_innermost = executor.idx + 1 == len(executor.wrappers)
         is_patched = any(options.get("patches", {}).values()) or any(options.get("patches_replace", {}).values())
-        self._is_open = is_innermost and not is_patched and not rest and not foreign and self.arguments[4] is None
+        self._can_extend = is_innermost and not is_patched and not rest and not foreign and self.arguments[4] is None
 
-    def may_take(self, prompt: ImagePrompt, adapter: Adapter, base: Any) -> bool:
+    def can_append(self, prompt: ImagePrompt, adapter: Adapter, base: Any) -> bool:
         """Whether nothing speaks against it that is known before the pictures are noised and their text is ready.
 
         The text of the call stays as it is, so theirs have to go into its length.
@@ -66,14 +66,14 @@ class LargerCall:
         There is room if ComfyUI would make one call of so many rows itself.
         """
         x = self.arguments[0]
-        if not self._is_open or torch.compiler.is_compiling():
+        if not self._can_extend or torch.compiler.is_compiling():
             return False
         if any(picture.latent.shape[-2:] != x.shape[-2:] for picture in prompt.pictures):
             return False
         length = self.arguments[2].shape[1]
         if any(length % (picture.text or adapter.text).cross_attn.shape[1] for picture in prompt.pictures):
             return False
-        return has_room(base, [len(x) + len(prompt.pictures), *x.shape[1:]], x.device)
+        return fits_in_memory(base, [len(x) + len(prompt.pictures), *x.shape[1:]], x.device)
 
     def join(self, key: Any, prompt: ImagePrompt, inputs: NetworkInputs, recorder: ReferencePassHooks) -> bool:
         """Add the pictures as rows, unless they are of another kind than those of the call."""
@@ -88,5 +88,5 @@ class LargerCall:
             control,
         ]
         rows = slice(len(x), len(x) + len(inputs.x))
-        self.pictures[key] = JoinedPictures(prompt, recorder, rows, {})
+        self.pictures[key] = BatchedReferences(prompt, recorder, rows, {})
         return True

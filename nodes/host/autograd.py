@@ -39,33 +39,33 @@ def make_differentiable(module: nn.Module) -> None:
         for name, parameter in list(child._parameters.items()):
             if parameter is None:
                 continue
-            if _born_in_inference(parameter):
-                normal = nn.Parameter(_over_the_same_memory(parameter), requires_grad=False)
+            if _is_inference_tensor(parameter):
+                normal = nn.Parameter(_alias_storage(parameter), requires_grad=False)
                 vars(normal).update(vars(parameter))  # hosts hang their own notes on a weight
                 child._parameters[name] = normal
             else:
                 parameter.requires_grad_(False)
         for name, buffer in list(child._buffers.items()):
-            if buffer is not None and _born_in_inference(buffer):
-                child._buffers[name] = normal = _over_the_same_memory(buffer)
+            if buffer is not None and _is_inference_tensor(buffer):
+                child._buffers[name] = normal = _alias_storage(buffer)
                 vars(normal).update(vars(buffer))
 
 
-def normal_tensor(tensor: Tensor) -> Tensor:
+def clone_for_autograd(tensor: Tensor) -> Tensor:
     """A copy that autograd accepts; to be called outside inference mode."""
     return tensor.detach().clone()
 
 
-def _over_the_same_memory(tensor: Tensor) -> Tensor:
+def _alias_storage(tensor: Tensor) -> Tensor:
     # Not a view in autograd's sense, which would be an inference tensor too: a tensor of its own that is given storage.
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     if not plain:  # a quantized weight is more than its storage
-        return normal_tensor(tensor)
+        return clone_for_autograd(tensor)
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _born_in_inference(tensor: Tensor) -> bool:
+def _is_inference_tensor(tensor: Tensor) -> bool:
     # A parameter whose storage was swapped by a move to another device no longer says that it is an inference tensor,
     # but still has no version counter, and backward fails on it.
     try:
@@ -99,13 +99,13 @@ def out_of_place_text_encoder(clip: Any, checkpointing: bool, dtype: torch.dtype
     dtype: what its products are computed in. Their sum, which runs through all layers, stays in float32.
     """
     layers = [m for m in clip.cond_stage_model.modules() if isinstance(m, CLIPLayer)]
-    forward = _recomputed_clip_layer if checkpointing else _clip_layer
-    with own_forward(layers, functools.partial(forward, dtype)):
+    forward = _recompute_clip_layer if checkpointing else _clip_layer
+    with patched_forward(layers, functools.partial(forward, dtype)):
         yield
 
 
 @contextlib.contextmanager
-def lean_layers(*modules: nn.Module) -> Iterator[None]:
+def memory_efficient_layers(*modules: nn.Module) -> Iterator[None]:
     """Let frozen layers keep nothing for the backward pass but their weight as it is stored.
 
     Torch would keep a convolution's input, and of every layer the copy that was cast to the computation's precision:
@@ -116,38 +116,38 @@ def lean_layers(*modules: nn.Module) -> Iterator[None]:
     convolutions = [layer for layer in layers if type(layer) in CONVOLUTIONS and layer.padding_mode == "zeros"]
     buffer = CastBuffer()
     with (
-        own_forward(linears, functools.partial(_lean_linear, buffer)),
-        own_forward(convolutions, functools.partial(_lean_convolution, buffer)),
+        patched_forward(linears, functools.partial(_frozen_linear, buffer)),
+        patched_forward(convolutions, functools.partial(_frozen_convolution, buffer)),
     ):
         yield
 
 
 @contextlib.contextmanager
-def lean_activations(unet: nn.Module) -> Iterator[None]:
+def recompute_cheap_ops(unet: nn.Module) -> Iterator[None]:
     """Keep one tensor, and recompute the others, where a few cheap operations follow each other.
 
     These are a norm with the SiLU after it, and the gate of a feed-forward layer.
     """
     normed = [m for m in unet.modules() if type(m) is nn.Sequential and _begins_with_norm_and_silu(m)]
     gates = [m for m in unet.modules() if type(m) is GEGLU]
-    with own_forward(normed, _lean_norm_and_silu), own_forward(gates, _lean_gate):
+    with patched_forward(normed, _recompute_norm_and_silu), patched_forward(gates, _recompute_gate):
         yield
 
 
 @contextlib.contextmanager
-def recomputed_activations(unet: nn.Module) -> Iterator[None]:
+def checkpoint_activations(unet: nn.Module) -> Iterator[None]:
     """Gradient checkpointing: keep the inputs of every residual and transformer block, and recompute the rest.
 
     ComfyUI's UNet ignores its own checkpointing flag. The options are copied at the time of the call, because the
     host goes on writing the current block's address into the same dictionary.
     """
     blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock | ResBlock)]
-    with own_forward(blocks, _recomputed_forward):
+    with patched_forward(blocks, _recompute_forward):
         yield
 
 
 @contextlib.contextmanager
-def own_forward(modules: list[Any], forward: Any) -> Iterator[None]:
+def patched_forward(modules: list[Any], forward: Any) -> Iterator[None]:
     """Modules compute `forward(module, its forward until now, *its inputs)`, and are as they were afterwards."""
     earlier = [module.__dict__.get("forward") for module in modules]
     for module in modules:
@@ -169,22 +169,22 @@ def _clip_layer(dtype: torch.dtype, layer: Any, original: Any, x: Tensor, mask: 
     return x + mlp.fc2(recompute(mlp.activation, mlp.fc1(layer.layer_norm2(x).to(dtype))))
 
 
-def _recomputed_clip_layer(dtype: torch.dtype, layer: Any, original: Any, x: Tensor, *args: Any) -> Tensor:
+def _recompute_clip_layer(dtype: torch.dtype, layer: Any, original: Any, x: Tensor, *args: Any) -> Tensor:
     return recompute(lambda x: _clip_layer(dtype, layer, original, x, *args), x)
 
 
-def _lean_linear(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:
-    return frozen_linear(x, layer.weight, layer.bias, buffer) if _can_be_lean(layer, x) else original(x)
+def _frozen_linear(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:
+    return frozen_linear(x, layer.weight, layer.bias, buffer) if _can_be_frozen(layer, x) else original(x)
 
 
-def _lean_convolution(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:
-    if not _can_be_lean(layer, x) or isinstance(layer.padding, str):
+def _frozen_convolution(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:
+    if not _can_be_frozen(layer, x) or isinstance(layer.padding, str):
         return original(x)
     settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
     return frozen_conv2d(x, layer.weight, layer.bias, buffer, *settings)
 
 
-def _can_be_lean(layer: Any, x: Tensor) -> bool:
+def _can_be_frozen(layer: Any, x: Tensor) -> bool:
     weight, bias = layer.weight, layer.bias
     return (
         type(weight) is nn.Parameter
@@ -198,7 +198,7 @@ def _begins_with_norm_and_silu(layers: nn.Sequential) -> bool:
     return len(layers) > 1 and isinstance(layers[0], nn.GroupNorm) and isinstance(layers[1], nn.SiLU)
 
 
-def _lean_norm_and_silu(layers: nn.Sequential, original: Any, x: Tensor) -> Tensor:
+def _recompute_norm_and_silu(layers: nn.Sequential, original: Any, x: Tensor) -> Tensor:
     norm, silu, *rest = layers
     x = recompute(lambda x: silu(norm(x)), x)
     for layer in rest:
@@ -206,7 +206,7 @@ def _lean_norm_and_silu(layers: nn.Sequential, original: Any, x: Tensor) -> Tens
     return x
 
 
-def _lean_gate(layer: Any, original: Any, x: Tensor) -> Tensor:
+def _recompute_gate(layer: Any, original: Any, x: Tensor) -> Tensor:
     def gated(projected: Tensor) -> Tensor:
         x, gate = projected.chunk(2, dim=-1)
         return x * F.gelu(gate)
@@ -214,7 +214,7 @@ def _lean_gate(layer: Any, original: Any, x: Tensor) -> Tensor:
     return recompute(gated, layer.proj(x))
 
 
-def _recomputed_forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _recompute_forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Tensor:
     if not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())):
         return original(*args, **kwargs)  # nothing would be kept: the reference pass, and what precedes all gradients
     options = kwargs.get("transformer_options")

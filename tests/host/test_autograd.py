@@ -33,7 +33,7 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_differentiable_weights_are_the_same_memory(loaded):
-    from sa_inject.nodes.host.trainable import make_differentiable, training_mode
+    from sa_inject.nodes.host.autograd import make_differentiable, training_mode
 
     model, clip = loaded
     for module in (model.model, clip.cond_stage_model):
@@ -52,7 +52,7 @@ def test_differentiable_weights_are_the_same_memory(loaded):
 
 
 def test_what_the_host_hangs_on_a_weight_stays_on_it(load_checkpoint):
-    from sa_inject.nodes.host.trainable import make_differentiable, training_mode
+    from sa_inject.nodes.host.autograd import make_differentiable, training_mode
 
     base = load_checkpoint("sd15")[0].model
     notes = {}
@@ -67,7 +67,7 @@ def test_what_the_host_hangs_on_a_weight_stays_on_it(load_checkpoint):
 def test_the_host_is_told_of_the_training_and_of_its_end(monkeypatch, comfy_host):
     import comfy.model_management as model_management
 
-    from sa_inject.nodes.host.trainable import training_mode
+    from sa_inject.nodes.host.autograd import training_mode
 
     monkeypatch.setattr(model_management, "in_training", False, raising=False)  # hosts newer than 0.3.75 have it
     with pytest.raises(InterruptedError), torch.inference_mode(), training_mode():
@@ -77,7 +77,7 @@ def test_the_host_is_told_of_the_training_and_of_its_end(monkeypatch, comfy_host
 
 
 def test_a_second_call_replaces_nothing(loaded):
-    from sa_inject.nodes.host.trainable import make_differentiable, training_mode
+    from sa_inject.nodes.host.autograd import make_differentiable, training_mode
 
     base = loaded[0].model
     with torch.inference_mode(), training_mode():
@@ -110,7 +110,7 @@ def bytes_beside(kept: dict[int, int], module: torch.nn.Module) -> int:
 
 def unet_step(base: Any, *contexts: Any) -> tuple[Tensor, Tensor, int]:
     """Output, gradient of the context and bytes kept beside the weights, of one call of the UNet."""
-    from sa_inject.nodes.host.trainable import differentiable_options, training_mode
+    from sa_inject.nodes.host.autograd import differentiable_options, training_mode
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
@@ -130,17 +130,22 @@ def unet_step(base: Any, *contexts: Any) -> tuple[Tensor, Tensor, int]:
 
 
 def test_frozen_ops_layers_and_activations_compute_the_same_and_keep_less(loaded):
-    from sa_inject.nodes.host.trainable import lean_activations, lean_layers, make_differentiable, training_mode
+    from sa_inject.nodes.host.autograd import (
+        make_differentiable,
+        memory_efficient_layers,
+        recompute_cheap_ops,
+        training_mode,
+    )
 
     base = loaded[0].model
     unet = base.diffusion_model
     with torch.inference_mode(), training_mode():
         make_differentiable(base)
     out, gradient, everything = unet_step(base)
-    lean_out, lean_gradient, layers = unet_step(base, lean_layers(unet))
+    lean_out, lean_gradient, layers = unet_step(base, memory_efficient_layers(unet))
     assert torch.equal(lean_out, out)
     assert torch.allclose(lean_gradient, gradient, rtol=1e-4, atol=1e-6)
-    both_out, both_gradient, both = unet_step(base, lean_layers(unet), lean_activations(unet))
+    both_out, both_gradient, both = unet_step(base, memory_efficient_layers(unet), recompute_cheap_ops(unet))
     assert torch.equal(both_out, out)
     assert torch.allclose(both_gradient, gradient, rtol=1e-4, atol=1e-6)
     assert layers < 0.95 * everything and both < 0.75 * everything
@@ -148,7 +153,7 @@ def test_frozen_ops_layers_and_activations_compute_the_same_and_keep_less(loaded
 
 
 def test_casting_layers_keep_no_cast_weights(loaded):
-    from sa_inject.nodes.host.trainable import lean_layers, make_differentiable, training_mode
+    from sa_inject.nodes.host.autograd import make_differentiable, memory_efficient_layers, training_mode
 
     base = loaded[0].model
     unet = base.diffusion_model
@@ -163,7 +168,7 @@ def test_casting_layers_keep_no_cast_weights(loaded):
                 if weight is not None:
                     m._parameters[name] = torch.nn.Parameter(weight.detach().half(), requires_grad=False)
         out, gradient, everything = unet_step(base)
-        lean_out, lean_gradient, lean = unet_step(base, lean_layers(unet))
+        lean_out, lean_gradient, lean = unet_step(base, memory_efficient_layers(unet))
     finally:
         for m, parameters in stored.items():
             vars(m).pop("comfy_cast_weights", None)
@@ -175,12 +180,12 @@ def test_casting_layers_keep_no_cast_weights(loaded):
 
 
 def test_layers_with_patches_or_another_forward_are_left_to_the_host(loaded):
-    from sa_inject.nodes.host.trainable import lean_layers
+    from sa_inject.nodes.host.autograd import memory_efficient_layers
 
     base = loaded[0].model
     layer = base.diffusion_model.input_blocks[0][0]
     x = torch.randn(1, 4, LATENT_SIDE, LATENT_SIDE).to(layer.weight.device)
-    with torch.no_grad(), lean_layers(base.diffusion_model):
+    with torch.no_grad(), memory_efficient_layers(base.diffusion_model):
         plain = layer(x)
         layer.weight_function.append(lambda weight: 2 * weight)
         layer.bias_function.append(lambda bias: 2 * bias)
@@ -194,37 +199,37 @@ def test_layers_with_patches_or_another_forward_are_left_to_the_host(loaded):
         return x
 
     layer.forward = forward
-    with lean_layers(base.diffusion_model):
+    with memory_efficient_layers(base.diffusion_model):
         pass
     assert vars(layer).pop("forward") is forward
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_the_text_encoder_keeps_no_cast_weights_and_few_activations(loaded, recompute):
-    from sa_inject.nodes.host.text import clip_with_token, encode_text
-    from sa_inject.nodes.host.trainable import (
-        lean_layers,
+    from sa_inject.nodes.host.autograd import (
         make_differentiable,
+        memory_efficient_layers,
         out_of_place_text_encoder,
         training_mode,
     )
+    from sa_inject.nodes.host.text import clip_with_token, encode_text
 
     _, clip = loaded
     encoder = clip.cond_stage_model
     with torch.inference_mode(), training_mode():
         make_differentiable(encoder)
         word = torch.nn.Parameter(0.01 * torch.randn(1, 768, generator=torch.Generator().manual_seed(0)))
-        taught = clip_with_token(clip, "sainj", {"clip_l": word})
+        patched_clip = clip_with_token(clip, "sainj", {"clip_l": word})
 
         def step() -> tuple[Tensor, Tensor, int]:
             with out_of_place_text_encoder(clip, recompute), kept_bytes() as kept:
-                encoded = encode_text(taught, ["a photo of sainj toy", "sainj"]).cross_attn
+                encoded = encode_text(patched_clip, ["a photo of sainj toy", "sainj"]).cross_attn
             (gradient,) = torch.autograd.grad(encoded.square().sum(), word)
             return encoded.detach(), gradient, bytes_beside(kept, encoder)
 
-        with lean_layers(encoder):
+        with memory_efficient_layers(encoder):
             encoded, gradient, kept = step()
-        expected = encode_text(taught, ["a photo of sainj toy", "sainj"]).cross_attn
+        expected = encode_text(patched_clip, ["a photo of sainj toy", "sainj"]).cross_attn
     gc.collect()
     assert torch.allclose(encoded, expected, atol=1e-6)
     assert gradient.isfinite().all() and gradient.norm() > 0

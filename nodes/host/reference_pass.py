@@ -18,7 +18,7 @@ from ...core.lora import LoRADeltas
 from ...core.masks import token_mask
 from ...core.reference import ReferenceKV, ReferencePassHooks, run_reference_pass, select_tokens
 from .reference_call import DrawingCall, with_channels
-from .unet import NetworkInputs, clean_sigma, network_inputs
+from .unet import NetworkInputs, clean_reference_sigma, network_inputs
 
 
 def host_attention(extra_options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
@@ -32,7 +32,7 @@ def host_attention(extra_options: dict[str, Any]) -> Callable[[Tensor, Tensor, T
     return attend
 
 
-def read_image_prompt(
+def encode_references(
     call: DrawingCall,
     base: Any,
     adapter: Adapter,
@@ -55,14 +55,14 @@ def read_image_prompt(
     cells = like.shape[0] * like.shape[-2] * like.shape[-1] if sigma is None else None
     for group in _batches(prompt.pictures, adapter, base, like.device, cells if call.rows is None else 0):
         pictures = [prompt.pictures[place] for place in group]
-        select = partial(tokens_of_each, pictures=pictures)
+        select = partial(split_per_image, pictures=pictures)
         recorder = ReferencePassHooks(order, order[-1], deltas, host_attention(call.options), select=select)
         inputs = reference_inputs(base, adapter, pictures, group, sigma, noise_seed, like)
         patches = recorder.transformer_options([key for key in adapter.blocks() if key not in missing])
         bank = run_reference_pass(partial(call.read, inputs, patches), recorder)
         for key in order:
             parts[key].extend(zip(group, bank.pop(key), strict=True))
-    return {key: _in_order(parts.pop(key)) for key in order}
+    return {key: _restore_order(parts.pop(key)) for key in order}
 
 
 def reference_inputs(
@@ -77,7 +77,7 @@ def reference_inputs(
     """What the UNet is called with to read pictures of one size; `places` are theirs in the image prompt."""
     latent = base.process_latent_in(torch.cat([p.latent for p in pictures])).to(like.device, torch.float32)
     sampling = base.model_sampling
-    level = clean_sigma(sampling) if sigma is None else sigma
+    level = clean_reference_sigma(sampling) if sigma is None else sigma
     sigmas = torch.full((len(pictures),), level, device=like.device)
     if sigma is not None:
         noise = torch.cat(
@@ -105,7 +105,7 @@ def _batches(
     for places in _alike(pictures, adapter):
         shape = pictures[places[0]].latent.shape
         count = len(places) if cells is None else min(len(places), max(1, cells // (shape[-2] * shape[-1])))
-        while count > 1 and not has_room(base, [count, *shape[1:]], device):
+        while count > 1 and not fits_in_memory(base, [count, *shape[1:]], device):
             count -= 1
         yield from (places[first : first + count] for first in range(0, len(places), count))
 
@@ -125,22 +125,22 @@ def _alike(pictures: Sequence[ReferenceImage], adapter: Adapter) -> list[list[in
     return groups
 
 
-def has_room(base: Any, shape: Sequence[int], device: torch.device) -> bool:
+def fits_in_memory(base: Any, shape: Sequence[int], device: torch.device) -> bool:
     """Whether ComfyUI would itself make one call of latents (b, c, h, w)."""
     return base.memory_required(shape) * 1.5 < get_free_memory(device)
 
 
-def tokens_of_each(recorded: ReferenceKV, pictures: Sequence[ReferenceImage]) -> list[KV]:
+def split_per_image(recorded: ReferenceKV, pictures: Sequence[ReferenceImage]) -> list[KV]:
     """What each picture of a batch hands over, without its masked-out tokens. -> (1, m, heads*d) each"""
     size = (recorded.height, recorded.width)
     kept = [None if picture.mask is None else token_mask(picture.mask, *size) for picture in pictures]
     return [select_tokens(recorded.kv, row, tokens) for row, tokens in enumerate(kept)]
 
 
-def _in_order(parts: list[tuple[int, KV]]) -> KV:
-    return lined_up([kv for _, kv in sorted(parts, key=lambda part: part[0])])
+def _restore_order(parts: list[tuple[int, KV]]) -> KV:
+    return concatenate_kv([kv for _, kv in sorted(parts, key=lambda part: part[0])])
 
 
-def lined_up(pictures: Sequence[KV]) -> KV:
+def concatenate_kv(pictures: Sequence[KV]) -> KV:
     """Join what pictures hand over, in the order in which they were given. -> (1, m, heads*d)"""
     return KV(torch.cat([kv.k for kv in pictures], dim=1), torch.cat([kv.v for kv in pictures], dim=1))
