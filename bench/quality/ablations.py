@@ -27,8 +27,8 @@ from sa_inject.trainer.config import REFERENCE_START
 from sa_inject.trainer.examples import Pair, PairStream, TrainingSet
 
 from .adapted import RECORDER, Replacements, WholePass, lora_on_both, replaced, whole_lora_for
-from .learn import Room, classroom, with_word
-from .methods import PLACEHOLDER, Lesson, Taught, learned_adapter, ours, ours_noised, taught_by
+from .learn import TrainingSetup, training_setup, with_word
+from .methods import PLACEHOLDER, TrainedModel, TrainingTask, learned_adapter, ours, ours_noised, trained_model
 from .subjects import Subject, make_subject
 
 HOST = "sa_inject.nodes.host"
@@ -44,57 +44,57 @@ MAY_JOIN = (f"{HOST}.batched_reference.ExtendedBatch.can_append",)
 
 
 def learned(
-    lesson: Lesson,
-    before: Callable[[Room], None] = lambda room: None,
+    task: TrainingTask,
+    before: Callable[[TrainingSetup], None] = lambda setup: None,
     word_learns: bool = True,
     denoiser_class: type[ComfyDenoiser] = ComfyDenoiser,
     applied: dict[str, Any] | None = None,
     **changes: Any,
-) -> Taught:
+) -> TrainedModel:
     """The same training as the node's, with something changed `before` it, in its denoiser or in its settings.
 
     applied: inputs of ApplySelfAttnInjection afterwards.
     """
     if not word_learns:
         changes["token_learning_rate"] = 0.0
-    config = lesson.config(**changes)
-    with classroom(lesson.models, lesson.training_subject(), config, denoiser_class=denoiser_class) as room:
-        before(room)
-        room.learn(room.lora)
-        adapter = room.adapter()
-    return taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER), **applied or {})
+    config = task.config(**changes)
+    with training_setup(task.models, task.training_subject(), config, denoiser_class=denoiser_class) as setup:
+        before(setup)
+        setup.learn(setup.lora)
+        adapter = setup.adapter()
+    return trained_model(task, adapter, with_word(task.models, adapter.tokens, PLACEHOLDER), **applied or {})
 
 
-def whole_lora(lesson: Lesson, **changes: Any) -> Taught:
+def whole_lora(task: TrainingTask, **changes: Any) -> TrainedModel:
     """LoRA on all four projections; what they do is up to the recorder."""
 
-    def replace(room: Room) -> None:
-        room.lora = whole_lora_for(room)
+    def replace(setup: TrainingSetup) -> None:
+        setup.lora = whole_lora_for(setup)
 
-    return learned(lesson, replace, **changes)
+    return learned(task, replace, **changes)
 
 
-def identical_pairs(lesson: Lesson) -> Taught:
+def identical_pairs(task: TrainingTask) -> TrainedModel:
     """The picture that is denoised is its own image prompt."""
 
     def identical(pair: Pair) -> Pair:
         return pair if pair.reference is None else pair._replace(reference=pair.target)
 
-    return learned(lesson, with_pairs(identical))
+    return learned(task, with_pairs(identical))
 
 
-def word_first(lesson: Lesson) -> Taught:
+def word_first(task: TrainingTask) -> TrainedModel:
     """No references in the first half of the steps, in which the word learns alone."""
     numbers = itertools.count()
-    alone = lesson.settings.steps * lesson.settings.batch // 2
+    alone = task.settings.steps * task.settings.batch // 2
 
     def without_at_first(pair: Pair) -> Pair:
         return pair._replace(reference=None) if next(numbers) < alone else pair
 
-    return learned(lesson, with_pairs(without_at_first))
+    return learned(task, with_pairs(without_at_first))
 
 
-def with_pairs(change: Callable[[Pair], Pair]) -> Callable[[Room], None]:
+def with_pairs(change: Callable[[Pair], Pair]) -> Callable[[TrainingSetup], None]:
     """Every pair that the training draws is changed."""
 
     class Changed(PairStream):
@@ -105,8 +105,8 @@ def with_pairs(change: Callable[[Pair], Pair]) -> Callable[[Room], None]:
         def pairs(self, reference_dropout: float, generator: torch.Generator) -> PairStream:
             return Changed(self, reference_dropout, generator)
 
-    def replace(room: Room) -> None:
-        room.data = Data(room.data.examples, room.data.views)
+    def replace(setup: TrainingSetup) -> None:
+        setup.data = Data(setup.data.examples, setup.data.views)
 
     return replace
 
@@ -162,16 +162,16 @@ class MiddleAndDecoder(ComfyDenoiser):
         return {key: found for key, found in super().read_reference(*args, **kwargs).items() if key.stage != "input"}
 
 
-def decoder_from_the_start(lesson: Lesson) -> Taught:
+def decoder_from_the_start(task: TrainingTask) -> TrainedModel:
     """Middle and decoder in training as well as in drawing."""
-    return learned(lesson, denoiser_class=MiddleAndDecoder, applied={"blocks": "middle and decoder"})
+    return learned(task, denoiser_class=MiddleAndDecoder, applied={"blocks": "middle and decoder"})
 
 
-def reads(text_of: Callable[[Subject, int], str]) -> Callable[[Lesson], Taught]:
+def reads(text_of: Callable[[Subject, int], str]) -> Callable[[TrainingTask], TrainedModel]:
     """Another text for the reference pass to read than the class word: `text_of` says it of a picture by its place."""
 
-    def teach(lesson: Lesson) -> Taught:
-        subject = lesson.subject
+    def teach(task: TrainingTask) -> TrainedModel:
+        subject = task.subject
         latents: list[Tensor] = []
 
         class Reads(ComfyDenoiser):
@@ -180,19 +180,19 @@ def reads(text_of: Callable[[Subject, int], str]) -> Callable[[Lesson], Taught]:
                 text = self.encode([text_of(subject, place) for place in places])
                 return super().read_reference(latent, sigma, text, mask, deltas)
 
-        with classroom(lesson.models, lesson.training_subject(), lesson.config(), denoiser_class=Reads) as room:
-            latents.extend(example.latent[0].to(room.device, torch.float32) for example in room.data.examples)
-            room.learn(room.lora)
-            adapter = room.adapter()
+        with training_setup(task.models, task.training_subject(), task.config(), denoiser_class=Reads) as setup:
+            latents.extend(example.latent[0].to(setup.device, torch.float32) for example in setup.data.examples)
+            setup.learn(setup.lora)
+            adapter = setup.adapter()
             with torch.no_grad():
-                texts = [room.denoiser.encode([text_of(subject, p)]) for p in range(len(latents))]
-        lesson.reference_texts = [TextConditioning(*(None if t is None else t.cpu() for t in text)) for text in texts]
-        return taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER))
+                texts = [setup.denoiser.encode([text_of(subject, p)]) for p in range(len(latents))]
+        task.reference_texts = [TextConditioning(*(None if t is None else t.cpu() for t in text)) for text in texts]
+        return trained_model(task, adapter, with_word(task.models, adapter.tokens, PLACEHOLDER))
 
     return teach
 
 
-class WithChance(ComfyDenoiser):
+class WithGenerator(ComfyDenoiser):
     """Has a generator of its own, so that the loop draws what it draws for all."""
 
     def __init__(self, *args: Any) -> None:
@@ -200,7 +200,7 @@ class WithChance(ComfyDenoiser):
         self._generator = torch.Generator().manual_seed(0)
 
 
-class LightlyNoised(WithChance):
+class LightlyNoised(WithGenerator):
     """Reads a reference neither clean nor at the picture's own level, but noised to what a clean one is read as."""
 
     def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: LoRADeltas) -> Any:
@@ -225,7 +225,7 @@ THREE_LEVELS = (0.1, 0.3, 0.55)  # of the 0.7 in which there are references
 OWN_BEGINNINGS = (50, 250)  # so many places of the schedule further up
 
 
-class OwnBeginnings(WithChance):
+class OwnBeginnings(WithGenerator):
     """Learns from what the model itself makes of a noisier picture, as while drawing."""
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class OwnBeginnings(WithChance):
         return super().denoise(own, sigma, text, references)
 
 
-class ToldTheLevel(ComfyDenoiser):
+class WithTimestep(ComfyDenoiser):
     """Reads a clean reference, but says of it the noise level of the picture; or the nearest of some levels."""
 
     told_at: tuple[float, ...] = ()  # places in the schedule
@@ -269,7 +269,7 @@ def level_to_tell(sampling: Any, sigma: float, places: tuple[float, ...]) -> flo
     return min(levels, key=lambda level: abs(math.log(level / max(sigma, 1e-3))), default=sigma)
 
 
-def inputs_told(told_at: tuple[float, ...]) -> Callable[..., Any]:
+def inputs_with_timestep(told_at: tuple[float, ...]) -> Callable[..., Any]:
     """The same while sampling, in place of bank.reference_inputs."""
 
     def inputs(base: Any, adapter: Any, pictures: Any, places: Any, sigma: Any, seed: int, like: Tensor) -> Any:
@@ -280,12 +280,12 @@ def inputs_told(told_at: tuple[float, ...]) -> Callable[..., Any]:
     return inputs
 
 
-def told(*told_at: float) -> Callable[[Lesson], Taught]:
-    class Told(ToldTheLevel):
+def told(*told_at: float) -> Callable[[TrainingTask], TrainedModel]:
+    class Told(WithTimestep):
         pass
 
     Told.told_at = told_at
-    return lambda lesson: learned(lesson, denoiser_class=Told, reference_mode="noised")
+    return lambda task: learned(task, denoiser_class=Told, reference_mode="noised")
 
 
 def sigma_at(share: float) -> Callable[[Any], float]:
@@ -293,21 +293,21 @@ def sigma_at(share: float) -> Callable[[Any], float]:
     return lambda sampling: float(sampling.percent_to_sigma(1 - share))
 
 
-def with_references(count: int) -> Callable[[Lesson], Taught]:
-    def teach(lesson: Lesson) -> Taught:
-        lesson.subject = make_subject(lesson.subject.artwork, references=count)
-        return ours(lesson)
+def with_references(count: int) -> Callable[[TrainingTask], TrainedModel]:
+    def teach(task: TrainingTask) -> TrainedModel:
+        task.subject = make_subject(task.subject.artwork, references=count)
+        return ours(task)
 
     return teach
 
 
-def drawn_with(cfg: float | None = None, **changes: Any) -> Callable[[Lesson], Taught]:
+def drawn_with(cfg: float | None = None, **changes: Any) -> Callable[[TrainingTask], TrainedModel]:
     """The adapter as it is, applied otherwise; so it is learned only once for a subject."""
 
-    def teach(lesson: Lesson) -> Taught:
-        adapter, clip = learned_once(lesson)
-        lesson.settings = lesson.settings._replace(cfg=cfg or lesson.settings.cfg)
-        return taught_by(lesson, adapter, clip, **changes)
+    def teach(task: TrainingTask) -> TrainedModel:
+        adapter, clip = learned_once(task)
+        task.settings = task.settings._replace(cfg=cfg or task.settings.cfg)
+        return trained_model(task, adapter, clip, **changes)
 
     return teach
 
@@ -315,26 +315,26 @@ def drawn_with(cfg: float | None = None, **changes: Any) -> Callable[[Lesson], T
 _learned: dict[tuple, tuple[Any, Any]] = {}
 
 
-def learned_once(lesson: Lesson) -> tuple[Any, Any]:
+def learned_once(task: TrainingTask) -> tuple[Any, Any]:
     """Adapter and CLIP; those of the last subject are kept."""
-    key = (lesson.subject, lesson.settings, lesson.rate, lesson.word_rate)
+    key = (task.subject, task.settings, task.rate, task.word_rate)
     if key not in _learned:
         _learned.clear()
-        _learned[key] = learned_adapter(lesson)
+        _learned[key] = learned_adapter(task)
     return _learned[key]
 
 
-ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
+ABLATIONS: dict[str, Callable[[TrainingTask], TrainedModel]] = {
     "as it is": drawn_with(),
     "LoRA in the whole pass": whole_lora,
-    "LoRA in the whole pass, noised": lambda lesson: whole_lora(lesson, reference_mode="noised"),
+    "LoRA in the whole pass, noised": lambda task: whole_lora(task, reference_mode="noised"),
     "K and V, in the whole pass": ours,
-    **{f"rank {rank}": lambda lesson, rank=rank: ours(lesson, rank=rank) for rank in (1, 4, 64)},
-    **{f"word of {n} tokens": lambda lesson, n=n: ours(lesson, token_vectors=n) for n in (1, 2, 8)},
-    "last step, not averaged": lambda lesson: learned(lesson, average_power=None),
-    "word not learned": lambda lesson: learned(lesson, word_learns=False),
+    **{f"rank {rank}": lambda task, rank=rank: ours(task, rank=rank) for rank in (1, 4, 64)},
+    **{f"word of {n} tokens": lambda task, n=n: ours(task, token_vectors=n) for n in (1, 2, 8)},
+    "last step, not averaged": lambda task: learned(task, average_power=None),
+    "word not learned": lambda task: learned(task, word_learns=False),
     "word first": word_first,
-    "no LoRA": lambda lesson: learned(lesson, lora_learning_rate=0.0),
+    "no LoRA": lambda task: learned(task, lora_learning_rate=0.0),
     "projected by the base": whole_lora,
     "concatenated": ours,
     "whole values, added": ours,
@@ -343,33 +343,33 @@ ABLATIONS: dict[str, Callable[[Lesson], Taught]] = {
     "middle and decoder only, trained so": decoder_from_the_start,
     "references read with the word": reads(lambda subject, place: subject.phrase),
     "references read with their captions": reads(lambda subject, place: subject.captions(subject.phrase)[place]),
-    "references lightly noised": lambda lesson: learned(lesson, denoiser_class=LightlyNoised),
+    "references lightly noised": lambda task: learned(task, denoiser_class=LightlyNoised),
     "references read as clean": ours,
     **{f"references read at {share}": ours for share in (0.1, 0.5)},
     "references told the picture's level": told(),
     "references told one of 3 levels": told(*THREE_LEVELS),
     "noised": ours_noised,
-    "own beginnings": lambda lesson: learned(lesson, denoiser_class=OwnBeginnings),
+    "own beginnings": lambda task: learned(task, denoiser_class=OwnBeginnings),
     "LoRA on both": lora_on_both,
-    "LoRA on both, noised": lambda lesson: lora_on_both(lesson, reference_mode="noised"),
-    "LoRA on the UNet alone": lambda lesson: lora_on_both(lesson, reference_dropout=1.0),
+    "LoRA on both, noised": lambda task: lora_on_both(task, reference_mode="noised"),
+    "LoRA on the UNet alone": lambda task: lora_on_both(task, reference_dropout=1.0),
     "identical pairs": identical_pairs,
     "both rows": drawn_with(apply_to="both"),
     "both rows, middle and decoder": drawn_with(apply_to="both", blocks="middle and decoder"),
     "strength 0.5, middle and decoder": drawn_with(strength=0.5, blocks="middle and decoder"),
     **{
-        f"references from {start}": lambda lesson, start=start: learned(
-            lesson, applied={"start_percent": start}, reference_start=start
+        f"references from {start}": lambda task, start=start: learned(
+            task, applied={"start_percent": start}, reference_start=start
         )
         for start in (0.0, 0.5)
     },
     **{
-        f"reference dropout {share}": lambda lesson, share=share: learned(lesson, reference_dropout=share)
+        f"reference dropout {share}": lambda task, share=share: learned(task, reference_dropout=share)
         for share in (0.0, 0.3, 0.5)
     },
     **{
-        f"noised, reference dropout {share}": lambda lesson, share=share: learned(
-            lesson, reference_dropout=share, reference_mode="noised"
+        f"noised, reference dropout {share}": lambda task, share=share: learned(
+            task, reference_dropout=share, reference_mode="noised"
         )
         for share in (0.0, 0.5)
     },
@@ -394,8 +394,8 @@ REPLACED: dict[str, Replacements] = {
     "whole values, added": ((RECORDER, WholeValues),),
     "references lightly noised": (((f"{HOST}.reference_pass.reference_inputs",), lightly_noised_inputs),),
     "references read as clean": ((CLEAN_SIGMA, lowest_sigma),),
-    "references told the picture's level": ((REFERENCE_INPUTS, inputs_told(())),),
-    "references told one of 3 levels": ((REFERENCE_INPUTS, inputs_told(THREE_LEVELS)),),
+    "references told the picture's level": ((REFERENCE_INPUTS, inputs_with_timestep(())),),
+    "references told one of 3 levels": ((REFERENCE_INPUTS, inputs_with_timestep(THREE_LEVELS)),),
     **{f"references read at {share}": ((CLEAN_SIGMA, sigma_at(share)),) for share in (0.1, 0.5)},
 }
 

@@ -22,8 +22,8 @@ from sa_inject.nodes.host.autograd import differentiable_options
 from sa_inject.nodes.host.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.unet import model_conditions
 
-from .learn import Room, classroom, with_word
-from .methods import PLACEHOLDER, Lesson, Taught, taught_by
+from .learn import TrainingSetup, training_setup, with_word
+from .methods import PLACEHOLDER, TrainedModel, TrainingTask, trained_model
 
 ATTENDED = "bench_attended"
 Replacements = tuple[tuple[tuple[str, ...], Any], ...]
@@ -89,11 +89,11 @@ class WholePass(ReferencePassHooks):
         return projected if delta is None else projected + delta(x)
 
 
-def whole_lora_for(room: Room) -> WholeLoRA:
+def whole_lora_for(setup: TrainingSetup) -> WholeLoRA:
     """A fresh one, on the room's device."""
-    generator = torch.Generator().manual_seed(room.config.seed)
-    lora = WholeLoRA(room.description.layers, room.config.rank, room.config.alpha, generator)
-    lora.to(room.device)
+    generator = torch.Generator().manual_seed(setup.config.seed)
+    lora = WholeLoRA(setup.description.layers, setup.config.rank, setup.config.alpha, generator)
+    lora.to(setup.device)
     return lora
 
 
@@ -129,24 +129,24 @@ class _Injecting(WholePass):
         return inject(attended, q, [reference], extra_options["n_heads"], differentiable_attention)
 
 
-def lora_on_both(lesson: Lesson, **changes: Any) -> Taught:
+def lora_on_both(task: TrainingTask, **changes: Any) -> TrainedModel:
     """A second LoRA on the frozen UNet's self-attention, merged into its weights for drawing."""
-    config = lesson.config(**changes)
-    with classroom(lesson.models, lesson.training_subject(), config, denoiser_class=AdaptedUnet) as room:
-        own = whole_lora_for(room)
-        room.denoiser.own = own  # type: ignore[attr-defined]
-        both = _Both(room.lora, own)
-        room.learn(both)
-        adapter = room.adapter()
+    config = task.config(**changes)
+    with training_setup(task.models, task.training_subject(), config, denoiser_class=AdaptedUnet) as setup:
+        own = whole_lora_for(setup)
+        setup.denoiser.own = own  # type: ignore[attr-defined]
+        both = _Both(setup.lora, own)
+        setup.learn(both)
+        adapter = setup.adapter()
         with torch.no_grad():
             products = own.deltas(torch.device("cpu"), torch.float32)
-            paths = {layer.key: layer.path for layer in room.description.layers}
+            paths = {layer.key: layer.path for layer in setup.description.layers}
             differences = {
                 f"{paths[key]}.{projection}.weight": product.b @ product.a
                 for (key, projection), product in products.items()
             }
     patches = {f"diffusion_model.{name}": ("diff", (value,)) for name, value in differences.items()}
-    trained = taught_by(lesson, adapter, with_word(lesson.models, adapter.tokens, PLACEHOLDER))
+    trained = trained_model(task, adapter, with_word(task.models, adapter.tokens, PLACEHOLDER))
     trained.model.add_patches(patches)
     more = sum(parameter.numel() for parameter in own.parameters())
     return trained._replace(parameters=trained.parameters + more, file_bytes=trained.file_bytes + 2 * more)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..report import Row
-from .results import Cell
+from .results import Result
 from .scores import bootstrap
 
 FLOOR, CEILING = "base", "real scenes, moved"
@@ -13,18 +13,18 @@ JUDGES = ("similarity", "imagenet", "colour")
 COLUMNS = ("method", "subjects", *(name for judge in JUDGES for name in (judge, f"{judge}, relative")))
 
 
-def both_rows(cells: Sequence[Cell], said_of: Callable[[Cell], Cell | None]) -> list[Row]:
+def both_rows(results: Sequence[Result], said_of: Callable[[Result], Result | None]) -> list[Row]:
     """Over the subjects of each method that both judges have seen, with the floor and the ceiling beside it."""
-    seen: dict[str, dict[str, Cell]] = {}
-    for cell in cells:
-        said = said_of(cell)
+    seen: dict[str, dict[str, Result]] = {}
+    for result in results:
+        said = said_of(result)
         if said is not None:
             values = {
-                "similarity": cell["scores"]["similarity"],
+                "similarity": result["scores"]["similarity"],
                 "imagenet": said["imagenet"],
                 "colour": said["colour"],
             }
-            seen.setdefault(cell["key"]["method"], {})[cell["key"]["subject"]] = values
+            seen.setdefault(result["key"]["method"], {})[result["key"]["subject"]] = values
     floor, ceiling = seen.get(FLOOR, {}), seen.get(CEILING, {})
     rows: list[Row] = []
     for method, subjects in seen.items():

@@ -68,7 +68,7 @@ class Trainables:
 
 
 @dataclass
-class Room:
+class TrainingSetup:
     """A model that gradients flow through, and all that a training run on it needs. `lora` is fresh."""
 
     unet: nn.Module
@@ -108,13 +108,13 @@ class Room:
 
 
 @contextlib.contextmanager
-def classroom(
+def training_setup(
     models: Models,
     subject: training_set.Subject,
     config: TrainConfig,
     extra: Sequence[Example] = (),
     denoiser_class: Callable[..., ComfyDenoiser] = ComfyDenoiser,
-) -> Iterator[Room]:
+) -> Iterator[TrainingSetup]:
     """Prepare everything as TrainSAInjectAdapter does; the UNet's weights are back in place when this ends.
 
     extra: examples that are learned as often as the subject's own, for prior preservation.
@@ -144,7 +144,7 @@ def classroom(
         )
         sampling = patcher.get_model_object("model_sampling")
         device = patcher.load_device
-        yield Room(
+        yield TrainingSetup(
             unet=base.diffusion_model,
             description=description,
             denoiser=denoiser_class(base, sampling, patched_clip, description.layers, device, torch.float32),

@@ -5,10 +5,10 @@ that never saw a generated picture says what came out.
     python dev.py bench quality --part main     one part: rates, choices, main or ablations
     python dev.py bench quality --quick         minutes: one subject, few steps and pictures
     python dev.py bench quality --part rates --methods "ours, clean" --rates 1e-4,5e-4    rates of one's own
-    python dev.py bench quality --share 0/4     a quarter of the cells; three more processes with 1/4 to 3/4 do the rest
+    python dev.py bench quality --share 0/4     a quarter; three more processes with 1/4 to 3/4 do the rest
     python dev.py bench quality --report        tables and plots of what has been measured so far
 
-Results are kept cell by cell in bench/results/quality/cells.jsonl. The judge has to have learned first:
+Results are kept result by result in bench/results/quality/results.jsonl. The judge has to have learned first:
 python -m demo.base.judge train.
 """
 
@@ -26,7 +26,7 @@ import torch
 
 from ..host import CACHE, RESULTS, demo_checkpoint, start_host, use_demo
 from ..report import device_slug, print_json
-from .results import Cell, Cells
+from .results import Result, ResultStore
 
 log = logging.getLogger("quality")
 
@@ -47,15 +47,15 @@ def main() -> None:
     use_demo()
     log.setLevel(logging.INFO)
     folder = (CACHE if options.quick else RESULTS) / "quality"
-    cells = Cells(folder / "cells.jsonl")
-    bench = Bench(host, options, cells)
+    results = ResultStore(folder / "results.jsonl")
+    bench = Bench(host, options, results)
     if not options.report:
         for part in options.part:
             getattr(bench, part)()
     from .report import report
 
     bench.judge_again()
-    everyones = Cells(folder / "cells.jsonl")  # read again: other processes may have added theirs
+    everyones = ResultStore(folder / "results.jsonl")  # read again: other processes may have added theirs
     print_json(report(everyones, folder, bench.base, bench.settings, options.quick, bench.second.said_of))
 
 
@@ -76,7 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scheduler", default="karras")
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16; on a CPU float32")
-    parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N", help="every Nth cell, from the Ith on")
+    parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N", help="every Nth result, from the Ith on")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -102,9 +102,9 @@ def pair(text: str) -> tuple[float, float]:
 
 
 class Bench:
-    """Fills cells; each part asks for those it needs."""
+    """Fills results; each part asks for those it needs."""
 
-    def __init__(self, host: Any, options: argparse.Namespace, cells: Cells) -> None:
+    def __init__(self, host: Any, options: argparse.Namespace, results: ResultStore) -> None:
         import comfy.sd
         import folder_paths
 
@@ -125,7 +125,7 @@ class Bench:
                 te_model_options={"dtype": torch.float32},
             )
         self.numbers = itertools.count()
-        self.host, self.options, self.cells = host, options, cells
+        self.host, self.options, self.results = host, options, results
         self.models = Models(model, clip, vae, getattr(torch, options.dtype))
         self.judge = Judge()
         folder = (CACHE if options.quick else RESULTS) / "quality"
@@ -139,12 +139,12 @@ class Bench:
 
     def rates(self) -> None:
         """Every method at each of its rates, on subjects of their own, in whatever precision."""
-        from .report import cells_of
+        from .report import results_of
         from .subjects import make_subject, sweep_artworks
 
         known = {
-            (cell["key"]["method"], cell["key"]["subject"], tuple(cell["key"]["rates"]))
-            for cell in cells_of(self.cells, "rates", self.base, self.settings)
+            (result["key"]["method"], result["key"]["subject"], tuple(result["key"]["rates"]))
+            for result in results_of(self.results, "rates", self.base, self.settings)
         }
         for artwork in sweep_artworks()[: 1 if self.options.quick else SWEEP_SUBJECTS[self.kind]]:
             for name, method in self.methods().items():
@@ -153,7 +153,7 @@ class Bench:
                     if (name, artwork.word, rates) in known:
                         continue
                     subject = make_subject(artwork, prompts=2 if self.options.quick else SWEEP_PROMPTS)
-                    self.cell("rates", name, rates, method.teach, subject, pictures=1, bystanders=0)
+                    self.result("rates", name, rates, method.teach, subject, pictures=1, base_objects=0)
 
     def main(self) -> None:
         """The table: every method at its best rate, all prompts, all seeds. Subject by subject, so that a run that is
@@ -166,8 +166,8 @@ class Bench:
             self.ceiling(subject)
             for name, method in self.methods().items():
                 rates = self.best_rates(method.swept_as or name)
-                pictures, bystanders = (1, 2) if self.options.quick else (PICTURES, BYSTANDERS)
-                self.cell("main", name, rates, method.teach, subject, pictures, bystanders)
+                pictures, base_objects = (1, 2) if self.options.quick else (PICTURES, BYSTANDERS)
+                self.result("main", name, rates, method.teach, subject, pictures, base_objects)
 
     def choices(self) -> None:
         """The ablations on subjects of no table: defaults are chosen by these, and the tables' subjects stay unseen.
@@ -187,9 +187,9 @@ class Bench:
         self.changed("ablations", table_artworks(count), pictures=1)
 
     def changed(self, part: str, artworks: list[Any], pictures: int) -> None:
-        """Every ablation on these subjects, at the strength that was trained, as cells of the part."""
+        """Every ablation on these subjects, at the strength that was trained, as results of the part."""
         from .ablations import ABLATIONS, as_changed
-        from .methods import AS_TRAINED
+        from .methods import TRAINED_STRENGTH
         from .subjects import make_subject
 
         rates = self.best_rates("ours, clean")
@@ -200,7 +200,7 @@ class Bench:
                     continue
                 with as_changed(name):
                     count = 1 if self.options.quick else pictures
-                    self.cell(part, name, rates, teach, subject, count, bystanders=0, strength=AS_TRAINED)
+                    self.result(part, name, rates, teach, subject, count, base_objects=0, strength=TRAINED_STRENGTH)
 
     def methods(self) -> dict[str, Any]:
         from .methods import METHODS
@@ -215,15 +215,15 @@ class Bench:
         what another found best for the same training.
         """
         from .methods import METHODS
-        from .report import cells_of
+        from .report import results_of
 
-        swept = cells_of(self.cells, "rates", self.base, self.settings) or cells_of(
-            self.cells, "rates", self.base, self.settings._replace(**SWEPT_WITH)
+        swept = results_of(self.results, "rates", self.base, self.settings) or results_of(
+            self.results, "rates", self.base, self.settings._replace(**SWEPT_WITH)
         )
         found: dict[tuple, list[float]] = {}
-        for cell in swept:
-            if cell["key"]["method"] == name:
-                found.setdefault(tuple(cell["key"]["rates"]), []).append(cell["scores"]["harmonic"])
+        for result in swept:
+            if result["key"]["method"] == name:
+                found.setdefault(tuple(result["key"]["rates"]), []).append(result["scores"]["harmonic"])
         if not found:
             rates = METHODS[name].rates
             return rates[len(rates) // 2]
@@ -231,7 +231,7 @@ class Bench:
         complete = {pair: sum(values) / most for pair, values in found.items() if len(values) == most}
         return max(complete, key=complete.__getitem__)  # type: ignore[return-value]
 
-    def cell(
+    def result(
         self,
         part: str,
         name: str,
@@ -239,27 +239,27 @@ class Bench:
         teach: Callable[..., Any],
         subject: Any,
         pictures: int,
-        bystanders: int,
+        base_objects: int,
         strength: float | None = None,
-    ) -> Cell | None:
+    ) -> Result | None:
         """Teach, draw and score, unless that is known already, or left to another process."""
-        from .methods import Lesson, Method, draw, timed
+        from .methods import Method, TrainingTask, draw, timed
         from .scores import base_fidelity, score
         from .subjects import bystander_scenes, texts_of
         from .validation_loss import unseen_loss
 
         key = self.key(part, name, subject, rates=list(rates), pictures=pictures, prompts=len(subject.prompts))
-        known, is_ours = self.cells.find(key), self.is_ours()
+        known, is_ours = self.results.find(key), self.is_ours()
         if known is not None or not is_ours:
             return known
         start = time.perf_counter()
-        lesson = Lesson(self.host, self.models, subject, self.settings, *rates, strength=strength)
-        trained, seconds, memory = timed(lesson, Method(teach))
+        task = TrainingTask(self.host, self.models, subject, self.settings, *rates, strength=strength)
+        trained, seconds, memory = timed(task, Method(teach))
         began = time.perf_counter()
-        images = draw(lesson, trained, subject.prompt_texts(trained.words), pictures)
+        images = draw(task, trained, subject.prompt_texts(trained.words), pictures)
         per_image = (time.perf_counter() - began) / len(images)
         asked = [scene for scene in subject.prompts for _ in range(pictures)]
-        value: Cell = {
+        value: Result = {
             "device": device_slug(),
             "scores": score(self.judge, subject, images, asked)._asdict(),
             "parameters": trained.parameters,
@@ -267,11 +267,11 @@ class Bench:
             "training_seconds": round(seconds, 2),
             "added_bytes": memory,
             "seconds_per_image": round(per_image, 3),
-            "unseen_loss": [round(loss, 6) for loss in unseen_loss(lesson, trained)],
+            "unseen_loss": [round(loss, 6) for loss in unseen_loss(task, trained)],
         }
-        if bystanders:
-            scenes = bystander_scenes(bystanders)
-            value["base_fidelity"] = base_fidelity(self.judge, draw(lesson, trained, texts_of(scenes, None), 1), scenes)
+        if base_objects:
+            scenes = bystander_scenes(base_objects)
+            value["base_fidelity"] = base_fidelity(self.judge, draw(task, trained, texts_of(scenes, None), 1), scenes)
         self.keep_pictures(part, name, subject, images[::pictures])
         if part == "main":
             self.second.add(key, images, asked)
@@ -288,10 +288,10 @@ class Bench:
             scores["top_1"],
             time.perf_counter() - start,
         )
-        return self.cells.add(key, value)
+        return self.results.add(key, value)
 
     def is_ours(self) -> bool:
-        """Whether the next cell is of this process's share; known ones count too, so that all count alike."""
+        """Whether the next result is of this process's share; known ones count too, so that all count alike."""
         own, count = self.options.share
         return next(self.numbers) % count == own
 
@@ -307,23 +307,23 @@ class Bench:
         others = [render(scene) for scene in moved(subject.prompts)]
         for name, images in (("real scenes", real), ("real, autoencoded", self.autoencoded(real)), (CEILING, others)):
             key = self.key("main", name, subject, prompts=len(subject.prompts))
-            if self.is_ours() and self.cells.find(key) is None:
+            if self.is_ours() and self.results.find(key) is None:
                 self.keep_pictures("main", name, subject, images)
                 self.second.add(key, images, subject.prompts)
-                self.cells.add(key, {"scores": score(self.judge, subject, images, subject.prompts)._asdict()})
+                self.results.add(key, {"scores": score(self.judge, subject, images, subject.prompts)._asdict()})
 
     def judge_again(self) -> None:
         """The second judge on kept pictures that it has not seen: nothing is taught or drawn for it."""
         from demo.base.artwork import find
 
-        from .report import cells_of
+        from .report import results_of
         from .subjects import make_subject
 
-        for cell in cells_of(self.cells, "main", self.base, self.settings):
-            if self.second.said_of(cell) is None and self.second.file(cell["key"]).exists():
-                prompts = make_subject(find(cell["key"]["subject"]), prompts=cell["key"]["prompts"]).prompts
-                pictures = cell["key"].get("pictures", 1)
-                self.second.judge_kept(cell, [scene for scene in prompts for _ in range(pictures)])
+        for result in results_of(self.results, "main", self.base, self.settings):
+            if self.second.said_of(result) is None and self.second.file(result["key"]).exists():
+                prompts = make_subject(find(result["key"]["subject"]), prompts=result["key"]["prompts"]).prompts
+                pictures = result["key"].get("pictures", 1)
+                self.second.judge_kept(result, [scene for scene in prompts for _ in range(pictures)])
 
     def autoencoded(self, images: list) -> list:
         import numpy as np
@@ -334,7 +334,7 @@ class Bench:
         pixels = self.host.execute("VAEDecode", samples=latents, vae=self.models.vae)[0]
         return [Image.fromarray(p) for p in (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()]
 
-    def key(self, part: str, method: str, subject: Any, **more: Any) -> Cell:
+    def key(self, part: str, method: str, subject: Any, **more: Any) -> Result:
         return {
             "part": part,
             "method": method,

@@ -31,7 +31,15 @@ from sa_inject.trainer.config import TrainConfig
 
 from ..measure import peak_memory
 from ..reference_only import with_reference_every_step
-from .learn import Models, Trainables, attention_written_out, class_examples, classroom, with_differences, with_word
+from .learn import (
+    Models,
+    Trainables,
+    attention_written_out,
+    class_examples,
+    training_setup,
+    with_differences,
+    with_word,
+)
 from .subjects import PLACEHOLDER, Settings, Subject
 
 RANK = 16
@@ -39,16 +47,16 @@ CLASS_PICTURES = 16  # for prior preservation
 PROMPTS_OF_CALL = 13  # drawn at once on CUDA, which would wait for single ones to be launched
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of both attentions of every block
 # no references; the last step is what counts
-AS_USUAL: dict[str, Any] = {
+PLAIN_SETTINGS: dict[str, Any] = {
     "reference_dropout": 1.0,
     "average_power": None,
 }
-AS_TRAINED = 1.0  # the strength that ours learns with
+TRAINED_STRENGTH = 1.0  # the strength that ours learns with
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass
-class Lesson:
+class TrainingTask:
     """One subject, to be learned with one learning rate."""
 
     host: Any
@@ -99,7 +107,7 @@ class Lesson:
         return ImagePrompt(tuple(replace(picture, text=text) for picture, text in pairs))
 
 
-class Taught(NamedTuple):
+class TrainedModel(NamedTuple):
     """What draws: a model, a CLIP, the words that stand for the subject, and how large what was learned is."""
 
     model: Any
@@ -110,134 +118,134 @@ class Taught(NamedTuple):
 
 
 class Method(NamedTuple):
-    teach: Callable[[Lesson], Taught]
+    teach: Callable[[TrainingTask], TrainedModel]
     rates: tuple[tuple[float, float], ...] = ((0.0, 0.0),)  # (rate, word's rate), of which a sweep chooses one
     swept_as: str | None = None  # the method whose sweep chooses for this one too
 
 
-def base_model(lesson: Lesson) -> Taught:
+def base_model(task: TrainingTask) -> TrainedModel:
     """The class word alone: the floor."""
-    return Taught(lesson.models.drawing, lesson.models.clip, lesson.subject.artwork.class_word)
+    return TrainedModel(task.models.drawing, task.models.clip, task.subject.artwork.class_word)
 
 
-def textual_inversion(lesson: Lesson) -> Taught:
+def textual_inversion(task: TrainingTask) -> TrainedModel:
     """Gal et al., 2022: the word learns, alone."""
-    with classroom(lesson.models, lesson.training_subject(), lesson.config()) as room:
-        room.learn(Trainables([nn.Parameter(torch.zeros(1))]), lora_learning_rate=0.0, **AS_USUAL)
-        word = room.learned_word()
-    return Taught(
-        lesson.models.drawing, with_word(lesson.models, word, PLACEHOLDER), lesson.subject.phrase, *size_of(word)
+    with training_setup(task.models, task.training_subject(), task.config()) as setup:
+        setup.learn(Trainables([nn.Parameter(torch.zeros(1))]), lora_learning_rate=0.0, **PLAIN_SETTINGS)
+        word = setup.learned_word()
+    return TrainedModel(
+        task.models.drawing, with_word(task.models, word, PLACEHOLDER), task.subject.phrase, *size_of(word)
     )
 
 
-def untrained_reference(lesson: Lesson) -> Taught:
+def untrained_reference(task: TrainingTask) -> TrainedModel:
     """Training-free reference attention as other packs do it, to the first picture, and the class word."""
-    blocks = [tuple(layer.key) for layer in describe(lesson.models.model).layers]
-    first = lesson.image_prompt().pictures[0].latent
-    model = with_reference_every_step(lesson.models.drawing, [first], blocks)
-    return Taught(model, lesson.models.clip, lesson.subject.artwork.class_word)
+    blocks = [tuple(layer.key) for layer in describe(task.models.model).layers]
+    first = task.image_prompt().pictures[0].latent
+    model = with_reference_every_step(task.models.drawing, [first], blocks)
+    return TrainedModel(model, task.models.clip, task.subject.artwork.class_word)
 
 
-def host_lora(lesson: Lesson) -> Taught:
+def host_lora(task: TrainingTask) -> TrainedModel:
     """ComfyUI's TrainLoraNode: LoRA on every layer, and a rare word in the captions that is not learned."""
-    host, models = lesson.host, lesson.models
-    latents = host.execute("VAEEncode", pixels=lesson.pictures(), vae=models.vae)[0]["samples"]
-    captions = lesson.subject.captions(lesson.subject.phrase)
+    host, models = task.host, task.models
+    latents = host.execute("VAEEncode", pixels=task.pictures(), vae=models.vae)[0]["samples"]
+    captions = task.subject.captions(task.subject.phrase)
     positive = [host.execute("CLIPTextEncode", clip=models.clip, text=text)[0] for text in captions]
     _, lora, *_ = host.execute(
         "TrainLoraNode",
         model=models.model,
         latents=[{"samples": latent[None]} for latent in latents],
         positive=positive,
-        steps=lesson.settings.steps,
-        batch_size=lesson.settings.batch,
-        learning_rate=lesson.rate,
+        steps=task.settings.steps,
+        batch_size=task.settings.batch,
+        learning_rate=task.rate,
         rank=RANK,
         training_dtype=PRECISIONS[models.dtype],
         lora_dtype="fp32",
         gradient_checkpointing=False,
-        seed=lesson.settings.seed,
+        seed=task.settings.seed,
     )
     lora = {name: tensor.detach().half() for name, tensor in lora.items()}
     model = host.execute("LoraModelLoader", model=models.drawing, lora=lora, strength_model=1.0)[0]
-    return Taught(model, models.clip, lesson.subject.phrase, *size_of(lora))
+    return TrainedModel(model, models.clip, task.subject.phrase, *size_of(lora))
 
 
-def peft_lora(lesson: Lesson) -> Taught:
+def peft_lora(task: TrainingTask) -> TrainedModel:
     """LoRA on all attention of the UNet with a learned word, as pivotal tuning does."""
-    with classroom(lesson.models, lesson.training_subject(), lesson.config()) as room:
-        targets = [name for name, _ in room.unet.named_modules() if name.endswith(ATTENTION)]
-        torch.manual_seed(lesson.settings.seed)
-        peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets), room.unet)
-        layers = {name: room.unet.get_submodule(name) for name in targets}
+    with training_setup(task.models, task.training_subject(), task.config()) as setup:
+        targets = [name for name, _ in setup.unet.named_modules() if name.endswith(ATTENTION)]
+        torch.manual_seed(task.settings.seed)
+        peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets), setup.unet)
+        layers = {name: setup.unet.get_submodule(name) for name in targets}
         try:
-            learned = {name: p for name, p in room.unet.named_parameters() if "lora_" in name}
-            room.learn(Trainables(list(learned.values())), **AS_USUAL)
+            learned = {name: p for name, p in setup.unet.named_parameters() if "lora_" in name}
+            setup.learn(Trainables(list(learned.values())), **PLAIN_SETTINGS)
             with torch.no_grad():
                 differences = {f"{name}.weight": lora.get_delta_weight("default") for name, lora in layers.items()}
             kept = {name: p.detach().clone() for name, p in learned.items()}
         finally:
             for name, lora in layers.items():
                 parent, _, child = name.rpartition(".")
-                setattr(room.unet.get_submodule(parent), child, lora.base_layer)
-        word = room.learned_word()
-    return Taught(
-        with_differences(lesson.models, differences),
-        with_word(lesson.models, word, PLACEHOLDER),
-        lesson.subject.phrase,
+                setattr(setup.unet.get_submodule(parent), child, lora.base_layer)
+        word = setup.learned_word()
+    return TrainedModel(
+        with_differences(task.models, differences),
+        with_word(task.models, word, PLACEHOLDER),
+        task.subject.phrase,
         *size_of({**kept, **word}),
     )
 
 
-def full_fine_tune(lesson: Lesson) -> Taught:
+def full_fine_tune(task: TrainingTask) -> TrainedModel:
     """DreamBooth without prior preservation, and with a learned word."""
-    return fine_tuned(lesson, ())
+    return fine_tuned(task, ())
 
 
-def full_fine_tune_with_prior(lesson: Lesson) -> Taught:
+def full_fine_tune_with_prior(task: TrainingTask) -> TrainedModel:
     """DreamBooth (Ruiz et al., 2023, eq. 2): pictures of the class that the base model drew are learned beside."""
-    rng = np.random.RandomState(lesson.settings.seed)
+    rng = np.random.RandomState(task.settings.seed)
     scenes = [random_scene(rng) for _ in range(CLASS_PICTURES)]
-    texts = [caption(scene, 0, lesson.subject.artwork.class_word) for scene in scenes]
-    latents = sample(lesson, base_model(lesson), texts, 1, range(len(texts)))
-    return fine_tuned(lesson, tuple(zip(latents, texts, strict=True)))
+    texts = [caption(scene, 0, task.subject.artwork.class_word) for scene in scenes]
+    latents = sample(task, base_model(task), texts, 1, range(len(texts)))
+    return fine_tuned(task, tuple(zip(latents, texts, strict=True)))
 
 
-def fine_tuned(lesson: Lesson, prior: Sequence[tuple[Tensor, str]]) -> Taught:
-    extra = class_examples(lesson.models, torch.stack([p[0] for p in prior]), [p[1] for p in prior]) if prior else []
-    with classroom(lesson.models, lesson.training_subject(), lesson.config(), extra) as room:
-        before = {name: p.detach().clone() for name, p in room.unet.named_parameters()}
-        room.unet.requires_grad_(True)
-        room.learn(Trainables(list(room.unet.parameters())), **AS_USUAL)
-        differences = {name: p.detach().cpu() - before[name].cpu() for name, p in room.unet.named_parameters()}
-        word = room.learned_word()
-    return Taught(
-        with_differences(lesson.models, differences),
-        with_word(lesson.models, word, PLACEHOLDER),
-        lesson.subject.phrase,
+def fine_tuned(task: TrainingTask, prior: Sequence[tuple[Tensor, str]]) -> TrainedModel:
+    extra = class_examples(task.models, torch.stack([p[0] for p in prior]), [p[1] for p in prior]) if prior else []
+    with training_setup(task.models, task.training_subject(), task.config(), extra) as setup:
+        before = {name: p.detach().clone() for name, p in setup.unet.named_parameters()}
+        setup.unet.requires_grad_(True)
+        setup.learn(Trainables(list(setup.unet.parameters())), **PLAIN_SETTINGS)
+        differences = {name: p.detach().cpu() - before[name].cpu() for name, p in setup.unet.named_parameters()}
+        word = setup.learned_word()
+    return TrainedModel(
+        with_differences(task.models, differences),
+        with_word(task.models, word, PLACEHOLDER),
+        task.subject.phrase,
         *size_of({**differences, **word}),
     )
 
 
-def ours(lesson: Lesson, **changes: Any) -> Taught:
+def ours(task: TrainingTask, **changes: Any) -> TrainedModel:
     """The pack's own nodes, with their defaults and the swept rates; `changes` are inputs of the training node."""
-    return taught_by(lesson, *learned_adapter(lesson, **changes))
+    return trained_model(task, *learned_adapter(task, **changes))
 
 
-def learned_adapter(lesson: Lesson, **changes: Any) -> tuple[Adapter, Any]:
+def learned_adapter(task: TrainingTask, **changes: Any) -> tuple[Adapter, Any]:
     """What TrainSAInjectAdapter hands over: adapter and CLIP."""
-    host, models = lesson.host, lesson.models
+    host, models = task.host, task.models
     chosen: dict[str, Any] = {
         "placeholder_token": PLACEHOLDER,
-        "class_word": lesson.subject.artwork.class_word,
+        "class_word": task.subject.artwork.class_word,
         "resolution": IMAGE_SIZE,
-        "steps": lesson.settings.steps,
-        "batch_size": lesson.settings.batch,
-        "lora_learning_rate": lesson.rate,
-        "token_learning_rate": lesson.word_rate,
+        "steps": task.settings.steps,
+        "batch_size": task.settings.batch,
+        "lora_learning_rate": task.rate,
+        "token_learning_rate": task.word_rate,
         "rank": RANK,
         "precision": PRECISIONS[models.dtype],
-        "seed": lesson.settings.seed,
+        "seed": task.settings.seed,
         "file_name": "bench",
         "previews": 0,
     }
@@ -247,40 +255,40 @@ def learned_adapter(lesson: Lesson, **changes: Any) -> tuple[Adapter, Any]:
         model=models.model,
         clip=models.clip,
         vae=models.vae,
-        images=lesson.pictures(),
-        captions=lesson.subject.captions(lesson.subject.phrase),
+        images=task.pictures(),
+        captions=task.subject.captions(task.subject.phrase),
         **chosen,
     )
     return adapter, clip
 
 
-def ours_noised(lesson: Lesson) -> Taught:
-    return ours(lesson, reference_mode="noised")
+def ours_noised(task: TrainingTask) -> TrainedModel:
+    return ours(task, reference_mode="noised")
 
 
-def as_trained(mode: str) -> Callable[[Lesson], Taught]:
+def as_trained(mode: str) -> Callable[[TrainingTask], TrainedModel]:
     """Ours, applied at the strength that it was trained with."""
-    return lambda lesson: taught_by(lesson, *learned_adapter(lesson, reference_mode=mode), strength=AS_TRAINED)
+    return lambda task: trained_model(task, *learned_adapter(task, reference_mode=mode), strength=TRAINED_STRENGTH)
 
 
-def taught_by(lesson: Lesson, adapter: Adapter, clip: Any, **changes: Any) -> Taught:
+def trained_model(task: TrainingTask, adapter: Adapter, clip: Any, **changes: Any) -> TrainedModel:
     """`changes` are inputs of ApplySelfAttnInjection."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         save_adapter(adapter, path)
         file_bytes = path.stat().st_size
     parameters = sum(t.numel() for t in (*adapter.lora.state_dict().values(), *adapter.tokens.values()))
-    return Taught(injected(lesson, adapter, **changes), clip, lesson.subject.phrase, parameters, file_bytes)
+    return TrainedModel(injected(task, adapter, **changes), clip, task.subject.phrase, parameters, file_bytes)
 
 
-def injected(lesson: Lesson, adapter: Adapter, **changes: Any) -> Any:
-    if lesson.strength is not None:
-        changes = {"strength": lesson.strength, **changes}
-    return lesson.host.execute(
+def injected(task: TrainingTask, adapter: Adapter, **changes: Any) -> Any:
+    if task.strength is not None:
+        changes = {"strength": task.strength, **changes}
+    return task.host.execute(
         "ApplySelfAttnInjection",
-        model=lesson.models.drawing,
+        model=task.models.drawing,
         adapter=adapter,
-        image_prompt=lesson.image_prompt(),
+        image_prompt=task.image_prompt(),
         **changes,
     )[0]
 
@@ -294,8 +302,8 @@ def size_of(tensors: dict[str, Tensor]) -> tuple[int, int]:
 
 
 def sample(
-    lesson: Lesson,
-    trained: Taught,
+    task: TrainingTask,
+    trained: TrainedModel,
     texts: Sequence[str],
     pictures: int,
     seeds: Sequence[int],
@@ -308,17 +316,17 @@ def sample(
     of_call = of_call or (PROMPTS_OF_CALL if torch.cuda.is_available() else 1)
     return torch.cat(
         [
-            _sample_at_once(lesson, trained, texts[first : first + of_call], pictures, seeds[first : first + of_call])
+            _sample_at_once(task, trained, texts[first : first + of_call], pictures, seeds[first : first + of_call])
             for first in range(0, len(texts), of_call)
         ]
     )
 
 
 def _sample_at_once(
-    lesson: Lesson, trained: Taught, texts: Sequence[str], pictures: int, seeds: Sequence[int]
+    task: TrainingTask, trained: TrainedModel, texts: Sequence[str], pictures: int, seeds: Sequence[int]
 ) -> Tensor:
     """As KSampler does it, whose own noise has one seed for all."""
-    host, settings = lesson.host, lesson.settings
+    host, settings = task.host, task.settings
     found = [host.execute("CLIPTextEncode", clip=trained.clip, text=text)[0][0] for text in texts]
     cross_attn = torch.cat([text[0] for text in found]).repeat_interleave(pictures, dim=0)
     empty = host.execute("EmptyLatentImage", width=IMAGE_SIZE, height=IMAGE_SIZE, batch_size=pictures)[0]["samples"]
@@ -331,7 +339,7 @@ def _sample_at_once(
             settings.sampler,
             settings.scheduler,
             [[cross_attn, {}]],
-            unprompted(lesson),
+            unprompted(task),
             empty.repeat(len(texts), 1, 1, 1),
             denoise=1.0,
             seed=seeds[0],
@@ -339,29 +347,29 @@ def _sample_at_once(
         )
 
 
-def unprompted(lesson: Lesson) -> Any:
-    """Conditioning of the empty prompt, which no learned word changes; encoded once for a lesson."""
-    if lesson.negative is None:
-        lesson.negative = lesson.host.execute("CLIPTextEncode", clip=lesson.models.clip, text="")[0]
-    return lesson.negative
+def unprompted(task: TrainingTask) -> Any:
+    """Conditioning of the empty prompt, which no learned word changes; encoded once for a task."""
+    if task.negative is None:
+        task.negative = task.host.execute("CLIPTextEncode", clip=task.models.clip, text="")[0]
+    return task.negative
 
 
-def draw(lesson: Lesson, trained: Taught, texts: Sequence[str], pictures: int) -> list[Image.Image]:
+def draw(task: TrainingTask, trained: TrainedModel, texts: Sequence[str], pictures: int) -> list[Image.Image]:
     """So many pictures of every prompt, in the order of the prompts; seeds depend on the prompt's place alone."""
     seeds = [1000 * place for place in range(len(texts))]
-    return decoded(lesson, sample(lesson, trained, texts, pictures, seeds))
+    return decoded(task, sample(task, trained, texts, pictures, seeds))
 
 
-def decoded(lesson: Lesson, latents: Tensor) -> list[Image.Image]:
-    pixels = lesson.host.execute("VAEDecode", samples={"samples": latents}, vae=lesson.models.vae)[0]
+def decoded(task: TrainingTask, latents: Tensor) -> list[Image.Image]:
+    pixels = task.host.execute("VAEDecode", samples={"samples": latents}, vae=task.models.vae)[0]
     return [Image.fromarray(picture) for picture in (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()]
 
 
-def timed(lesson: Lesson, method: Method) -> tuple[Taught, float, int]:
+def timed(task: TrainingTask, method: Method) -> tuple[TrainedModel, float, int]:
     """Teach, and say how long it took and by how many bytes memory grew at its peak."""
     start = time.perf_counter()
     with peak_memory() as peak, attention_written_out():
-        trained = method.teach(lesson)
+        trained = method.teach(task)
     return trained, time.perf_counter() - start, peak.added
 
 

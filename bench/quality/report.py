@@ -15,7 +15,7 @@ from ..host import CACHE
 from ..report import Row, environment, table
 from .both_judges import CEILING, both_rows
 from .both_judges import COLUMNS as BOTH_COLUMNS
-from .results import Cell, Cells
+from .results import Result, ResultStore
 from .scores import bootstrap, paired
 
 matplotlib.use("agg")
@@ -49,28 +49,28 @@ GRID_SUBJECTS = 2
 CELL, LABEL, GAP = 96, 200, 4
 
 
-def cells_of(cells: Cells, part: str, base: str, settings: Any) -> list[Cell]:
+def results_of(results: ResultStore, part: str, base: str, settings: Any) -> list[Result]:
     """All of one part that were measured on this base model with these settings."""
     wanted = {"part": part, "base": base, "settings": settings._asdict()}
-    return [cell for cell in cells.all() if wanted.items() <= cell["key"].items()]
+    return [result for result in results.all() if wanted.items() <= result["key"].items()]
 
 
 def report(
-    cells: Cells,
+    results: ResultStore,
     folder: Path,
     base: str,
     settings: Any,
     quick: bool,
-    said_of: Callable[[Cell], Cell | None] = lambda cell: None,
+    said_of: Callable[[Result], Result | None] = lambda result: None,
 ) -> dict[str, Any]:
     """Write tables, plots and grids to the folder; the object that is the bench's last line."""
-    found = {part: cells_of(cells, part, base, settings) for part in ("rates", "choices", "main", "ablations")}
+    found = {part: results_of(results, part, base, settings) for part in ("rates", "choices", "main", "ablations")}
     whole = of_whole_subjects(found["main"])
     rows = main_rows(whole)
     changes, choices = (ablation_rows(found[part]) for part in ("ablations", "choices"))
     verdict = judged(found["main"])
     both = both_rows(whole, said_of)
-    others = with_other_settings(cells, base, settings)
+    others = with_other_settings(results, base, settings)
     result = {
         "bench": "quality",
         "settings": settings._asdict(),
@@ -123,13 +123,13 @@ def report(
     return result
 
 
-def with_other_settings(cells: Cells, base: str, settings: Any) -> list[dict[str, Any]]:
+def with_other_settings(results: ResultStore, base: str, settings: Any) -> list[dict[str, Any]]:
     """The main table and its comparisons for all other settings that it has been begun with."""
-    apart: dict[tuple, list[Cell]] = {}
-    for cell in cells.all():
-        key = cell["key"]
+    apart: dict[tuple, list[Result]] = {}
+    for result in results.all():
+        key = result["key"]
         if key["part"] == "main" and key["base"] == base and key["settings"] != settings._asdict():
-            apart.setdefault(tuple(key["settings"].values()), []).append(cell)
+            apart.setdefault(tuple(key["settings"].values()), []).append(result)
     found = []
     for same in apart.values():
         theirs = same[0]["key"]["settings"]
@@ -146,40 +146,40 @@ def shown_otherwise(other: dict[str, Any]) -> str:
     return f"{table(other['rows'], columns)}\n\n{table(other['verdict'], VERDICT_COLUMNS)}"
 
 
-def of_whole_subjects(cells: Sequence[Cell]) -> list[Cell]:
+def of_whole_subjects(results: Sequence[Result]) -> list[Result]:
     """Without subjects that only a few methods have learned, which would make means of different subjects differ."""
     learned: dict[str, set[str]] = {}
-    for cell in cells:
-        learned.setdefault(cell["key"]["subject"], set()).add(cell["key"]["method"])
+    for result in results:
+        learned.setdefault(result["key"]["subject"], set()).add(result["key"]["method"])
     most = max(map(len, learned.values()), default=0)
-    return [cell for cell in cells if len(learned[cell["key"]["subject"]]) > most / 2]
+    return [result for result in results if len(learned[result["key"]["subject"]]) > most / 2]
 
 
-def by_method(cells: Sequence[Cell]) -> dict[str, dict[str, Cell]]:
-    """{method: {subject: cell}}, in the order of measuring."""
-    found: dict[str, dict[str, Cell]] = {}
-    for cell in cells:
-        found.setdefault(cell["key"]["method"], {})[cell["key"]["subject"]] = cell
+def by_method(results: Sequence[Result]) -> dict[str, dict[str, Result]]:
+    """{method: {subject: result}}, in the order of measuring."""
+    found: dict[str, dict[str, Result]] = {}
+    for result in results:
+        found.setdefault(result["key"]["method"], {})[result["key"]["subject"]] = result
     return found
 
 
-def main_rows(cells: Sequence[Cell]) -> list[Row]:
-    methods = by_method(cells)
-    device = timed_on(cells)
+def main_rows(results: Sequence[Result]) -> list[Row]:
+    methods = by_method(results)
+    device = timed_on(results)
     rows: list[Row] = []
     for name, subjects in methods.items():
         row: Row = {"method": name, **scores_of(subjects)}
         row["copying"] = f"{mean(subjects, 'copying'):+.3f}"
-        learned = [cell for cell in subjects.values() if "parameters" in cell]
+        learned = [result for result in subjects.values() if "parameters" in result]
         if learned:
             row["parameters"] = learned[0]["parameters"]
             row["file MB"] = learned[0]["file_bytes"] / 1e6
-        clocked = [cell for cell in learned if device_of(cell) == device]
+        clocked = [result for result in learned if device_of(result) == device]
         if clocked:
-            row["training s"] = median([cell["training_seconds"] for cell in clocked])
-            row["memory MB"] = round(median([cell["added_bytes"] for cell in clocked]) / 1e6)
-            row["s / image"] = median([cell["seconds_per_image"] for cell in clocked])
-        kept = {subject: cell["base_fidelity"] for subject, cell in subjects.items() if "base_fidelity" in cell}
+            row["training s"] = median([result["training_seconds"] for result in clocked])
+            row["memory MB"] = round(median([result["added_bytes"] for result in clocked]) / 1e6)
+            row["s / image"] = median([result["seconds_per_image"] for result in clocked])
+        kept = {subject: result["base_fidelity"] for subject, result in subjects.items() if "base_fidelity" in result}
         before = {s: c["base_fidelity"] for s, c in methods.get("base", {}).items() if "base_fidelity" in c}
         if kept and before:
             row["forgetting"] = with_interval(paired(before, kept))
@@ -190,36 +190,36 @@ def main_rows(cells: Sequence[Cell]) -> list[Row]:
     return rows
 
 
-def device_of(cell: Cell) -> str:
-    return cell.get("device", "cpu")  # the first cells do not say
+def device_of(result: Result) -> str:
+    return result.get("device", "cpu")  # the first results do not say
 
 
-def timed_on(cells: Sequence[Cell]) -> str:
-    """The device of most cells: only theirs say what a method takes."""
-    devices = [device_of(cell) for cell in cells]
+def timed_on(results: Sequence[Result]) -> str:
+    """The device of most results: only theirs say what a method takes."""
+    devices = [device_of(result) for result in results]
     return max(devices, key=devices.count, default="cpu")
 
 
-def relative_losses(subjects: dict[str, Cell], base: dict[str, Cell]) -> list[float]:
+def relative_losses(subjects: dict[str, Result], base: dict[str, Result]) -> list[float]:
     """The loss on unseen real scenes, as a share of the base model's: the mean over noise levels, for each subject."""
     found = []
     for subject in sorted(subjects.keys() & base.keys()):  # the bootstrap depends on their order
-        ours, theirs = (cells[subject].get("unseen_loss") for cells in (subjects, base))
+        ours, theirs = (results[subject].get("unseen_loss") for results in (subjects, base))
         if ours and theirs:
             found.append(sum(a / b for a, b in zip(ours, theirs, strict=True)) / len(ours))
     return found
 
 
-def scores_of(subjects: dict[str, Cell]) -> Row:
+def scores_of(subjects: dict[str, Result]) -> Row:
     row: Row = {"subjects": len(subjects)}
     for column, field in (("similarity",) * 2, ("top-1", "top_1"), ("fidelity",) * 2, ("harmonic",) * 2):
-        row[column] = with_interval(bootstrap([cell["scores"][field] for cell in subjects.values()]))
+        row[column] = with_interval(bootstrap([result["scores"][field] for result in subjects.values()]))
     return row
 
 
-def judged(cells: Sequence[Cell]) -> list[Row]:
+def judged(results: Sequence[Result]) -> list[Row]:
     """Ours in either mode against every other method, subject by subject."""
-    methods = by_method(cells)
+    methods = by_method(results)
     rows = []
     for ours, (name, subjects) in itertools.product(OURS, methods.items()):
         common = subjects.keys() & methods.get(ours, {}).keys()
@@ -242,8 +242,8 @@ def reached(is_so: bool, subjects: int) -> str:
     return answer if subjects >= ENOUGH else f"{answer}, on {subjects} of {ENOUGH} subjects"
 
 
-def ablation_rows(cells: Sequence[Cell]) -> list[Row]:
-    methods = by_method(cells)
+def ablation_rows(results: Sequence[Result]) -> list[Row]:
+    methods = by_method(results)
     rows = []
     for name, subjects in methods.items():
         row: Row = {"changed": name, **scores_of(subjects), "copying": f"{mean(subjects, 'copying'):+.3f}"}
@@ -253,22 +253,22 @@ def ablation_rows(cells: Sequence[Cell]) -> list[Row]:
     return rows
 
 
-def rate_rows(cells: Sequence[Cell]) -> list[Row]:
+def rate_rows(results: Sequence[Result]) -> list[Row]:
     found: dict[tuple, list[float]] = {}
-    for cell in cells:
-        found.setdefault((cell["key"]["method"], *cell["key"]["rates"]), []).append(cell["scores"]["harmonic"])
+    for result in results:
+        found.setdefault((result["key"]["method"], *result["key"]["rates"]), []).append(result["scores"]["harmonic"])
     return [
         {"method": key[0], "rates": f"{key[1]:g}, word {key[2]:g}", "subjects": len(v), "harmonic": sum(v) / len(v)}
         for key, v in sorted(found.items())
     ]
 
 
-def harmonics(subjects: dict[str, Cell]) -> dict[str, float]:
-    return {subject: cell["scores"]["harmonic"] for subject, cell in subjects.items()}
+def harmonics(subjects: dict[str, Result]) -> dict[str, float]:
+    return {subject: result["scores"]["harmonic"] for subject, result in subjects.items()}
 
 
-def mean(subjects: dict[str, Cell], field: str) -> float:
-    return sum(cell["scores"][field] for cell in subjects.values()) / len(subjects)
+def mean(subjects: dict[str, Result], field: str) -> float:
+    return sum(result["scores"][field] for result in subjects.values()) / len(subjects)
 
 
 def median(values: Sequence[float]) -> float:
@@ -279,9 +279,9 @@ def with_interval(values: tuple[float, float, float]) -> str:
     return "{:.3f} ({:.3f} to {:.3f})".format(*values)
 
 
-def plot(cells: Sequence[Cell], path: Path) -> None:
+def plot(results: Sequence[Result], path: Path) -> None:
     """Left: identity against prompt fidelity. Right: what the harmonic mean costs in file size."""
-    methods = by_method(cells)
+    methods = by_method(results)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
     sizes: list[float] = []
     for place, (name, subjects) in enumerate(methods.items()):
@@ -310,7 +310,7 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
 
 
 def picture_file(part: str, method: str, subject: str) -> Path:
-    """Where the first pictures of a cell are kept; git ignores them."""
+    """Where the first pictures of a result are kept; git ignores them."""
     name = re.sub(r"[^a-z0-9]+", "-", f"{part} {method} {subject}".lower()).strip("-")
     return CACHE / "quality" / "pictures" / f"{name}.png"
 
@@ -323,7 +323,7 @@ def strip(images: Sequence[Image.Image]) -> Image.Image:
     return joined
 
 
-def grid(cells: Sequence[Cell], path: Path) -> None:
+def grid(results: Sequence[Result], path: Path) -> None:
     """The first prompts of the subjects that most methods' pictures are here of, a method to a row.
 
     Pictures are kept on the machine that drew them: elsewhere a sheet that is there already stays as it is.
@@ -332,10 +332,10 @@ def grid(cells: Sequence[Cell], path: Path) -> None:
 
     from .subjects import make_subject
 
-    methods = by_method(cells)
+    methods = by_method(results)
     files = {
         subject: {name: file for name in methods if (file := picture_file("main", name, subject)).exists()}
-        for subject in dict.fromkeys(cell["key"]["subject"] for cell in cells)
+        for subject in dict.fromkeys(result["key"]["subject"] for result in results)
     }
     subjects = sorted(filter(files.get, files), key=lambda s: len(files[s]), reverse=True)[:GRID_SUBJECTS]
     if not subjects or (path.exists() and len(files[subjects[0]]) < len(methods)):

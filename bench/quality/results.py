@@ -6,40 +6,40 @@ import json
 from pathlib import Path
 from typing import Any
 
-Cell = dict[str, Any]
+Result = dict[str, Any]
 
 
-class Cells:
-    """A file of JSON lines. A cell is found again by what it was made from; another base model makes it another."""
+class ResultStore:
+    """A file of JSON lines. A result is found again by what it was made from; another base model makes it another."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[str, Cell] = {}
+        self._known: dict[str, Result] = {}
         if path.exists():
             text = path.read_text(encoding="utf-8")
             whole = text[: text.rfind("\n") + 1]  # a run that was killed may have left a line unfinished
             if whole != text:
                 path.write_text(whole, encoding="utf-8")
             for line in whole.splitlines():
-                cell = json.loads(line)
-                self._known[_address(cell["key"])] = cell
+                result = json.loads(line)
+                self._known[_address(result["key"])] = result
 
-    def find(self, key: Cell) -> Cell | None:
+    def find(self, key: Result) -> Result | None:
         return self._known.get(_address(key))
 
-    def all(self) -> list[Cell]:
+    def all(self) -> list[Result]:
         """In the order in which they were measured."""
         return list(self._known.values())
 
-    def add(self, key: Cell, value: Cell) -> Cell:
+    def add(self, key: Result, value: Result) -> Result:
         """Written at once: whatever stops the run, this is kept."""
-        cell = {"key": key, **value}
+        result = {"key": key, **value}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(cell) + "\n")
-        self._known[_address(key)] = cell
-        return cell
+            lines.write(json.dumps(result) + "\n")
+        self._known[_address(key)] = result
+        return result
 
 
-def _address(key: Cell) -> str:
+def _address(key: Result) -> str:
     return json.dumps(key, sort_keys=True)

@@ -20,7 +20,7 @@ from demo.base.imagenet import JUDGE, Embedder
 from demo.base.judge import subject_mask
 from demo.base.world import Scene, render
 
-from .results import Cell, Cells
+from .results import Result, ResultStore
 
 BINS = 6  # of each colour channel
 COLUMNS = 10
@@ -71,19 +71,19 @@ def _histogram(image: Image.Image) -> np.ndarray | None:
 
 
 class SecondJudge:
-    """Keeps pictures and what is said of them, by the keys of the cells that they belong to."""
+    """Keeps pictures and what is said of them, by the keys of the results that they belong to."""
 
     def __init__(self, folder: Path, pictures: Path) -> None:
-        self._cells, self._pictures = Cells(folder / "second_judge.jsonl"), pictures
+        self._cells, self._pictures = ResultStore(folder / "second_judge.jsonl"), pictures
 
     @cached_property
     def _embedder(self) -> Embedder:
         return Embedder()
 
-    def file(self, key: Cell) -> Path:
+    def file(self, key: Result) -> Path:
         return self._pictures / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.webp"
 
-    def add(self, key: Cell, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> None:
+    def add(self, key: Result, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> None:
         """Keep the pictures and judge them."""
         path = self.file(key)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,20 +94,20 @@ class SecondJudge:
         joined.save(path, lossless=True)
         self.judge(key, images, scenes)
 
-    def judge(self, key: Cell, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> None:
+    def judge(self, key: Result, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> None:
         named = {**key, "judge": JUDGE}
         if self._cells.find(named) is None:
             self._cells.add(named, look(self._embedder, images, scenes)._asdict())
 
-    def judge_kept(self, cell: Cell, scenes: Sequence[Scene]) -> None:
-        """The pictures of a cell that were kept, if they were; nothing is drawn."""
-        path = self.file(cell["key"])
+    def judge_kept(self, result: Result, scenes: Sequence[Scene]) -> None:
+        """The pictures of a result that were kept, if they were; nothing is drawn."""
+        path = self.file(result["key"])
         if not path.exists():
             return
         joined = Image.open(path).convert("RGB")
         side = joined.width // COLUMNS
         places = [(i % COLUMNS * side, i // COLUMNS * side) for i in range(len(scenes))]
-        self.judge(cell["key"], [joined.crop((x, y, x + side, y + side)) for x, y in places], scenes)
+        self.judge(result["key"], [joined.crop((x, y, x + side, y + side)) for x, y in places], scenes)
 
-    def said_of(self, cell: Cell) -> Cell | None:
-        return self._cells.find({**cell["key"], "judge": JUDGE})
+    def said_of(self, result: Result) -> Result | None:
+        return self._cells.find({**result["key"], "judge": JUDGE})

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from demo.base.world import render
 
-from .methods import Lesson, Taught, unprompted
+from .methods import TrainedModel, TrainingTask, unprompted
 
 LEVELS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # places in the model's schedule of 1000
 SEED = 5
 
 
-def unseen_loss(lesson: Lesson, trained: Taught) -> list[float]:
+def unseen_loss(task: TrainingTask, trained: TrainedModel) -> list[float]:
     """Mean squared error of the predicted noise at each of LEVELS, over the scenes of the subject's prompts."""
-    host, models, subject = lesson.host, lesson.models, lesson.subject
+    host, models, subject = task.host, task.models, task.subject
     scenes = torch.from_numpy(np.stack([np.asarray(render(scene)) for scene in subject.prompts])).float() / 255
     latents = host.execute("VAEEncode", pixels=scenes, vae=models.vae)[0]["samples"]
     texts = subject.prompt_texts(trained.words)
@@ -54,7 +54,7 @@ def unseen_loss(lesson: Lesson, trained: Taught) -> list[float]:
             comfy.samplers.KSAMPLER(measure),
             torch.tensor([1.0, 0.0]),
             [[torch.cat(positive), {}]],
-            unprompted(lesson),
+            unprompted(task),
             nothing,
             seed=SEED,
             disable_pbar=True,

@@ -119,26 +119,26 @@ def test_pairing_removes_what_all_methods_find_hard(scores):
 
 
 def test_a_cell_is_found_again_by_another_run_and_never_by_another_base(tmp_path, subjects):
-    from bench.quality.results import Cells
+    from bench.quality.results import ResultStore
 
     key = {"part": "main", "method": "ours", "base": "abc"}
-    Cells(tmp_path / "cells.jsonl").add(key, {"scores": {"harmonic": 0.5}})
-    again = Cells(tmp_path / "cells.jsonl")
+    ResultStore(tmp_path / "results.jsonl").add(key, {"scores": {"harmonic": 0.5}})
+    again = ResultStore(tmp_path / "results.jsonl")
     assert again.find(dict(reversed(key.items())))["scores"] == {"harmonic": 0.5}  # type: ignore[index]
     assert again.find({**key, "base": "abd"}) is None
 
 
 def test_a_line_that_was_cut_off_loses_that_cell_only(tmp_path, subjects):
-    from bench.quality.results import Cells
+    from bench.quality.results import ResultStore
 
-    path = tmp_path / "cells.jsonl"
-    Cells(path).add({"part": "main"}, {"scores": 1})
+    path = tmp_path / "results.jsonl"
+    ResultStore(path).add({"part": "main"}, {"scores": 1})
     with path.open("a") as lines:
         lines.write('{"key": {"part": "ra')
-    cells = Cells(path)
-    assert len(cells.all()) == 1
-    cells.add({"part": "rates"}, {"scores": 2})
-    assert [cell["scores"] for cell in Cells(path).all()] == [1, 2]
+    results = ResultStore(path)
+    assert len(results.all()) == 1
+    results.add({"part": "rates"}, {"scores": 2})
+    assert [result["scores"] for result in ResultStore(path).all()] == [1, 2]
 
 
 def test_shares_are_told_apart_and_those_that_do_not_exist_refused(subjects):
@@ -152,17 +152,17 @@ def test_shares_are_told_apart_and_those_that_do_not_exist_refused(subjects):
 
 def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
     from bench.quality.report import report
-    from bench.quality.results import Cells
+    from bench.quality.results import ResultStore
     from bench.quality.subjects import Settings
 
     settings = Settings(steps=1, batch=1, sampler_steps=1, cfg=1.0)
-    cells = Cells(tmp_path / "cells.jsonl")
+    results = ResultStore(tmp_path / "results.jsonl")
     levels = {"base": 0.3, "full fine-tune": 0.8, "TrainLoraNode": 0.9, "ours, clean": 0.85, "ours, noised": 0.95}
     for place, artwork in enumerate(subjects.table_artworks(12)):
         for method, level in levels.items():
             value = level - 0.01 * place
             names = ("similarity", "top_1", "top_3", "fidelity", "size", "side", "colour", "pattern", "harmonic")
-            cells.add(
+            results.add(
                 {
                     "part": "main",
                     "method": method,
@@ -181,7 +181,7 @@ def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
                     "unseen_loss": [0.2, 0.4] if method == "base" else [0.1, 0.1],
                 },
             )
-    result = report(cells, tmp_path, "x", settings, quick=True)
+    result = report(results, tmp_path, "x", settings, quick=True)
     assert json.loads(json.dumps(result)) == result
     verdict = {(row["of"], row["against"]): row for row in result["verdict"]}
     assert len(verdict) == len(result["verdict"]) == 2 * 4
@@ -199,12 +199,12 @@ def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
 
 def test_other_settings_have_tables_of_their_own(tmp_path, subjects):
     from bench.quality.report import with_other_settings
-    from bench.quality.results import Cells
+    from bench.quality.results import ResultStore
     from bench.quality.subjects import Settings
 
     usual = Settings(steps=1, batch=1, sampler_steps=1, cfg=1.0)
     other = usual._replace(steps=2, sampler="heun")
-    cells = Cells(tmp_path / "cells.jsonl")
+    results = ResultStore(tmp_path / "results.jsonl")
     scores = dict.fromkeys(("similarity", "top_1", "fidelity", "copying"), 0.5)
     for settings, levels in (
         (usual, {"full fine-tune": 0.9, "ours, clean": 0.5}),
@@ -213,12 +213,12 @@ def test_other_settings_have_tables_of_their_own(tmp_path, subjects):
     ):
         for method, level in levels.items():
             key = {"part": "main", "method": method, "subject": "a", "settings": settings._asdict(), "base": "x"}
-            cells.add(key, {"scores": scores | {"harmonic": level}})
-    (found,) = with_other_settings(cells, "x", usual)
+            results.add(key, {"scores": scores | {"harmonic": level}})
+    (found,) = with_other_settings(results, "x", usual)
     assert found["what"] == "steps 2, sampler heun"
     assert [row["subjects"] for row in found["rows"]] == [1, 1]
     assert found["verdict"][0]["difference"].startswith("0.100")
-    assert with_other_settings(cells, "another base", usual) == []
+    assert with_other_settings(results, "another base", usual) == []
 
 
 def test_seconds_and_memory_are_those_of_the_device_of_most_cells(subjects):
@@ -226,14 +226,14 @@ def test_seconds_and_memory_are_those_of_the_device_of_most_cells(subjects):
 
     scores = dict.fromkeys(("similarity", "top_1", "fidelity", "harmonic", "copying"), 0.5)
 
-    def cell(method: str, subject: str, seconds: float, **device: str) -> dict:
+    def result(method: str, subject: str, seconds: float, **device: str) -> dict:
         costs = {"training_seconds": seconds, "added_bytes": 0, "seconds_per_image": seconds}
         key = {"method": method, "subject": subject}
         return {"key": key, "scores": scores, "parameters": 1, "file_bytes": 1, **costs, **device}
 
-    cells = [cell("both", "a", 100.0), cell("elsewhere", "a", 100.0)]  # the first cells do not say where
-    cells += [cell("both", subject, 2.0, device="gpu") for subject in "bcd"]
-    both, elsewhere = main_rows(cells)
+    results = [result("both", "a", 100.0), result("elsewhere", "a", 100.0)]  # the first cells do not say where
+    results += [result("both", subject, 2.0, device="gpu") for subject in "bcd"]
+    both, elsewhere = main_rows(results)
     assert both["subjects"] == 4 and both["training s"] == both["s / image"] == 2.0
     assert "training s" not in elsewhere and elsewhere["parameters"] == 1
 
@@ -241,17 +241,17 @@ def test_seconds_and_memory_are_those_of_the_device_of_most_cells(subjects):
 def test_a_subject_that_few_methods_have_learned_is_compared_but_in_nobodys_mean(subjects):
     from bench.quality.report import judged, main_rows, of_whole_subjects
 
-    def cell(method: str, subject: str, harmonic: float) -> dict:
+    def result(method: str, subject: str, harmonic: float) -> dict:
         scores = dict.fromkeys(("similarity", "top_1", "fidelity", "copying"), 0.5) | {"harmonic": harmonic}
         return {"key": {"method": method, "subject": subject}, "scores": scores}
 
     names = ("base", "textual inversion", "full fine-tune", "ours, clean")
-    cells = [cell(method, "a", 0.5) for method in names]
-    cells += [cell("full fine-tune", "b", 0.9), cell("ours, clean", "b", 0.7)]
-    rows = main_rows(of_whole_subjects(cells))
+    results = [result(method, "a", 0.5) for method in names]
+    results += [result("full fine-tune", "b", 0.9), result("ours, clean", "b", 0.7)]
+    rows = main_rows(of_whole_subjects(results))
     assert [row["subjects"] for row in rows] == [1, 1, 1, 1]
     assert {row["harmonic"] for row in rows} == {"0.500 (0.500 to 0.500)"}
-    behind = next(row for row in judged(cells) if row["against"] == "full fine-tune")
+    behind = next(row for row in judged(results) if row["against"] == "full fine-tune")
     assert behind["subjects"] == 2 and behind["difference"].startswith("-0.100")
-    assert of_whole_subjects(cells[1:]) == cells[1:], "two of three have learned it"
+    assert of_whole_subjects(results[1:]) == results[1:], "two of three have learned it"
     assert of_whole_subjects([]) == []

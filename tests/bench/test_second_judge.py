@@ -90,13 +90,16 @@ def test_on_the_joint_scale_the_base_is_0_and_another_real_scene_1(second):
     from bench.quality.both_judges import CEILING, both_rows
 
     levels = {"base": (0.2, 0.4), CEILING: (0.9, 0.8), "ours": (0.55, 0.7), "not judged": None}
-    cells, said = [], {}
+    results, said = [], {}
     for method, level in levels.items():
         for subject, extra in (("a", 0.0), ("b", 0.05)):
-            cell = {"key": {"method": method, "subject": subject}, "scores": {"similarity": level[0] if level else 1.0}}
-            cells.append(cell)
-            said[id(cell)] = {"imagenet": level[1] + extra, "colour": level[1]} if level else None
-    rows = {row["method"]: row for row in both_rows(cells, lambda cell: said[id(cell)])}
+            result = {
+                "key": {"method": method, "subject": subject},
+                "scores": {"similarity": level[0] if level else 1.0},
+            }
+            results.append(result)
+            said[id(result)] = {"imagenet": level[1] + extra, "colour": level[1]} if level else None
+    rows = {row["method"]: row for row in both_rows(results, lambda result: said[id(result)])}
     assert rows.keys() == {"base", CEILING, "ours"}
     assert rows["base"]["imagenet, relative"].startswith("0.000") and rows[CEILING]["colour, relative"].startswith(
         "1.000"

@@ -50,9 +50,9 @@ def bench(comfy_host, pack_nodes):
 
 
 @pytest.fixture(scope="module")
-def lesson(bench, load_checkpoint):
-    """`lesson(dtype)` opens a classroom on a tiny SD1.5."""
-    from bench.quality.learn import Models, classroom
+def task(bench, load_checkpoint):
+    """`task(dtype)` opens a classroom on a tiny SD1.5."""
+    from bench.quality.learn import Models, training_setup
     from sa_inject.nodes.host import training_set
     from sa_inject.nodes.host.images import split_images
     from sa_inject.trainer.config import TrainConfig
@@ -65,7 +65,7 @@ def lesson(bench, load_checkpoint):
         config = TrainConfig(
             steps=STEPS, lora_learning_rate=RATE, token_learning_rate=1e-3, rank=2, alpha=2.0, seed=1, batch_size=1
         )
-        return classroom(Models(*loaded, dtype), subject, config)
+        return training_setup(Models(*loaded, dtype), subject, config)
 
     return open_room
 
@@ -128,7 +128,7 @@ def test_what_is_not_written_out_is_left_to_the_kernel(bench):
     assert torch.equal(scaled, attend(q, q, q, scale=2.0))
 
 
-def test_a_lesson_ends_with_the_nodes_adapter(lesson, comfy_host, load_checkpoint):
+def test_a_lesson_ends_with_the_nodes_adapter(task, comfy_host, load_checkpoint):
     model, clip, vae = load_checkpoint("sd15")
     adapter, *_ = comfy_host.execute(
         "TrainSAInjectAdapter",
@@ -149,9 +149,9 @@ def test_a_lesson_ends_with_the_nodes_adapter(lesson, comfy_host, load_checkpoin
         previews=0,
         file_name="test_bench_learning",
     )
-    with lesson(torch.float32) as room:
-        room.learn(room.lora)
-        in_lesson, by_node = (numbers_of(lora) for lora in (room.lora, adapter.lora))
+    with task(torch.float32) as setup:
+        setup.learn(setup.lora)
+        in_lesson, by_node = (numbers_of(lora) for lora in (setup.lora, adapter.lora))
     torch.testing.assert_close(in_lesson, by_node, atol=1e-3, rtol=1e-2)
 
 
@@ -160,15 +160,15 @@ def numbers_of(lora) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in lora.state_dict().values()])
 
 
-def test_half_precision_computes_with_what_it_has_learned(lesson):
+def test_half_precision_computes_with_what_it_has_learned(task):
     """It did not while autocast kept its copies of the first step's weights: the loss was that of no learning."""
 
     def losses(rate: float) -> list[float]:
         from bench.quality.learn import Trainables
 
-        with lesson(torch.bfloat16) as room:
-            weights = [p.requires_grad_() for name, p in room.unet.named_parameters() if name.endswith("to_q.weight")]
-            return room.learn(
+        with task(torch.bfloat16) as setup:
+            weights = [p.requires_grad_() for name, p in setup.unet.named_parameters() if name.endswith("to_q.weight")]
+            return setup.learn(
                 Trainables(weights), lora_learning_rate=rate, token_learning_rate=0.0, reference_dropout=1.0, steps=3
             )
 
@@ -181,15 +181,15 @@ def test_unseen_loss_is_the_error_of_the_predicted_noise(bench, artwork, comfy_h
     import numpy as np
 
     from bench.quality.learn import Models
-    from bench.quality.methods import Lesson, base_model
+    from bench.quality.methods import TrainingTask, base_model
     from bench.quality.subjects import Settings, make_subject, table_artworks
     from bench.quality.validation_loss import LEVELS, SEED, unseen_loss
     from demo.base.world import render
 
     model, clip, vae = load_checkpoint("sd15")
     subject = make_subject(table_artworks(1)[0], prompts=3)
-    lesson = Lesson(comfy_host, Models(model, clip, vae, torch.float32), subject, Settings(1, 1, 1, 1.0), 0.0)
-    found = unseen_loss(lesson, base_model(lesson))
+    task = TrainingTask(comfy_host, Models(model, clip, vae, torch.float32), subject, Settings(1, 1, 1, 1.0), 0.0)
+    found = unseen_loss(task, base_model(task))
     assert len(found) == len(LEVELS)
 
     texts = subject.prompt_texts(subject.artwork.class_word)
@@ -211,26 +211,26 @@ def test_unseen_loss_is_the_error_of_the_predicted_noise(bench, artwork, comfy_h
 def whole_lesson(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
     """`whole_lesson()` is one of the bench's, in few steps, on a tiny SD1.5 of its own."""
     from bench.quality.learn import Models
-    from bench.quality.methods import Lesson
+    from bench.quality.methods import TrainingTask
     from bench.quality.subjects import Settings, choice_artworks, make_subject
 
     settings = Settings(steps=4, batch=2, sampler_steps=4, cfg=3.0)
     subject = make_subject(choice_artworks(1)[0])
 
-    def lesson():
+    def task():
         models = Models(*load_checkpoint("sd15"), torch.float32)
-        return Lesson(comfy_host, models, subject, settings, RATE, RATE)
+        return TrainingTask(comfy_host, models, subject, settings, RATE, RATE)
 
-    return lesson
+    return task
 
 
 def test_prompts_are_drawn_at_once_as_one_by_one(whole_lesson):
     from bench.quality.methods import ours, sample
 
-    lesson = whole_lesson()
-    patched_clip = ours(lesson)
-    texts = lesson.subject.prompt_texts(patched_clip.words)[:3]
-    alone, at_once = (sample(lesson, patched_clip, texts, 2, [5, 6, 7], of_call=of_call) for of_call in (1, 2))
+    task = whole_lesson()
+    patched_clip = ours(task)
+    texts = task.subject.prompt_texts(patched_clip.words)[:3]
+    alone, at_once = (sample(task, patched_clip, texts, 2, [5, 6, 7], of_call=of_call) for of_call in (1, 2))
     assert alone.shape[0] == 6
     assert torch.allclose(at_once, alone, rtol=1e-4, atol=1e-4)
     assert len({tuple(picture.flatten()[:4].tolist()) for picture in alone}) == 6  # no two pictures share their noise
@@ -243,10 +243,10 @@ def drawn(whole_lesson):
     from bench.quality.methods import sample
 
     def draw(name: str) -> torch.Tensor:
-        lesson = whole_lesson()
+        task = whole_lesson()
         with as_changed(name):
-            patched_clip = ABLATIONS[name](lesson)
-            return sample(lesson, patched_clip, [f"a photo of {patched_clip.words}"], 1, [3])
+            patched_clip = ABLATIONS[name](task)
+            return sample(task, patched_clip, [f"a photo of {patched_clip.words}"], 1, [3])
 
     return draw
 
