@@ -125,10 +125,10 @@ def untrained_adapter(description: UnetDescription, text: TextConditioning, mode
         rank=RANK,
         alpha=float(RANK),
         reference_mode=mode,
-        placeholder="sainj",
+        placeholder_token="sainj",
         class_word="toy",
     )
     tokens = {"clip_l": random(1, 768, seed=8)}
     if text.pooled is not None:
         tokens["clip_g"] = random(1, POOLED, seed=9)
-    return Adapter(name=f"bench-{mode}", info=info, lora=lora, tokens=tokens, text=text)
+    return Adapter(name=f"bench-{mode}", info=info, lora=lora, token_embedding=tokens, class_conditioning=text)

@@ -32,7 +32,7 @@ class AdapterInfo:
     rank: int
     alpha: float
     reference_mode: ReferenceMode
-    placeholder: str
+    placeholder_token: str
     class_word: str
     training: dict[str, Any] = field(default_factory=dict)  # settings of the run, for people to read
 
@@ -41,15 +41,15 @@ class AdapterInfo:
 class Adapter:
     """A learned subject.
 
-    `tokens` holds the learned word's vectors for every text encoder: "clip_l" -> (vectors, width).
-    `text` is the encoded class word, what the reference pass reads unless the image prompt brings its own.
+    `token_embedding` holds the learned word's vectors for every text encoder: "clip_l" -> (vectors, width).
+    `class_conditioning` is the encoded class word, read by the reference pass unless the image prompt has a text.
     """
 
     name: str
     info: AdapterInfo
     lora: SelfAttentionLoRA
-    tokens: dict[str, Tensor]
-    text: TextConditioning
+    token_embedding: dict[str, Tensor]
+    class_conditioning: TextConditioning
 
     def blocks(self) -> tuple[BlockKey, ...]:
         return tuple(layer.key for layer in self.info.layers)

@@ -112,8 +112,8 @@ def load_adapter(path: Path) -> Adapter:
         name=path.stem,
         info=info,
         lora=lora,
-        tokens={k.removeprefix(TOKEN_PREFIX): v for k, v in tensors.items() if k.startswith(TOKEN_PREFIX)},
-        text=TextConditioning(tensors[TEXT_KEY], tensors.get(POOLED_KEY)),
+        token_embedding={k.removeprefix(TOKEN_PREFIX): v for k, v in tensors.items() if k.startswith(TOKEN_PREFIX)},
+        class_conditioning=TextConditioning(tensors[TEXT_KEY], tensors.get(POOLED_KEY)),
     )
 
 
@@ -141,9 +141,9 @@ def header_metadata(path: Path) -> dict[str, str]:
 def _tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {
         **adapter.lora.state_dict(),
-        **{f"{TOKEN_PREFIX}{encoder}": tensor for encoder, tensor in adapter.tokens.items()},
-        TEXT_KEY: adapter.text.cross_attn,
-        **({} if adapter.text.pooled is None else {POOLED_KEY: adapter.text.pooled}),
+        **{f"{TOKEN_PREFIX}{encoder}": tensor for encoder, tensor in adapter.token_embedding.items()},
+        TEXT_KEY: adapter.class_conditioning.cross_attn,
+        **({} if adapter.class_conditioning.pooled is None else {POOLED_KEY: adapter.class_conditioning.pooled}),
     }
     return {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in tensors.items()}
 

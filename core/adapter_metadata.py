@@ -42,7 +42,7 @@ def to_metadata(info: AdapterInfo) -> dict[str, str]:
         "rank": str(info.rank),
         "alpha": str(info.alpha),
         "reference_mode": info.reference_mode,
-        "placeholder": info.placeholder,
+        "placeholder": info.placeholder_token,
         "class_word": info.class_word,
         "training": json.dumps(info.training, sort_keys=True),
     }
@@ -59,9 +59,9 @@ def from_metadata(metadata: Mapping[str, str]) -> AdapterInfo:
         raise UnusableMetadata(f"rank is {shortened(rank)}")
     if not (math.isfinite(alpha) and 0 < alpha <= MAX_ALPHA):
         raise UnusableMetadata(f"alpha is {alpha}")
-    placeholder = metadata["placeholder"]
-    if not 0 < len(placeholder) <= MAX_WORD or re.search(r"\s", placeholder):
-        raise UnusableMetadata(f"placeholder is '{shortened(placeholder)}'")
+    placeholder_token = metadata["placeholder"]
+    if not 0 < len(placeholder_token) <= MAX_WORD or re.search(r"\s", placeholder_token):
+        raise UnusableMetadata(f"placeholder is '{shortened(placeholder_token)}'")
     training = _json(metadata["training"], "training")
     if not isinstance(training, dict):
         raise UnusableMetadata("training is no list of settings")
@@ -71,7 +71,7 @@ def from_metadata(metadata: Mapping[str, str]) -> AdapterInfo:
         rank=rank,
         alpha=alpha,
         reference_mode=mode,
-        placeholder=placeholder,
+        placeholder_token=placeholder_token,
         class_word=metadata["class_word"],
         training=training,
     )

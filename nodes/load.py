@@ -10,7 +10,7 @@ from .host.adapter_index import adapter_fingerprint
 from .host.embeddings import save_embedding, times_deleted
 from .host.files import adapter_names, read_adapter
 from .host.progress import show_on_node
-from .host.text import check_placeholder, clip_with_token, warn_of_taken_word
+from .host.text import check_placeholder_token, clip_with_token, warn_of_taken_word
 from .sockets import CATEGORY, SA_INJECT_ADAPTER
 
 
@@ -66,13 +66,13 @@ class LoadSAInjectAdapter(io.ComfyNode):
     def execute(cls, adapter_name, write_embedding=False, clip=None, placeholder_token="") -> io.NodeOutput:
         adapter = read_adapter(adapter_name)
         if word := placeholder_token.strip():
-            check_placeholder(clip, word)
-            adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, placeholder=word))
+            check_placeholder_token(clip, word)
+            adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, placeholder_token=word))
         if write_embedding:
             save_embedding(adapter, adapter_name)
         if clip is None:
             return io.NodeOutput(adapter, None)
-        warning = warn_of_taken_word(clip, adapter.info.placeholder, adapter.tokens)
+        warning = warn_of_taken_word(clip, adapter.info.placeholder_token, adapter.token_embedding)
         if warning is not None:
             show_on_node(warning, cls.hidden.unique_id)
-        return io.NodeOutput(adapter, clip_with_token(clip, adapter.info.placeholder, adapter.tokens))
+        return io.NodeOutput(adapter, clip_with_token(clip, adapter.info.placeholder_token, adapter.token_embedding))

@@ -220,7 +220,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
             pictures=pictures,
             masks=split_masks(masks, pictures, NAME),
             captions=captions,
-            placeholder=chosen["placeholder_token"].strip(),
+            placeholder_token=chosen["placeholder_token"].strip(),
             class_word=chosen["class_word"].strip(),
             resolution=chosen["resolution"],
         )
@@ -237,7 +237,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
             seed=chosen["seed"],
         )
         check_can_save(path, describe(model).layers, config.rank)
-        warn_of_adapters_with(subject.placeholder)
+        warn_of_adapters_with(subject.placeholder_token)
         progress = TrainingProgress(config.steps, cls.hidden.unique_id)
         adapter, losses = train_adapter(
             model,
@@ -254,7 +254,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
         provenance = Provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo, VERSION, thumbnail=pictures[0])
         adapter, text = save_or_rescue(adapter, path, provenance)
         progress.say(text)
-        patched_clip = clip_with_token(clip, adapter.info.placeholder, adapter.tokens)
+        patched_clip = clip_with_token(clip, adapter.info.placeholder_token, adapter.token_embedding)
         previews = _previews(model, clip, vae, adapter, subject, chosen["previews"], config.seed)
         return io.NodeOutput(adapter, patched_clip, {"loss": losses}, previews)
 

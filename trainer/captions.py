@@ -15,20 +15,20 @@ TEMPLATES: tuple[str, ...] = (
 )
 
 
-def subject_phrase(placeholder: str, class_word: str) -> str:
+def subject_phrase(placeholder_token: str, class_word: str) -> str:
     """How the subject is named where nothing else is said: the learned word and what kind of thing it is."""
-    return f"{placeholder} {class_word}".strip()
+    return f"{placeholder_token} {class_word}".strip()
 
 
 def captions_for(
-    captions: Sequence[str] | None, count: int, placeholder: str, class_word: str, has_word: Callable[[str], bool]
+    captions: Sequence[str] | None, count: int, placeholder_token: str, class_word: str, has_word: Callable[[str], bool]
 ) -> list[tuple[str, ...]]:
     """Captions of every picture; templates stand in where there is none.
 
     One caption alone serves all pictures. Raises ValueError for another number of captions than pictures, and when
     `has_word` finds it in none of them, for then nothing would teach the placeholder.
     """
-    templates = tuple(template.format(subject_phrase(placeholder, class_word)) for template in TEMPLATES)
+    templates = tuple(template.format(subject_phrase(placeholder_token, class_word)) for template in TEMPLATES)
     given = [caption.strip() for caption in captions or []]
     if not any(given):
         return [templates] * count
@@ -40,7 +40,8 @@ def captions_for(
         )
     if not any(has_word(caption) for caption in given):
         raise ValueError(
-            f"The placeholder token '{placeholder}' is in none of the captions, so it could not be learned. Write it "
-            f"where the subject is named, such as 'a photo of {subject_phrase(placeholder, class_word)} in the snow'."
+            f"The placeholder token '{placeholder_token}' is in none of the captions, so it could not be learned. "
+            f"Write it where the subject is named, such as "
+            f"'a photo of {subject_phrase(placeholder_token, class_word)} in the snow'."
         )
     return [(caption,) if caption else templates for caption in given]

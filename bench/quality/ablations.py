@@ -62,7 +62,7 @@ def learned(
         before(setup)
         setup.learn(setup.lora)
         adapter = setup.adapter()
-    return trained_model(task, adapter, with_word(task.models, adapter.tokens, PLACEHOLDER), **applied or {})
+    return trained_model(task, adapter, with_word(task.models, adapter.token_embedding, PLACEHOLDER), **applied or {})
 
 
 def whole_lora(task: TrainingTask, **changes: Any) -> TrainedModel:
@@ -187,7 +187,7 @@ def reads(text_of: Callable[[Subject, int], str]) -> Callable[[TrainingTask], Tr
             with torch.no_grad():
                 texts = [setup.denoiser.encode([text_of(subject, p)]) for p in range(len(latents))]
         task.reference_texts = [TextConditioning(*(None if t is None else t.cpu() for t in text)) for text in texts]
-        return trained_model(task, adapter, with_word(task.models, adapter.tokens, PLACEHOLDER))
+        return trained_model(task, adapter, with_word(task.models, adapter.token_embedding, PLACEHOLDER))
 
     return teach
 

@@ -146,7 +146,7 @@ def lora_on_both(task: TrainingTask, **changes: Any) -> TrainedModel:
                 for (key, projection), product in products.items()
             }
     patches = {f"diffusion_model.{name}": ("diff", (value,)) for name, value in differences.items()}
-    trained = trained_model(task, adapter, with_word(task.models, adapter.tokens, PLACEHOLDER))
+    trained = trained_model(task, adapter, with_word(task.models, adapter.token_embedding, PLACEHOLDER))
     trained.model.add_patches(patches)
     more = sum(parameter.numel() for parameter in own.parameters())
     return trained._replace(parameters=trained.parameters + more, file_bytes=trained.file_bytes + 2 * more)

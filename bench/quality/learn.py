@@ -124,9 +124,9 @@ def training_setup(
         captions = captions_for(
             subject.captions,
             len(subject.pictures),
-            subject.placeholder,
+            subject.placeholder_token,
             subject.class_word,
-            finder(models.clip, subject.placeholder),
+            finder(models.clip, subject.placeholder_token),
         )
         initial = initial_token_embedding(models.clip, subject.class_word, config.token_vectors)
         data = training_set.training_set(models.model, models.vae, subject, captions, config.seed)
@@ -140,7 +140,7 @@ def training_setup(
         undo.enter_context(cast_once(models.clip.cond_stage_model, models.dtype))
         undo.enter_context(weights_kept(base.diffusion_model))
         lora, tokens, patched_clip = training._create_trainables(
-            models.clip, description, initial, subject.placeholder, config, patcher
+            models.clip, description, initial, subject.placeholder_token, config, patcher
         )
         sampling = patcher.get_model_object("model_sampling")
         device = patcher.load_device
@@ -230,8 +230,8 @@ def class_examples(models: Models, latents: Tensor, captions: Sequence[str]) -> 
     ]
 
 
-def with_word(models: Models, word: dict[str, Tensor], placeholder: str) -> Any:
-    return clip_with_token(models.clip, placeholder, word)
+def with_word(models: Models, word: dict[str, Tensor], placeholder_token: str) -> Any:
+    return clip_with_token(models.clip, placeholder_token, word)
 
 
 def with_differences(models: Models, differences: dict[str, Tensor]) -> Any:

@@ -80,7 +80,7 @@ class TrainingTask:
             pictures=pictures,
             masks=[None] * len(pictures),
             captions=self.subject.captions(self.subject.phrase),
-            placeholder=PLACEHOLDER,
+            placeholder_token=PLACEHOLDER,
             class_word=self.subject.artwork.class_word,
             resolution=IMAGE_SIZE,
         )
@@ -277,7 +277,7 @@ def trained_model(task: TrainingTask, adapter: Adapter, clip: Any, **changes: An
         path = Path(folder) / "adapter.safetensors"
         save_adapter(adapter, path)
         file_bytes = path.stat().st_size
-    parameters = sum(t.numel() for t in (*adapter.lora.state_dict().values(), *adapter.tokens.values()))
+    parameters = sum(t.numel() for t in (*adapter.lora.state_dict().values(), *adapter.token_embedding.values()))
     return TrainedModel(injected(task, adapter, **changes), clip, task.subject.phrase, parameters, file_bytes)
 
 

@@ -71,7 +71,9 @@ class ExtendedBatch:
         if any(picture.latent.shape[-2:] != x.shape[-2:] for picture in prompt.pictures):
             return False
         length = self.arguments[2].shape[1]
-        if any(length % (picture.text or adapter.text).cross_attn.shape[1] for picture in prompt.pictures):
+        if any(
+            length % (picture.text or adapter.class_conditioning).cross_attn.shape[1] for picture in prompt.pictures
+        ):
             return False
         return fits_in_memory(base, [len(x) + len(prompt.pictures), *x.shape[1:]], x.device)
 

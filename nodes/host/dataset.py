@@ -43,7 +43,7 @@ class Dataset:
         return self.counts() if not self.left_out else f"{self.counts()}; left out: {_first_and_count(self.left_out)}"
 
 
-def read_dataset(name: str, placeholder: str) -> Dataset:
+def read_dataset(name: str, placeholder_token: str) -> Dataset:
     """Everything in a folder, in an order that is the same on every system.
 
     What cannot be used is left out and told. Raises ValueError when nothing is left.
@@ -62,7 +62,7 @@ def read_dataset(name: str, placeholder: str) -> Dataset:
             continue
         images.append(image)
         masks.append(mask[None])
-        captions.append("" if entry.caption is None else _caption(entry.caption, placeholder))
+        captions.append("" if entry.caption is None else _caption(entry.caption, placeholder_token))
     for reason in left_out:
         log.warning("Left out of '%s': %s", shown(name), reason)
     if not images:
@@ -102,10 +102,10 @@ def _fitted(mask: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(mask[None, None], (height, width), mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
 
 
-def _caption(path: Path, placeholder: str) -> str:
+def _caption(path: Path, placeholder_token: str) -> str:
     """The text in one line, with the placeholder for [trigger]."""
     text = " ".join(_decoded(path).split())
-    return TRIGGER.sub(lambda _: placeholder, text) if placeholder else text
+    return TRIGGER.sub(lambda _: placeholder_token, text) if placeholder_token else text
 
 
 def _decoded(path: Path) -> str:

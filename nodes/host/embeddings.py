@@ -30,7 +30,7 @@ def save_embedding(adapter: Adapter, name: str) -> Path:
     Raises ValueError where `embedding:name` is an embedding that is not ours: it keeps its meaning.
     """
     path = embedding_path(name)
-    tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in adapter.tokens.items()}
+    tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in adapter.token_embedding.items()}
     for other in _files_under(name):
         if other != path or not (_is_ours(other) or _holds(other, tensors)):
             raise ValueError(

@@ -27,10 +27,10 @@ def draw_previews(
     model: Any, clip: Any, vae: Any, adapter: Adapter, prompt: ImagePrompt, count: int, seed: int
 ) -> Tensor:
     """Draw the subject `count` times at the size of its first image prompt. -> IMAGE (count, h, w, 3)"""
-    patched_clip = clip_with_token(clip, adapter.info.placeholder, adapter.tokens)
+    patched_clip = clip_with_token(clip, adapter.info.placeholder_token, adapter.token_embedding)
     positive, negative = (
         patched_clip.encode_from_tokens_scheduled(patched_clip.tokenize(text))
-        for text in (TEMPLATES[0].format(subject_phrase(adapter.info.placeholder, adapter.info.class_word)), "")
+        for text in (TEMPLATES[0].format(subject_phrase(adapter.info.placeholder_token, adapter.info.class_word)), "")
     )
     patched = patch_self_attention(model, default_injection(adapter, prompt))
     latent = torch.zeros(count, *prompt.pictures[0].latent.shape[1:])

@@ -48,7 +48,7 @@ def file_metadata(adapter: Adapter, title: str, provenance: Provenance) -> dict[
         "modelspec.implementation": "https://github.com/sa-inject/sa-inject",
         "modelspec.title": title,
         "modelspec.date": date,
-        "modelspec.trigger_phrase": f"{info.placeholder} {info.class_word}".strip(),
+        "modelspec.trigger_phrase": f"{info.placeholder_token} {info.class_word}".strip(),
         "modelspec.resolution": "{0}x{0}".format(info.training.get("resolution", "")),
         "modelspec.prediction_type": str(info.training.get("prediction_type", "")),
     }

@@ -84,7 +84,7 @@ def reference_inputs(
             [_noise(picture.latent, noise_seed, place) for picture, place in zip(pictures, places, strict=True)]
         )
         latent = sampling.noise_scaling(sigmas.view(-1, 1, 1, 1), noise.to(latent), latent)
-    text = stack_conditionings([picture.text or adapter.text for picture in pictures])
+    text = stack_conditionings([picture.text or adapter.class_conditioning for picture in pictures])
     inputs = network_inputs(base, latent, sigmas, text, like.dtype)
     return inputs._replace(x=with_channels(inputs.x, like.shape[1]))
 
@@ -112,7 +112,7 @@ def _batches(
 
 def _alike(pictures: Sequence[ReferenceImage], adapter: Adapter) -> list[list[int]]:
     """Places of pictures that can be rows of one call, in groups: by size, and by lengths of text that go together."""
-    lengths = [(picture.text or adapter.text).cross_attn.shape[1] for picture in pictures]
+    lengths = [(picture.text or adapter.class_conditioning).cross_attn.shape[1] for picture in pictures]
     groups: list[list[int]] = []
     for place, picture in enumerate(pictures):
         for group in groups:

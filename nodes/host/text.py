@@ -37,8 +37,8 @@ def _encoder_tokenizers(tokenizer: Any) -> dict[str, Any]:
     return {t.embedding_key: t for t in inner if hasattr(t, "_try_get_embedding")}
 
 
-def clip_with_token(clip: Any, placeholder: str, vectors: Mapping[str, Tensor]) -> Any:
-    """Return a clone of a CLIP that reads `placeholder` as the learned vectors, {encoder: (n, width)}.
+def clip_with_token(clip: Any, placeholder_token: str, vectors: Mapping[str, Tensor]) -> Any:
+    """Return a clone of a CLIP that reads `placeholder_token` as the learned vectors, {encoder: (n, width)}.
 
     The given CLIP, its tokenizer and its weights stay as they are. Raises ValueError when the text encoders and the
     vectors do not belong together.
@@ -48,27 +48,27 @@ def clip_with_token(clip: Any, placeholder: str, vectors: Mapping[str, Tensor]) 
         raise ValueError("The connected CLIP has no CLIP text encoder that could hold a learned word.")
     if set(vectors) != set(tokenizers):
         raise ValueError(
-            f"The learned word '{placeholder}' was trained for {', '.join(vectors)}, but the connected CLIP has "
+            f"The learned word '{placeholder_token}' was trained for {', '.join(vectors)}, but the connected CLIP has "
             f"{', '.join(tokenizers)}. Connect the CLIP of the base model that the adapter was trained on."
         )
     for name, tokenizer in tokenizers.items():
         if vectors[name].shape[-1] != tokenizer.embedding_size:
             raise ValueError(
-                f"The learned word '{placeholder}' is {vectors[name].shape[-1]} wide for {name}, but the connected "
-                f"CLIP expects {tokenizer.embedding_size}. Connect the CLIP of the adapter's base model."
+                f"The learned word '{placeholder_token}' is {vectors[name].shape[-1]} wide for {name}, but the "
+                f"connected CLIP expects {tokenizer.embedding_size}. Connect the CLIP of the adapter's base model."
             )
     patched_clip = clip.clone()
-    patched_clip.tokenizer = PlaceholderTokenizer(clip.tokenizer, placeholder, vectors)
+    patched_clip.tokenizer = PlaceholderTokenizer(clip.tokenizer, placeholder_token, vectors)
     return patched_clip
 
 
 class PlaceholderTokenizer:
     """A ComfyUI tokenizer that knows one word more. Everything else is the wrapped tokenizer's."""
 
-    def __init__(self, tokenizer: Any, placeholder: str, vectors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tokenizer: Any, placeholder_token: str, vectors: Mapping[str, Tensor]) -> None:
         self._tokenizer = copy.copy(_unwrapped(tokenizer))
         # By their folded spelling, as they are matched: of two adapters with one word the later counts.
-        self._words = {**getattr(tokenizer, "_words", {}), folded(placeholder): dict(vectors)}
+        self._words = {**getattr(tokenizer, "_words", {}), folded(placeholder_token): dict(vectors)}
         self._reported: set[str] = set()  # texts of which the log has said that a word was not found
         for attribute, inner in vars(self._tokenizer).items():
             if hasattr(inner, "_try_get_embedding"):
@@ -133,40 +133,40 @@ def _is_embedding(tokenizer: Any, name: str) -> bool:
     return False
 
 
-def finder(clip: Any, placeholder: str) -> Callable[[str], bool]:
+def finder(clip: Any, placeholder_token: str) -> Callable[[str], bool]:
     """Whether a text holds the placeholder, as it will be found once the CLIP has learned it."""
-    return lambda text: bool(find_words(text, [placeholder], partial(_is_embedding, clip.tokenizer)))
+    return lambda text: bool(find_words(text, [placeholder_token], partial(_is_embedding, clip.tokenizer)))
 
 
-def warn_of_taken_word(clip: Any, placeholder: str, vectors: Mapping[str, Tensor]) -> str | None:
+def warn_of_taken_word(clip: Any, placeholder_token: str, vectors: Mapping[str, Tensor]) -> str | None:
     """Say so, in the log and as what is returned, when the CLIP reads the word as another adapter's."""
-    known = getattr(clip.tokenizer, "_words", {}).get(folded(placeholder))
+    known = getattr(clip.tokenizer, "_words", {}).get(folded(placeholder_token))
     if known is None or (known.keys() == vectors.keys() and all(torch.equal(known[k], vectors[k]) for k in known)):
         return None
     warning = (
-        f"This CLIP already reads '{placeholder}' as another adapter's word, which is replaced. Give this one another "
-        "word in placeholder_token to have both."
+        f"This CLIP already reads '{placeholder_token}' as another adapter's word, which is replaced. Give this "
+        "one another word in placeholder_token to have both."
     )
     log.warning("SA-Inject: %s", warning)
     return warning
 
 
-def check_placeholder(clip: Any | None, placeholder: str) -> None:
+def check_placeholder_token(clip: Any | None, placeholder_token: str) -> None:
     """Refuse a word that cannot be learned safely, or not be found in a prompt. Raises ValueError with one that can."""
-    spelling = folded(placeholder)
+    spelling = folded(placeholder_token)
     what_to_use = (
-        f"The placeholder token is '{placeholder}'. Use one made-up word of letters, without spaces, commas, colons, "
-        "parentheses or braces, such as 'sainj'."
+        f"The placeholder token is '{placeholder_token}'. Use one made-up word of letters, without spaces, commas, "
+        "colons, parentheses or braces, such as 'sainj'."
     )
-    if not spelling or _breaks_the_prompt(spelling) or _breaks_the_prompt(placeholder):
+    if not spelling or _breaks_the_prompt(spelling) or _breaks_the_prompt(placeholder_token):
         raise ValueError(what_to_use)
     for name, tokenizer in (encoder_tokenizers(clip) if clip is not None else {}).items():
-        if 1 in (len(_token_ids(tokenizer, placeholder)), len(_token_ids(tokenizer, spelling))):
+        if 1 in (len(_token_ids(tokenizer, placeholder_token)), len(_token_ids(tokenizer, spelling))):
             raise ValueError(
-                f"The placeholder token '{placeholder}' is an ordinary word of the text encoder's vocabulary "
-                f"({name}), whose meaning would be lost. Use a made-up word such as '{placeholder}xyz'."
+                f"The placeholder token '{placeholder_token}' is an ordinary word of the text encoder's vocabulary "
+                f"({name}), whose meaning would be lost. Use a made-up word such as '{placeholder_token}xyz'."
             )
-    if not _is_found(placeholder):
+    if not _is_found(placeholder_token):
         raise ValueError(what_to_use)
 
 

@@ -33,7 +33,7 @@ from .checkpoint import TrainingCheckpoint
 from .denoiser import ComfyDenoiser
 from .fingerprint import training_fingerprint
 from .plain_weights import plain_weights
-from .text import check_placeholder, clip_with_token, finder, initial_token_embedding
+from .text import check_placeholder_token, clip_with_token, finder, initial_token_embedding
 from .training_set import Subject, training_set, without_inference_tensors
 from .unet import UnetDescription, compute_dtype, describe, prediction_type
 
@@ -66,13 +66,13 @@ def train_adapter(
     Weights of the model, the text encoder and the VAE keep every bit; patches are gone however this ends.
     """
     description = describe(model)
-    check_placeholder(clip, subject.placeholder)
+    check_placeholder_token(clip, subject.placeholder_token)
     captions = captions_for(
         subject.captions,
         len(subject.pictures),
-        subject.placeholder,
+        subject.placeholder_token,
         subject.class_word,
-        finder(clip, subject.placeholder),
+        finder(clip, subject.placeholder_token),
     )
     initial = initial_token_embedding(clip, subject.class_word, config.token_vectors)
     data = training_set(model, vae, subject, captions, config.seed)
@@ -96,7 +96,7 @@ def train_adapter(
             undo.enter_context(out_of_place_text_encoder(clip, checkpointing, text_dtype))
             config = dataclasses.replace(config, loss_scaling=dtype == torch.float16)
             lora, tokens, patched_clip = _create_trainables(
-                clip, description, initial, subject.placeholder, config, patcher
+                clip, description, initial, subject.placeholder_token, config, patcher
             )
             denoiser = ComfyDenoiser(
                 base,
@@ -116,7 +116,7 @@ def train_adapter(
                 device=patcher.load_device,
                 compute_dtype=dtype,
             )
-            names = {"placeholder": subject.placeholder, "class_word": subject.class_word}
+            names = {"placeholder": subject.placeholder_token, "class_word": subject.class_word}
             same = training_fingerprint(patcher, patched_clip, data, subject.class_word, config, dtype, names)
             checkpoint = TrainingCheckpoint(folder, same)
             _run_steps(training, config.steps, checkpoint, on_step)
@@ -164,7 +164,7 @@ def _create_trainables(
     clip: Any,
     description: UnetDescription,
     initial: dict[str, Tensor],
-    placeholder: str,
+    placeholder_token: str,
     config: TrainConfig,
     patcher: Any,
 ) -> tuple[SelfAttentionLoRA, dict[str, nn.Parameter], Any]:
@@ -174,7 +174,7 @@ def _create_trainables(
     tokens = {
         name: nn.Parameter(clone_for_autograd(vector).to(clip.patcher.load_device)) for name, vector in initial.items()
     }
-    return lora, tokens, clip_with_token(clip, placeholder, tokens)
+    return lora, tokens, clip_with_token(clip, placeholder_token, tokens)
 
 
 def _build_adapter(
@@ -203,7 +203,7 @@ def _build_adapter(
             rank=config.rank,
             alpha=config.alpha,
             reference_mode=config.reference_mode,
-            placeholder=subject.placeholder,
+            placeholder_token=subject.placeholder_token,
             class_word=subject.class_word,
             training={
                 **settings,
@@ -213,6 +213,8 @@ def _build_adapter(
             },
         ),
         lora=lora,
-        tokens={encoder: rounded(vector) for encoder, vector in tokens.items()},
-        text=TextConditioning(rounded(text.cross_attn), None if text.pooled is None else rounded(text.pooled)),
+        token_embedding={encoder: rounded(vector) for encoder, vector in tokens.items()},
+        class_conditioning=TextConditioning(
+            rounded(text.cross_attn), None if text.pooled is None else rounded(text.pooled)
+        ),
     )

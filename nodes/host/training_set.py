@@ -31,7 +31,7 @@ class Subject:
     pictures: Sequence[Tensor]
     masks: Sequence[Tensor | None]
     captions: Sequence[str] | None
-    placeholder: str
+    placeholder_token: str
     class_word: str
     resolution: int
 

@@ -21,8 +21,16 @@ FIRST_B = "base_model.model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.lor
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    tensors = {**adapter.lora.state_dict(), **adapter.tokens, "cross_attn": adapter.text.cross_attn}
-    return tensors if adapter.text.pooled is None else {**tensors, "pooled": adapter.text.pooled}
+    tensors = {
+        **adapter.lora.state_dict(),
+        **adapter.token_embedding,
+        "cross_attn": adapter.class_conditioning.cross_attn,
+    }
+    return (
+        tensors
+        if adapter.class_conditioning.pooled is None
+        else {**tensors, "pooled": adapter.class_conditioning.pooled}
+    )
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

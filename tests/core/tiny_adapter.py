@@ -52,13 +52,16 @@ def random_adapter(name: str = "teapot", pooled: bool = False) -> Adapter:
             rank=RANK,
             alpha=ALPHA,
             reference_mode="noised",
-            placeholder="sks",
+            placeholder_token="sks",
             class_word="teapot",
             training={"seed": 5, "steps": 400, "lora_learning_rate": 1e-4, "captions": ["a photo of sks teapot"]},
         ),
         lora=random_lora(unet),
-        tokens={"clip_l": torch.randn(2, 8, generator=generator), "clip_g": torch.randn(1, 12, generator=generator)},
-        text=TextConditioning(
+        token_embedding={
+            "clip_l": torch.randn(2, 8, generator=generator),
+            "clip_g": torch.randn(1, 12, generator=generator),
+        },
+        class_conditioning=TextConditioning(
             torch.randn(1, 5, CONTEXT_DIM, generator=generator),
             torch.randn(1, 6, generator=generator) if pooled else None,
         ),

@@ -59,12 +59,12 @@ def make_adapter(model: Any, mode: str = "clean", seed: int = 0) -> Adapter:
             rank=4,
             alpha=6.0,
             reference_mode=mode,
-            placeholder="<thing>",
+            placeholder_token="<thing>",
             class_word="thing",
         ),
         lora=lora,
-        tokens={"clip_l": random(1, 768, seed=seed + 1)},
-        text=reference_text(model, seed=seed + 2),
+        token_embedding={"clip_l": random(1, 768, seed=seed + 1)},
+        class_conditioning=reference_text(model, seed=seed + 2),
     )
 
 

@@ -19,10 +19,10 @@ def vectors(*encoders: str, seed: int = 0, count: int = 1) -> dict[str, Tensor]:
     return {name: 0.02 * random(count, WIDTHS[name], seed=seed) for name in encoders or ("clip_l",)}
 
 
-def teach(clip: Any, tokens: dict[str, Tensor], placeholder: str = PLACEHOLDER) -> Any:
+def teach(clip: Any, tokens: dict[str, Tensor], placeholder_token: str = PLACEHOLDER) -> Any:
     from sa_inject.nodes.host.text import clip_with_token
 
-    return clip_with_token(clip, placeholder, tokens)
+    return clip_with_token(clip, placeholder_token, tokens)
 
 
 def encoder_of_prompts(host: Any) -> Encode:

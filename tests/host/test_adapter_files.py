@@ -157,8 +157,8 @@ def test_loaded_adapter_is_the_one_that_training_handed_over(trained, load, good
     learned = adapter.lora.state_dict()
     assert learned.keys() == loaded.lora.state_dict().keys()
     assert all(torch.equal(tensor, learned[key]) for key, tensor in loaded.lora.state_dict().items())
-    assert torch.equal(loaded.tokens["clip_l"], adapter.tokens["clip_l"])
-    assert all(torch.equal(*texts) for texts in zip(loaded.text, adapter.text, strict=True))
+    assert torch.equal(loaded.token_embedding["clip_l"], adapter.token_embedding["clip_l"])
+    assert all(torch.equal(*texts) for texts in zip(loaded.class_conditioning, adapter.class_conditioning, strict=True))
     assert load(good)[1] is None  # no CLIP in, none out
 
 
@@ -491,7 +491,7 @@ def test_full_size_sd15_adapter_of_rank_16_is_small(comfy_host, folder, load):
         name="full size",
         info=dataclasses.replace(small.info, layers=layers, rank=16, alpha=16.0),
         lora=SelfAttentionLoRA(layers, 16, 16.0, torch.Generator().manual_seed(0)),
-        text=small.text._replace(cross_attn=random(1, 77, 768), pooled=random(1, 768)),
+        class_conditioning=small.class_conditioning._replace(cross_attn=random(1, 77, 768), pooled=random(1, 768)),
     )
     path = folder / "full size.safetensors"
     workflow = {"workflow": {"nodes": [{"id": i, "widgets_values": ["x" * 100]} for i in range(50)]}}

@@ -293,7 +293,7 @@ def test_a_reference_pass_that_fails_leaves_nothing(comfy_host, model):
 
     plain = sample(comfy_host, model)
     adapter = make_adapter(model)
-    adapter.text = TextConditioning(random(1, 7, 33))
+    adapter.class_conditioning = TextConditioning(random(1, 7, 33))
     patched = apply(comfy_host, model, adapter=adapter)
     with pytest.raises(RuntimeError):
         sample(comfy_host, patched)

@@ -101,7 +101,11 @@ def train(comfy_host, pack_nodes) -> Callable[..., tuple[dict[str, torch.Tensor]
     def run(checkpoint: Checkpoint, **inputs) -> tuple[dict[str, torch.Tensor], list[float]]:
         inputs = {"images": pictures(3), **SMALL, "steps": 3, "file_name": "dynamic", **inputs}
         adapter, _, loss_map, _ = comfy_host.execute("TrainSAInjectAdapter", **checkpoint._asdict(), **inputs)
-        return {**adapter.lora.state_dict(), **adapter.tokens, "text": adapter.text.cross_attn}, loss_map["loss"]
+        return {
+            **adapter.lora.state_dict(),
+            **adapter.token_embedding,
+            "text": adapter.class_conditioning.cross_attn,
+        }, loss_map["loss"]
 
     return run
 

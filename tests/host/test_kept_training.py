@@ -71,7 +71,7 @@ def states(folder: Path) -> list[str]:
 
 
 def same(a: Any, b: Any) -> bool:
-    ours, theirs = ({**x.lora.state_dict(), **x.tokens} for x in (a, b))
+    ours, theirs = ({**x.lora.state_dict(), **x.token_embedding} for x in (a, b))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 

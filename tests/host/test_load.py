@@ -34,14 +34,16 @@ def clip(load_checkpoint):
 
 @pytest.fixture
 def write(comfy_host, folder, request):
-    """`write("toys/robot", seed=3, placeholder="zwx")` puts an adapter there; `seed` decides its numbers."""
+    """`write("toys/robot", seed=3, placeholder_token="zwx")` puts an adapter there; `seed` decides its numbers."""
     from sa_inject.core.adapter_file import save_adapter
 
     written = []
 
-    def run(name: str, seed: int = 0, placeholder: str = "sainj") -> str:
+    def run(name: str, seed: int = 0, placeholder_token: str = "sainj") -> str:
         adapter = make_adapter(base_model(comfy_host, "sd15"), seed=seed)
-        adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, placeholder=placeholder))
+        adapter = dataclasses.replace(
+            adapter, info=dataclasses.replace(adapter.info, placeholder_token=placeholder_token)
+        )
         written.append(folder / f"{name}.safetensors")
         save_adapter(adapter, written[-1])
         return os.path.join(*f"{name}.safetensors".split("/"))
@@ -75,7 +77,7 @@ def test_another_word_at_loading_time_means_the_subject(comfy_host, write, load,
     first, second = write("one", seed=1), write("two", seed=2)
     _, own = load(first, clip=clip)
     adapter, both = load(second, clip=own, placeholder_token=" zwx ")
-    assert adapter.info.placeholder == "zwx"
+    assert adapter.info.placeholder_token == "zwx"
     assert torch.equal(encoded(comfy_host, both, "a sainj"), encoded(comfy_host, own, "a sainj"))
     alone = load(second, clip=clip)[1]
     assert torch.equal(encoded(comfy_host, both, "a zwx"), encoded(comfy_host, alone, "a sainj"))
@@ -85,7 +87,11 @@ def test_another_word_at_loading_time_means_the_subject(comfy_host, write, load,
 
 def test_without_another_word_it_is_the_adapters_own(load, write, clip):
     name = write("one")
-    assert load(name, clip=clip)[0].info.placeholder == load(name, placeholder_token="")[0].info.placeholder == "sainj"
+    assert (
+        load(name, clip=clip)[0].info.placeholder_token
+        == load(name, placeholder_token="")[0].info.placeholder_token
+        == "sainj"
+    )
 
 
 @pytest.mark.parametrize("with_clip", [True, False])
@@ -106,7 +112,7 @@ def test_a_word_that_is_taken_on_this_clip_is_said(write, load, clip, caplog, mo
 
     said: list[str] = []
     monkeypatch.setattr(server.PromptServer.instance, "send_progress_text", lambda text, node_id: said.append(text))
-    one, two = write("one", seed=1), write("two", seed=2, placeholder=second_word)
+    one, two = write("one", seed=1), write("two", seed=2, placeholder_token=second_word)
     _, patched_clip = load(one, clip=clip)
     load(one, clip=patched_clip)  # the same word of the same adapter
     assert not said and "already reads" not in caplog.text
@@ -126,7 +132,7 @@ def test_training_says_when_an_adapter_has_the_word_already(comfy_host, write, f
 
     model, clip, vae = load_checkpoint("sd15")
     settings = {"resolution": 64, "steps": 1, "rank": 2, "previews": 0, "images": torch.rand(2, 64, 64, 3)}
-    names = [write(f"taken/{number}", placeholder="QWZL") for number in range(5)]
+    names = [write(f"taken/{number}", placeholder_token="QWZL") for number in range(5)]
     (folder / "taken/notes.safetensors").write_text("no adapter")
     (folder / "taken/lora.safetensors").write_bytes(b"")
     save_file({"x": torch.ones(1)}, folder / "taken/lora.safetensors", metadata={"placeholder": "qwzl"})
@@ -149,7 +155,7 @@ def test_training_says_when_an_adapter_has_the_word_already(comfy_host, write, f
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter_index, "adapter_metadata", lambda path: opened.append(path) or real(path))
         assert len(adapter_index.adapters_with_word("qwzl")) == 6 and len(opened) <= 1  # the new one, if at all
-        write("taken/0", placeholder="other")
+        write("taken/0", placeholder_token="other")
         assert len(adapter_index.adapters_with_word("qwzl")) == 5
 
 

@@ -82,9 +82,9 @@ def test_mask_that_load_image_gives_for_an_opaque_picture_is_no_mask(comfy_host,
 
 
 def test_placeholder_among_masks_of_a_list_leaves_its_picture_whole(comfy_host, encode):
-    opaque, placeholder = load_image(comfy_host, "opaque.png", Image.new("RGB", (96, 80), "red"))
+    opaque, placeholder_token = load_image(comfy_host, "opaque.png", Image.new("RGB", (96, 80), "red"))
     clear, mask = load_image(comfy_host, "cut-out.png", cut_out())
-    whole, masked = encode([opaque, clear], [placeholder, 1 - mask])
+    whole, masked = encode([opaque, clear], [placeholder_token, 1 - mask])
     assert whole.mask is None
     assert masked.mask[:, :30].min() > 0.9 and masked.mask[:, 34:].max() < 0.1
 

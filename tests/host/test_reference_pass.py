@@ -67,7 +67,7 @@ def keys_and_values(frozen: Any, merged: Any, adapter: Any, latent: Tensor, sigm
     import comfy.sampler_helpers
     import comfy.samplers
 
-    text = adapter.text
+    text = adapter.class_conditioning
     entry = {} if text.pooled is None else {"pooled_output": text.pooled}
     (cond,) = comfy.samplers.encode_model_conds(
         frozen.extra_conds,
@@ -190,7 +190,7 @@ def test_training_reads_a_reference_as_sampling_does(truth, kind):
     denoiser = ComfyDenoiser(base, sampling, None, true.adapter.info.layers, device, torch.float32)
     latent = base.process_latent_in(true.prompt.pictures[0].latent)
     deltas = true.adapter.lora.deltas(device, torch.float32)
-    read = denoiser.read_reference(latent, None, true.adapter.text, None, deltas)
+    read = denoiser.read_reference(latent, None, true.adapter.class_conditioning, None, deltas)
     found = {key: reference.kv for key, reference in read.items()}
     first = {key: KV(k[:, : found[key].k.shape[1]], v[:, : found[key].v.shape[1]]) for key, (k, v) in true.bank.items()}
     assert worst_error(found, first) < EXACT

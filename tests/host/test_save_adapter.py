@@ -106,14 +106,14 @@ def files(folder: Path) -> list[Path]:
 
 
 def same(a: Any, b: Any) -> bool:
-    ours, theirs = ({**x.lora.state_dict(), **x.tokens} for x in (a, b))
+    ours, theirs = ({**x.lora.state_dict(), **x.token_embedding} for x in (a, b))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def in_half(adapter: Any) -> Any:
     """With the values that a file holds."""
     adapter.lora.load_state_dict({key: tensor.half().float() for key, tensor in adapter.lora.state_dict().items()})
-    adapter.tokens = {key: tensor.half().float() for key, tensor in adapter.tokens.items()}
+    adapter.token_embedding = {key: tensor.half().float() for key, tensor in adapter.token_embedding.items()}
     return adapter
 
 

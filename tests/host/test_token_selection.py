@@ -43,7 +43,7 @@ def test_training_and_drawing_keep_the_same_tokens(comfy_host, model, name):
     base, sampling = model.model, model.get_model_object("model_sampling")
     denoiser = ComfyDenoiser(base, sampling, None, adapter.info.layers, model.load_device, torch.float32)
     latent = base.process_latent_in(picture.latent).repeat(2, 1, 1, 1)
-    text = type(adapter.text)(adapter.text.cross_attn.repeat(2, 1, 1))
+    text = type(adapter.class_conditioning)(adapter.class_conditioning.cross_attn.repeat(2, 1, 1))
     masks = torch.stack([torch.ones_like(mask), mask])  # each row by itself
     trained = denoiser.read_reference(latent, None, text, masks, adapter.lora.deltas(model.load_device, torch.float32))
     for key, (k, v) in drawn.items():

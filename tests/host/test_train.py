@@ -176,7 +176,7 @@ def assert_unchanged(now: Evidence, then: Evidence) -> None:
 
 
 def tensors_of(adapter: Any) -> dict[str, torch.Tensor]:
-    return {**adapter.lora.state_dict(), **adapter.tokens, "text": adapter.text.cross_attn}
+    return {**adapter.lora.state_dict(), **adapter.token_embedding, "text": adapter.class_conditioning.cross_attn}
 
 
 # --- nothing else changes ---------------------------------------------------------------------------------------------
@@ -497,8 +497,8 @@ def test_every_lora_matrix_and_the_token_have_learned(sd15, trained):
     assert [key for key in learned if key.endswith("lora_B.weight") and (learned[key] == 0).all(dim=1).any()] == []
 
     word = initial_token_embedding(sd15.clip, "toy", 4)
-    assert trained.adapter.tokens.keys() == word.keys() == {"clip_l"}
-    assert not torch.equal(trained.adapter.tokens["clip_l"], word["clip_l"].half().float())
+    assert trained.adapter.token_embedding.keys() == word.keys() == {"clip_l"}
+    assert not torch.equal(trained.adapter.token_embedding["clip_l"], word["clip_l"].half().float())
 
 
 def test_the_lora_sits_on_the_keys_and_values_of_every_layer(trained):
@@ -541,7 +541,9 @@ def test_learning_rate_zero_freezes(sd15, run):
     no_lora = run(sd15, lora_learning_rate=0.0).adapter
     assert all((t == 0).all() for key, t in no_lora.lora.state_dict().items() if key.endswith("lora_B.weight"))
     no_token = run(sd15, token_learning_rate=0.0).adapter
-    assert torch.equal(no_token.tokens["clip_l"], initial_token_embedding(sd15.clip, "toy", 4)["clip_l"].half().float())
+    assert torch.equal(
+        no_token.token_embedding["clip_l"], initial_token_embedding(sd15.clip, "toy", 4)["clip_l"].half().float()
+    )
 
 
 class Family(NamedTuple):
@@ -569,7 +571,7 @@ def test_every_family_trains_and_stays_as_it_was(family):
     assert info.architecture == {"sd1": "SD1.x", "sd2": "SD2.x", "sdx": "SDXL"}[kind[:3]]
     assert info.training["prediction_type"] == ("v_prediction" if kind == "sd2_v" else "eps")
     encoders = {"sd1": {"clip_l"}, "sd2": {"clip_h"}, "sdx": {"clip_l", "clip_g"}}[kind[:3]]
-    assert set(family.trained.adapter.tokens) == encoders
+    assert set(family.trained.adapter.token_embedding) == encoders
     learned = family.trained.adapter.lora.state_dict()
     assert [key for key, tensor in learned.items() if key.endswith("lora_B.weight") and not tensor.any()] == []
     assert all(tensor.isfinite().all() for tensor in learned.values())
@@ -617,7 +619,7 @@ def held_out_losses(checkpoint: Checkpoint, adapter: Any) -> tuple[float, float]
         return torch.stack(losses).mean().item()
 
     fresh = SelfAttentionLoRA(info.layers, info.rank, info.alpha, torch.Generator().manual_seed(0))
-    return mean_loss(fresh, initial_token_embedding(clip, "toy", 4)), mean_loss(adapter.lora, adapter.tokens)
+    return mean_loss(fresh, initial_token_embedding(clip, "toy", 4)), mean_loss(adapter.lora, adapter.token_embedding)
 
 
 # --- what it learns from ----------------------------------------------------------------------------------------------

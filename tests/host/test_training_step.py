@@ -184,7 +184,7 @@ def test_image_prompt_is_another_picture_read_with_the_class_word(comfy_host, tr
                 noises = (scaled[row : row + 1] - found.latents) / sigma[row]  # (pictures, c, h, w)
                 others = [noises[n] for n in range(3) if n != target]
                 assert min(abs(float(noise.std()) - 1) for noise in others) < 0.3
-    assert relative_error(found.adapter.text.cross_attn, class_word) < 1e-3  # as float16 keeps it
+    assert relative_error(found.adapter.class_conditioning.cross_attn, class_word) < 1e-3  # as float16 keeps it
 
 
 def test_sdxl_is_told_the_size_and_the_pooled_text(comfy_host, trained):
@@ -263,7 +263,7 @@ def test_training_reads_each_row_at_its_own_noise_level(comfy_host, kind):
     model = load(base_model(comfy_host, kind))
     adapter = make_adapter(model)
     latents, sigmas = random(2, 4, 8, 8, seed=3), (0.7, 5.0)
-    text = rows_of(adapter.text, adapter.text)
+    text = rows_of(adapter.class_conditioning, adapter.class_conditioning)
     deltas = adapter.lora.deltas(model.load_device, torch.float32)
     read = denoiser_of(model, adapter).read_reference(latents, torch.tensor(sigmas), text, None, deltas)
     frozen, merged = frozen_copy(model), merged_copy(model, adapter)
@@ -288,7 +288,9 @@ def test_training_denoises_as_drawing_does(comfy_host, kind):
     denoiser = denoiser_of(model, adapter)
     latents = model.model.process_latent_in(torch.cat([picture.latent for picture in drawn_pictures]))
     deltas = adapter.lora.deltas(model.load_device, torch.float32)
-    bank = denoiser.read_reference(latents, None, rows_of(adapter.text, adapter.text), masks, deltas)
+    bank = denoiser.read_reference(
+        latents, None, rows_of(adapter.class_conditioning, adapter.class_conditioning), masks, deltas
+    )
     found = denoiser.denoise(noisy, torch.tensor(sigmas), rows_of(*texts), bank)
     without = denoiser.denoise(noisy, torch.tensor(sigmas), rows_of(*texts), None)
     for row, (picture, text, sigma) in enumerate(zip(drawn_pictures, texts, sigmas, strict=True)):

@@ -157,11 +157,11 @@ def test_word_is_not_found_inside_other_words_and_names(encode, clips, patched_c
         ("ｗｕｂｂｏ", "my wubbo", "my WORD"),
     ],
 )
-def test_words_of_every_kind_are_found(encode, clips, patched_clip, tokens, placeholder, prompt, stock):
-    from sa_inject.nodes.host.text import check_placeholder
+def test_words_of_every_kind_are_found(encode, clips, patched_clip, tokens, placeholder_token, prompt, stock):
+    from sa_inject.nodes.host.text import check_placeholder_token
 
-    check_placeholder(clips["sd15"], placeholder)
-    found = encode(teach(clips["sd15"], tokens["sd15"], placeholder), prompt)
+    check_placeholder_token(clips["sd15"], placeholder_token)
+    found = encode(teach(clips["sd15"], tokens["sd15"], placeholder_token), prompt)
     assert same(found, encode(clips["sd15"], plain(stock)))
 
 
@@ -175,8 +175,8 @@ def test_words_of_every_kind_are_found(encode, clips, patched_clip, tokens, plac
         ("wubbo", "wubbó, wubbo\u0308"),
     ],
 )
-def test_words_of_every_kind_are_not_found_in_longer_ones(encode, clips, tokens, placeholder, prompt):
-    patched_clip = teach(clips["sd15"], tokens["sd15"], placeholder)
+def test_words_of_every_kind_are_not_found_in_longer_ones(encode, clips, tokens, placeholder_token, prompt):
+    patched_clip = teach(clips["sd15"], tokens["sd15"], placeholder_token)
     assert same(encode(patched_clip, prompt), encode(clips["sd15"], prompt))
 
 
@@ -242,11 +242,11 @@ def test_nothing_is_reported_where_the_word_is_found_or_not_meant(encode, clips,
         "ｄｏｇ",
     ],
 )
-def test_words_that_could_not_be_found_or_would_change_prompts_are_refused(clips, placeholder):
-    from sa_inject.nodes.host.text import check_placeholder
+def test_words_that_could_not_be_found_or_would_change_prompts_are_refused(clips, placeholder_token):
+    from sa_inject.nodes.host.text import check_placeholder_token
 
     with pytest.raises(ValueError, match="The placeholder token "):
-        check_placeholder(clips["sd15"], placeholder)
+        check_placeholder_token(clips["sd15"], placeholder_token)
 
 
 def test_captions_follow_the_rule_of_prompts(clips, patched_clip):
