@@ -17,7 +17,7 @@ from torch import Tensor
 from sa_inject.core.adapter import Adapter, AdapterInfo, ReferenceMode
 from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage, TextConditioning
 from sa_inject.core.lora import SelfAttentionLoRA
-from sa_inject.nodes.host.unet import UnetDescription, describe
+from sa_inject.nodes.host.networks.unet import UnetDescription, describe
 from tests.host import full_size
 
 from .host import demo_checkpoint

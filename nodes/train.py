@@ -8,17 +8,17 @@ from ..core.adapter import REFERENCE_MODES
 from ..core.image_prompt import ImagePrompt, ReferenceImage
 from ..trainer.config import TrainConfig
 from .host.adapter_index import warn_of_adapters_with
+from .host.drawing.preview import draw_previews
 from .host.files import adapter_folder
 from .host.images import SIZE_MULTIPLE, encode_picture, fit_picture, split_images, to_comfy
+from .host.learning.training import PRECISIONS, train_adapter
+from .host.learning.training_set import Subject
 from .host.masks import keeps_something, split_masks
-from .host.preview import draw_previews
+from .host.networks.unet import describe
 from .host.progress import TrainingProgress
 from .host.provenance import Provenance
 from .host.saving import check_can_save, save_or_rescue, wanted_path
 from .host.text import clip_with_token
-from .host.training import PRECISIONS, train_adapter
-from .host.training_set import Subject
-from .host.unet import describe
 from .sockets import CATEGORY, SA_INJECT_ADAPTER
 from .version import VERSION
 

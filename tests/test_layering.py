@@ -14,19 +14,26 @@ HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "node_helpers",
 CONFIGURATION = {"yaml"}  # the host's own list of model folders
 PICTURES = {"numpy", "PIL"}  # the host's own currency for previews and files
 
+ANY_HOST = TENSORS | PICTURES | CONFIGURATION | HOST
+# Drawing and learning do not import each other.
+HOST_FOLDERS = {"nodes/host", "nodes/host/networks", "nodes/host/drawing", "nodes/host/learning"}
+
 # folder: (layers of the pack it may import, third-party modules it may import); the standard library is free
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"core"}, TENSORS),
     "trainer": ({"core", "trainer"}, TENSORS),
-    "nodes/host": ({"core", "trainer", "nodes/host"}, TENSORS | PICTURES | CONFIGURATION | HOST),
-    "nodes": ({"core", "trainer", "nodes/host", "nodes"}, TENSORS | {"comfy_api"}),
+    "nodes/host": ({"core", "trainer", "nodes/host"}, ANY_HOST),
+    "nodes/host/networks": ({"core", "nodes/host/networks"}, ANY_HOST),
+    "nodes/host/drawing": ({"core", "trainer", "nodes/host", "nodes/host/networks", "nodes/host/drawing"}, ANY_HOST),
+    "nodes/host/learning": ({"core", "trainer", "nodes/host", "nodes/host/networks", "nodes/host/learning"}, ANY_HOST),
+    "nodes": ({"core", "trainer", "nodes", *HOST_FOLDERS}, TENSORS | {"comfy_api"}),
 }
 FILES = sorted(path.relative_to(ROOT).as_posix() for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 FILES = list(dict.fromkeys(FILES))
 
 
 def layer_of(path: str) -> str | None:
-    """`nodes/host/patch.py` -> `nodes/host`; the longest name wins."""
+    """`nodes/host/drawing/patch.py` -> `nodes/host`; the longest name wins."""
     inside = [layer for layer in LAYERS if path == layer or path.startswith(layer + "/")]
     return max(inside, key=len, default=None)
 
@@ -117,9 +124,13 @@ def test_the_table_catches_what_it_should(monkeypatch):
         ("core/kv.py", "from .injection import inject\nimport math, torch"): 0,
         ("trainer/loop.py", "from ..core.kv import KV"): 0,
         ("trainer/loop.py", "from .. import nodes"): 1,
-        ("nodes/host/patch.py", "import folder_paths\nfrom ...trainer.loop import train"): 0,
-        ("nodes/host/patch.py", "from ..train import TrainNode"): 1,
-        ("nodes/train.py", "from .host import patch\nfrom comfy_api.latest import io"): 0,
+        ("nodes/host/drawing/patch.py", "import folder_paths\nfrom ....trainer.loop import train"): 0,
+        ("nodes/host/drawing/patch.py", "from ...train import TrainNode"): 1,
+        ("nodes/host/drawing/patch.py", "from ..learning.training import train_adapter"): 1,
+        ("nodes/host/learning/training.py", "from ..drawing.patch import patch_model"): 1,
+        ("nodes/host/networks/unet.py", "from ..text import clip_with_token"): 1,
+        ("nodes/host/learning/training.py", "from ..networks.unet import describe\nfrom ..text import folded"): 0,
+        ("nodes/train.py", "from .host.drawing import patch\nfrom comfy_api.latest import io"): 0,
         ("nodes/train.py", "def f():\n    import comfy.samplers"): 1,
     }
     for (path, source), expected in cases.items():

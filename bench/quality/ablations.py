@@ -20,9 +20,9 @@ from sa_inject.core.injection import Reference
 from sa_inject.core.kv import KV, BlockKey
 from sa_inject.core.lora import LoRADeltas
 from sa_inject.core.reference import ReferencePassHooks, block_key
-from sa_inject.nodes.host.denoiser import ComfyDenoiser
-from sa_inject.nodes.host.reference_pass import reference_inputs
-from sa_inject.nodes.host.unet import clean_reference_sigma
+from sa_inject.nodes.host.drawing.reference_pass import reference_inputs
+from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser
+from sa_inject.nodes.host.networks.unet import clean_reference_sigma
 from sa_inject.trainer.config import REFERENCE_START
 from sa_inject.trainer.examples import Pair, PairStream, TrainingSet
 
@@ -33,14 +33,14 @@ from .subjects import Subject, make_subject
 
 HOST = "sa_inject.nodes.host"
 REFERENCE_INPUTS = (
-    f"{HOST}.reference_pass.reference_inputs",
-    f"{HOST}.patch.reference_inputs",
+    f"{HOST}.drawing.reference_pass.reference_inputs",
+    f"{HOST}.drawing.patch.reference_inputs",
 )
 CLEAN_SIGMA = (
-    f"{HOST}.reference_pass.clean_reference_sigma",
-    f"{HOST}.denoiser.clean_reference_sigma",
+    f"{HOST}.drawing.reference_pass.clean_reference_sigma",
+    f"{HOST}.learning.denoiser.clean_reference_sigma",
 )
-MAY_JOIN = (f"{HOST}.batched_reference.ExtendedBatch.can_append",)
+MAY_JOIN = (f"{HOST}.drawing.batched_reference.ExtendedBatch.can_append",)
 
 
 def learned(
@@ -381,8 +381,8 @@ ABLATIONS: dict[str, Callable[[TrainingTask], TrainedModel]] = {
 
 # What has to be in place while teaching and while drawing.
 CONCATENATED: Replacements = (
-    ((f"{HOST}.denoiser._Injected",), ConcatenatedInTraining),
-    ((f"{HOST}.injected.attend_and_inject",), concatenated),
+    ((f"{HOST}.learning.denoiser._Injected",), ConcatenatedInTraining),
+    ((f"{HOST}.drawing.injected.attend_and_inject",), concatenated),
 )
 REPLACED: dict[str, Replacements] = {
     "LoRA in the whole pass": ((RECORDER, WholePass),),
@@ -392,7 +392,7 @@ REPLACED: dict[str, Replacements] = {
     "concatenated": ((RECORDER, WholeValues), *CONCATENATED),
     "no LoRA": ((RECORDER, WholeValues), *CONCATENATED),
     "whole values, added": ((RECORDER, WholeValues),),
-    "references lightly noised": (((f"{HOST}.reference_pass.reference_inputs",), lightly_noised_inputs),),
+    "references lightly noised": (((f"{HOST}.drawing.reference_pass.reference_inputs",), lightly_noised_inputs),),
     "references read as clean": ((CLEAN_SIGMA, lowest_sigma),),
     "references told the picture's level": ((REFERENCE_INPUTS, inputs_with_timestep(())),),
     "references told one of 3 levels": ((REFERENCE_INPUTS, inputs_with_timestep(THREE_LEVELS)),),

@@ -18,9 +18,9 @@ from sa_inject.core.attention import Attention, differentiable_attention
 from sa_inject.core.injection import inject
 from sa_inject.core.lora import LoRADeltas, SelfAttentionLoRA
 from sa_inject.core.reference import HIDDEN_STATES_KEY, ReferencePassHooks, block_key
-from sa_inject.nodes.host.autograd import differentiable_options
-from sa_inject.nodes.host.denoiser import ComfyDenoiser
-from sa_inject.nodes.host.unet import model_conditions
+from sa_inject.nodes.host.learning.autograd import differentiable_options
+from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser
+from sa_inject.nodes.host.networks.unet import model_conditions
 
 from .learn import TrainingSetup, training_setup, with_word
 from .methods import PLACEHOLDER, TrainedModel, TrainingTask, trained_model
@@ -29,8 +29,8 @@ ATTENDED = "bench_attended"
 Replacements = tuple[tuple[tuple[str, ...], Any], ...]
 HOST = "sa_inject.nodes.host"
 RECORDER = (
-    f"{HOST}.reference_pass.ReferencePassHooks",
-    f"{HOST}.denoiser.ReferencePassHooks",
+    f"{HOST}.drawing.reference_pass.ReferencePassHooks",
+    f"{HOST}.learning.denoiser.ReferencePassHooks",
 )
 
 

@@ -21,16 +21,16 @@ from torch.nn import functional as F
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.lora import SelfAttentionLoRA
 from sa_inject.nodes.host import training, training_set
-from sa_inject.nodes.host.autograd import (
+from sa_inject.nodes.host.learning.autograd import (
     clone_for_autograd,
     make_differentiable,
     out_of_place_text_encoder,
     patched_forward,
     training_mode,
 )
-from sa_inject.nodes.host.denoiser import ComfyDenoiser
+from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser
+from sa_inject.nodes.host.networks.unet import UnetDescription, describe
 from sa_inject.nodes.host.text import clip_with_token, finder, initial_token_embedding
-from sa_inject.nodes.host.unet import UnetDescription, describe
 from sa_inject.trainer.captions import captions_for
 from sa_inject.trainer.config import TrainConfig
 from sa_inject.trainer.examples import Example, TrainingSet

@@ -26,7 +26,7 @@ from sa_inject.core.adapter_file import save_adapter
 from sa_inject.core.image_prompt import ImagePrompt, TextConditioning
 from sa_inject.nodes.host import training_set
 from sa_inject.nodes.host.images import split_images
-from sa_inject.nodes.host.unet import describe
+from sa_inject.nodes.host.networks.unet import describe
 from sa_inject.trainer.config import TrainConfig
 
 from ..measure import peak_memory

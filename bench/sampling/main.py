@@ -110,7 +110,7 @@ def set_up(host: Any, geometry: str, options: argparse.Namespace) -> Any:
 
 
 def bench(host: Any, geometry: str, options: argparse.Namespace) -> dict[str, Any]:
-    from sa_inject.nodes.host.unet import compute_dtype
+    from sa_inject.nodes.host.networks.unet import compute_dtype
 
     from .lower_bound import Limit
     from .variants import PLAIN, SEED, choose_variants

@@ -158,7 +158,7 @@ def write_adapter(path: Path) -> dict[str, int]:
     from sa_inject.core.adapter_file import save_adapter
     from sa_inject.core.image_prompt import TextConditioning
     from sa_inject.core.layers import self_attention_layers
-    from sa_inject.nodes.host.unet import UnetDescription
+    from sa_inject.nodes.host.networks.unet import UnetDescription
 
     from ..scenes import TEXT_TOKENS, random, untrained_adapter
 

@@ -17,16 +17,16 @@ from comfy.utils import ProgressBar
 from torch.nn import functional as F
 
 from sa_inject.core.image_prompt import TextConditioning
-from sa_inject.nodes.host.autograd import (
+from sa_inject.nodes.host.files import adapter_folder
+from sa_inject.nodes.host.learning.autograd import (
     checkpoint_activations,
     clone_for_autograd,
     differentiable_options,
     make_differentiable,
     training_mode,
 )
-from sa_inject.nodes.host.checkpoint import FOLDER as TRAINING_STATES
-from sa_inject.nodes.host.files import adapter_folder
-from sa_inject.nodes.host.unet import network_inputs
+from sa_inject.nodes.host.learning.checkpoint import FOLDER as TRAINING_STATES
+from sa_inject.nodes.host.networks.unet import network_inputs
 from tests.host import full_size
 
 from ..measure import StepClock

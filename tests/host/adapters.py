@@ -41,7 +41,7 @@ def conditioning(model: Any, seed: int, tokens: int = TEXT_TOKENS) -> list:
 
 def make_adapter(model: Any, mode: str = "clean", seed: int = 0) -> Adapter:
     """An adapter that was never trained, but whose share of the keys and values is plain to see."""
-    from sa_inject.nodes.host.unet import describe  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.networks.unet import describe  # pyright: ignore[reportMissingImports]
 
     architecture, layers = describe(model)
     with torch.inference_mode(False):

@@ -46,8 +46,8 @@ def test_nothing_to_inject_gives_the_base_models_image(comfy_host, model, widget
 
 
 def test_previews_are_drawn_as_apply_draws_by_itself(comfy_host, pack_nodes, model):
-    from sa_inject.nodes.host.injection import build_injection
-    from sa_inject.nodes.host.preview import default_injection
+    from sa_inject.nodes.host.drawing.injection import build_injection
+    from sa_inject.nodes.host.drawing.preview import default_injection
 
     adapter, prompt = make_adapter(model), make_prompt()
     widgets = defaults(pack_nodes["ApplySelfAttnInjection"].INPUT_TYPES())
@@ -227,7 +227,7 @@ class Witness(Spy):
         self.count = 0
 
     def __call__(self, executor, *args, **kwargs):
-        from sa_inject.nodes.host.patch import RUN_KEY  # pyright: ignore[reportMissingImports]
+        from sa_inject.nodes.host.drawing.patch import RUN_KEY  # pyright: ignore[reportMissingImports]
 
         run = args[5][RUN_KEY]
         (bank,) = run.banks.values()
@@ -238,7 +238,7 @@ class Witness(Spy):
         return executor(*args, **kwargs)
 
     def assert_all_is_gone(self, *models) -> None:
-        from sa_inject.nodes.host.patch import RUN_KEY  # pyright: ignore[reportMissingImports]
+        from sa_inject.nodes.host.drawing.patch import RUN_KEY  # pyright: ignore[reportMissingImports]
 
         gc.collect()
         assert self.run is not None and self.run() is None

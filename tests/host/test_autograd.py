@@ -33,7 +33,7 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_differentiable_weights_are_the_same_memory(loaded):
-    from sa_inject.nodes.host.autograd import make_differentiable, training_mode
+    from sa_inject.nodes.host.learning.autograd import make_differentiable, training_mode
 
     model, clip = loaded
     for module in (model.model, clip.cond_stage_model):
@@ -52,7 +52,7 @@ def test_differentiable_weights_are_the_same_memory(loaded):
 
 
 def test_what_the_host_hangs_on_a_weight_stays_on_it(load_checkpoint):
-    from sa_inject.nodes.host.autograd import make_differentiable, training_mode
+    from sa_inject.nodes.host.learning.autograd import make_differentiable, training_mode
 
     base = load_checkpoint("sd15")[0].model
     notes = {}
@@ -67,7 +67,7 @@ def test_what_the_host_hangs_on_a_weight_stays_on_it(load_checkpoint):
 def test_the_host_is_told_of_the_training_and_of_its_end(monkeypatch, comfy_host):
     import comfy.model_management as model_management
 
-    from sa_inject.nodes.host.autograd import training_mode
+    from sa_inject.nodes.host.learning.autograd import training_mode
 
     monkeypatch.setattr(model_management, "in_training", False, raising=False)  # hosts newer than 0.3.75 have it
     with pytest.raises(InterruptedError), torch.inference_mode(), training_mode():
@@ -77,7 +77,7 @@ def test_the_host_is_told_of_the_training_and_of_its_end(monkeypatch, comfy_host
 
 
 def test_a_second_call_replaces_nothing(loaded):
-    from sa_inject.nodes.host.autograd import make_differentiable, training_mode
+    from sa_inject.nodes.host.learning.autograd import make_differentiable, training_mode
 
     base = loaded[0].model
     with torch.inference_mode(), training_mode():
@@ -110,7 +110,7 @@ def bytes_beside(kept: dict[int, int], module: torch.nn.Module) -> int:
 
 def unet_step(base: Any, *contexts: Any) -> tuple[Tensor, Tensor, int]:
     """Output, gradient of the context and bytes kept beside the weights, of one call of the UNet."""
-    from sa_inject.nodes.host.autograd import differentiable_options, training_mode
+    from sa_inject.nodes.host.learning.autograd import differentiable_options, training_mode
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
@@ -130,7 +130,7 @@ def unet_step(base: Any, *contexts: Any) -> tuple[Tensor, Tensor, int]:
 
 
 def test_frozen_ops_layers_and_activations_compute_the_same_and_keep_less(loaded):
-    from sa_inject.nodes.host.autograd import (
+    from sa_inject.nodes.host.learning.autograd import (
         make_differentiable,
         memory_efficient_layers,
         recompute_cheap_ops,
@@ -153,7 +153,7 @@ def test_frozen_ops_layers_and_activations_compute_the_same_and_keep_less(loaded
 
 
 def test_casting_layers_keep_no_cast_weights(loaded):
-    from sa_inject.nodes.host.autograd import make_differentiable, memory_efficient_layers, training_mode
+    from sa_inject.nodes.host.learning.autograd import make_differentiable, memory_efficient_layers, training_mode
 
     base = loaded[0].model
     unet = base.diffusion_model
@@ -180,7 +180,7 @@ def test_casting_layers_keep_no_cast_weights(loaded):
 
 
 def test_layers_with_patches_or_another_forward_are_left_to_the_host(loaded):
-    from sa_inject.nodes.host.autograd import memory_efficient_layers
+    from sa_inject.nodes.host.learning.autograd import memory_efficient_layers
 
     base = loaded[0].model
     layer = base.diffusion_model.input_blocks[0][0]
@@ -206,7 +206,7 @@ def test_layers_with_patches_or_another_forward_are_left_to_the_host(loaded):
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_the_text_encoder_keeps_no_cast_weights_and_few_activations(loaded, recompute):
-    from sa_inject.nodes.host.autograd import (
+    from sa_inject.nodes.host.learning.autograd import (
         make_differentiable,
         memory_efficient_layers,
         out_of_place_text_encoder,

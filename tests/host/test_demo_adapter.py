@@ -26,7 +26,7 @@ def drawn(comfy_host, pack_nodes, tmp_path_factory) -> Drawn:
     """Train with the demo's own settings on its own pictures, then draw scenes that none of them shows."""
     from sa_inject.demo.base.checkpoint import write_checkpoint
     from sa_inject.demo.base.world import caption
-    from sa_inject.nodes.host.preview import SAMPLER, SCHEDULER
+    from sa_inject.nodes.host.drawing.preview import SAMPLER, SCHEDULER
 
     checkpoint = tmp_path_factory.mktemp("demo") / "base.safetensors"
     write_checkpoint(checkpoint)

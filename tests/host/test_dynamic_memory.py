@@ -190,8 +190,8 @@ def test_error_in_a_training_leaves_a_dynamic_model_as_it_was(buffer, load_check
 def test_plain_weights_have_the_models_precision_and_not_the_files(buffer, load_checkpoint):
     import comfy.model_management as model_management
 
-    from sa_inject.nodes.host.autograd import make_differentiable, training_mode
-    from sa_inject.nodes.host.plain_weights import plain_weights
+    from sa_inject.nodes.host.learning.autograd import make_differentiable, training_mode
+    from sa_inject.nodes.host.learning.plain_weights import plain_weights
 
     model, *_ = load_checkpoint("sd15")
     with torch.inference_mode():
@@ -210,7 +210,7 @@ def test_plain_weights_have_the_models_precision_and_not_the_files(buffer, load_
 
 
 def test_fingerprint_does_not_change_from_one_training_to_the_next(buffer, load_checkpoint, train, monkeypatch):
-    import sa_inject.nodes.host.training as training
+    import sa_inject.nodes.host.learning.training as training
 
     original, found = training.training_fingerprint, []
 

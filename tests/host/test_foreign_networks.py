@@ -157,7 +157,7 @@ def test_calls_that_go_to_another_network_are_left_alone(comfy_host, model, text
 
 
 def test_another_model_of_the_same_kind_gets_a_reference_of_its_own(comfy_host, model, texts):
-    from sa_inject.nodes.host.patch import RUN_KEY  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.drawing.patch import RUN_KEY  # pyright: ignore[reportMissingImports]
 
     other = comfy_host.load_checkpoint("sd15")[0]
     with torch.inference_mode():
@@ -173,7 +173,7 @@ def test_another_model_of_the_same_kind_gets_a_reference_of_its_own(comfy_host, 
 
 def test_what_fails_inside_of_a_changed_network_ends_in_a_sentence(comfy_host, model, texts):
     """A module that holds something for every pixel of the drawing cannot read a reference of another size."""
-    from sa_inject.nodes.host.reference_call import ReferencePassError  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.drawing.reference_call import ReferencePassError  # pyright: ignore[reportMissingImports]
 
     class Pixels(torch.nn.Module):
         def forward(self, x):

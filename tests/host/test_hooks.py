@@ -91,7 +91,7 @@ def test_a_hooked_prompt_reads_what_the_lora_makes_of_the_reference(comfy_host, 
 @pytest.mark.parametrize("mode, passes", [("clean", 2), ("noised", 4)])
 def test_a_schedule_of_strengths_is_read_at_each_of_them(comfy_host, model, hooked, mode, passes):
     """Two strengths over four steps: a clean reference is read for each strength, a noised one at every step."""
-    from sa_inject.nodes.host.patch import RUN_KEY  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.drawing.patch import RUN_KEY  # pyright: ignore[reportMissingImports]
 
     positive = hooked(50, conditioning(model, 11), strengths=(1.0, 0.2))
     spy = Spy(keys=())
@@ -114,7 +114,7 @@ def test_a_schedule_is_drawn_as_its_parts_are(comfy_host, model, hooked):
     patched = apply(comfy_host, model, make_adapter(model))
 
     def last_bank(strengths):
-        from sa_inject.nodes.host.patch import RUN_KEY  # pyright: ignore[reportMissingImports]
+        from sa_inject.nodes.host.drawing.patch import RUN_KEY  # pyright: ignore[reportMissingImports]
 
         spy = Spy(keys=())
         positive = hooked(50, text, strengths=strengths)

@@ -37,7 +37,7 @@ def folder(comfy_host, pack_nodes) -> Iterator[Path]:
 
 @pytest.fixture
 def run(comfy_host, folder, sd15, monkeypatch) -> Callable[..., Run]:
-    monkeypatch.setattr("sa_inject.nodes.host.preview.STEPS", 2)
+    monkeypatch.setattr("sa_inject.nodes.host.drawing.preview.STEPS", 2)
 
     def train(at_step: Callable[[int], object] = lambda number: None, **inputs) -> Run:
         from sa_inject.nodes.host.progress import TrainingProgress
@@ -137,7 +137,7 @@ def test_another_training_takes_its_steps(run):
 # --- what fails after the last step -----------------------------------------------------------------------------------
 
 AFTER = {
-    "building": "sa_inject.nodes.host.training._build_adapter",
+    "building": "sa_inject.nodes.host.learning.training._build_adapter",
     "saving": "sa_inject.nodes.train.save_or_rescue",
     "word": "sa_inject.nodes.train.clip_with_token",
     "previews": "comfy.sample.sample",
@@ -242,7 +242,7 @@ def test_two_servers_on_one_folder_end_with_one_file(run, folder, tmp_path, monk
 
 
 def test_state_that_another_process_removes_meanwhile_is_written_again(run, folder, monkeypatch):
-    monkeypatch.setattr("sa_inject.nodes.host.checkpoint.SAVE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("sa_inject.nodes.host.learning.checkpoint.SAVE_INTERVAL_SECONDS", 0.0)
     assert run(at_step=lambda number: shutil.rmtree(folder)).steps == 2
     assert states(folder) == ["2-finished"] and adapters(folder) == ["kept.safetensors"]
 
@@ -272,7 +272,7 @@ def test_the_newest_states_are_kept(run, folder):
 
 
 def test_states_are_kept_up_to_a_size_and_the_newest_in_any_case(run, folder, monkeypatch):
-    monkeypatch.setattr("sa_inject.nodes.host.checkpoint.KEPT_BYTES", 10)
+    monkeypatch.setattr("sa_inject.nodes.host.learning.checkpoint.KEPT_BYTES", 10)
     paths = old_states(folder, 2, hours=2)
     run()
     assert not any(path.exists() for path in paths) and states(folder) == ["2-finished"]

@@ -359,7 +359,7 @@ def apply(comfy_host, model: Any, adapter: Any) -> Any:
 
 def trained_on(model: Any) -> Any:
     """An adapter by hand that says of its model what training says."""
-    from sa_inject.nodes.host.unet import prediction_type
+    from sa_inject.nodes.host.networks.unet import prediction_type
 
     adapter = make_adapter(model)
     training = {"prediction_type": prediction_type(model)}

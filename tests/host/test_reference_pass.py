@@ -115,7 +115,7 @@ def expected_bank(model: Any, adapter: Any, prompt: Any) -> dict[BlockKey, KV]:
 
 def call_once(patched: Any, sigma: float = SIGMA, seed: int = 0) -> dict[BlockKey, KV]:
     """Call the patched UNet, loaded already in whatever way, and return the bank that this filled."""
-    from sa_inject.nodes.host.patch import RUN_KEY, SamplingRun  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.drawing.patch import RUN_KEY, SamplingRun  # pyright: ignore[reportMissingImports]
 
     run = SamplingRun(seed)
     text = reference_text(patched, seed=5)
@@ -182,7 +182,7 @@ def test_injection_equals_its_formula(comfy_host, truth, kind, strength):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_training_reads_a_reference_as_sampling_does(truth, kind):
-    from sa_inject.nodes.host.denoiser import ComfyDenoiser  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser  # pyright: ignore[reportMissingImports]
 
     true = truth(kind)
     base, device = true.model.model, true.model.load_device

@@ -348,7 +348,7 @@ def test_chained_nodes_add_up_in_their_order(comfy_host, model):
 
 def first_attention(patched, x, text):
     """The first self-attention of one UNet call, and what every reference handed over there."""
-    from sa_inject.nodes.host.patch import RUN_KEY, SamplingRun  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.drawing.patch import RUN_KEY, SamplingRun  # pyright: ignore[reportMissingImports]
 
     spy, run = Spy(keys=(FIRST,)), SamplingRun()
     call_unet(load(spy.on(patched)), x, SIGMA, text, [0], **{RUN_KEY: run})
@@ -383,7 +383,7 @@ def test_pictures_of_one_prompt_share_the_weight_of_one(comfy_host, model):
 
 def test_masked_out_tokens_are_not_in_the_list(comfy_host, model):
     """A mask of the right half of one picture of two, at both levels of the UNet."""
-    from sa_inject.nodes.host.patch import RUN_KEY, SamplingRun  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.drawing.patch import RUN_KEY, SamplingRun  # pyright: ignore[reportMissingImports]
 
     mask = torch.zeros(64, 64)
     mask[:, 32:] = 1

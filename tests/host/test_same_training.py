@@ -28,7 +28,7 @@ def sd15(load_checkpoint) -> Checkpoint:
 @pytest.fixture(scope="module")
 def same_as(comfy_host, pack_nodes) -> Callable[..., str]:
     """`same_as(checkpoint, rank=4)` is the fingerprint of what the node would train."""
-    import sa_inject.nodes.host.training as training
+    import sa_inject.nodes.host.learning.training as training
 
     original = training.training_fingerprint
 
@@ -132,7 +132,7 @@ def test_lora_counts_alike_whether_it_is_in_the_weights_or_applied_on_the_fly(co
     styled = Checkpoint(model, clip, sd15.vae)
     expected = same_as(styled)
 
-    from sa_inject.nodes.host.fingerprint import Digest, _add_model
+    from sa_inject.nodes.host.learning.fingerprint import Digest, _add_model
 
     def digest(on_the_fly: bool) -> str:
         model_management.unload_all_models()
@@ -307,7 +307,7 @@ def test_object_patches_and_weight_wrappers_count_by_value(sd15, usual, same_as)
 def test_values_of_every_kind_are_told_apart_and_repeat(comfy_host):
     import numpy as np
 
-    from sa_inject.nodes.host.fingerprint import Digest
+    from sa_inject.nodes.host.learning.fingerprint import Digest
 
     class Of:
         def __init__(self, value: Any) -> None:
@@ -364,7 +364,7 @@ def test_injected_modules_of_other_packs_count_by_value(sd15, usual, same_as):
 
 
 def test_device_and_who_may_be_whose_image_prompt_count(comfy_host, pack_nodes, sd15, monkeypatch):
-    import sa_inject.nodes.host.training as training
+    import sa_inject.nodes.host.learning.training as training
 
     found = []
 
@@ -390,7 +390,7 @@ def test_versions_count(sd15, usual, same_as, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "99.0")
     assert same_as(sd15) != usual
     monkeypatch.undo()
-    monkeypatch.setattr("sa_inject.nodes.host.fingerprint.FORMAT", 99)
+    monkeypatch.setattr("sa_inject.nodes.host.learning.fingerprint.FORMAT", 99)
     assert same_as(sd15) != usual
 
 

@@ -218,7 +218,7 @@ def test_gradients_of_the_word_in_bfloat16_are_those_in_float32_but_for_rounding
 def gradient_of_the_word(clip: Any, recompute: bool, dtype: torch.dtype) -> Tensor:
     import comfy.model_management as model_management
 
-    from sa_inject.nodes.host.autograd import make_differentiable, out_of_place_text_encoder, training_mode
+    from sa_inject.nodes.host.learning.autograd import make_differentiable, out_of_place_text_encoder, training_mode
     from sa_inject.nodes.host.text import encode_text
 
     with torch.inference_mode(), training_mode():
@@ -235,7 +235,7 @@ def gradient_of_the_word(clip: Any, recompute: bool, dtype: torch.dtype) -> Tens
 def assert_gradients_reach(clip: Any, tokens: dict[str, Tensor], prompt: str, layer: int | None) -> None:
     import comfy.model_management as model_management
 
-    from sa_inject.nodes.host.autograd import make_differentiable, out_of_place_text_encoder, training_mode
+    from sa_inject.nodes.host.learning.autograd import make_differentiable, out_of_place_text_encoder, training_mode
     from sa_inject.nodes.host.text import encode_text
 
     with torch.inference_mode(), training_mode():  # as in a node

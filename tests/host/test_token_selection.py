@@ -35,7 +35,7 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 @torch.inference_mode()
 def test_training_and_drawing_keep_the_same_tokens(comfy_host, model, name):
-    from sa_inject.nodes.host.denoiser import ComfyDenoiser  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser  # pyright: ignore[reportMissingImports]
 
     adapter, mask = make_adapter(model), MASKS[name]
     picture = ReferenceImage(random(1, 4, 8, 8), mask=mask)

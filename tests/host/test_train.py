@@ -374,7 +374,7 @@ def test_training_that_ran_out_of_memory_goes_on_with_checkpointing(sd15, traine
 
 
 def test_training_is_kept_from_time_to_time(sd15, run, kept, monkeypatch):
-    monkeypatch.setattr("sa_inject.nodes.host.checkpoint.SAVE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("sa_inject.nodes.host.learning.checkpoint.SAVE_INTERVAL_SECONDS", 0.0)
     seen = []
     handle = sd15.model.model.diffusion_model.out.register_forward_pre_hook(lambda *_: seen.append(len(kept())))
     run(sd15, steps=3)
@@ -411,7 +411,7 @@ def test_folder_that_cannot_be_written_is_told_and_ends_nothing(comfy_host, sd15
     monkeypatch.setattr(torch, "save", full)
     stop(1, steps=2)  # Cancel stays a cancel
     assert any("could not be kept" in message and "No space left" in message for message in caplog.messages)
-    monkeypatch.setattr("sa_inject.nodes.host.checkpoint.SAVE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("sa_inject.nodes.host.learning.checkpoint.SAVE_INTERVAL_SECONDS", 0.0)
     assert len(run(sd15, steps=2).losses) == 2
     assert kept() == []
 
@@ -590,9 +590,9 @@ def held_out_losses(checkpoint: Checkpoint, adapter: Any) -> tuple[float, float]
     import comfy.model_management as model_management
 
     from sa_inject.core.lora import SelfAttentionLoRA
-    from sa_inject.nodes.host.denoiser import ComfyDenoiser
+    from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser
+    from sa_inject.nodes.host.networks.unet import compute_dtype
     from sa_inject.nodes.host.text import clip_with_token, initial_token_embedding
-    from sa_inject.nodes.host.unet import compute_dtype
     from sa_inject.trainer.objective import prediction_loss
 
     model, clip, vae = checkpoint
@@ -757,7 +757,7 @@ def test_loss_map_is_what_the_hosts_graph_node_draws(comfy_host, trained):
 
 def test_previews_are_drawn_with_the_adapter_or_not_at_all(sd15, trained, run, monkeypatch):
     assert torch.equal(trained.previews, pictures(3)[:1])
-    monkeypatch.setattr("sa_inject.nodes.host.preview.STEPS", 2)
+    monkeypatch.setattr("sa_inject.nodes.host.drawing.preview.STEPS", 2)
     previews = run(sd15, previews=2).previews
     assert previews.shape == (2, 64, 64, 3) and previews.isfinite().all()
     assert not torch.equal(previews[0], previews[1])

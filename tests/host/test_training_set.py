@@ -16,7 +16,7 @@ def learned_from(load_checkpoint):
     """`learned_from(pictures, masks)`: the training set of a real model and VAE."""
     model, _, vae = load_checkpoint("sd15")
 
-    from sa_inject.nodes.host.training_set import Subject, training_set
+    from sa_inject.nodes.host.learning.training_set import Subject, training_set
 
     def build(pictures, masks, captions=None):
         subject = Subject(pictures, masks, None, "sainj", "toy", 64)

@@ -246,7 +246,7 @@ def test_views_of_a_single_picture_keep_its_mask(pack_nodes, trained):
 
 
 def denoiser_of(model: Any, adapter: Any) -> Any:
-    from sa_inject.nodes.host.denoiser import ComfyDenoiser  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser  # pyright: ignore[reportMissingImports]
 
     sampling = model.get_model_object("model_sampling")
     return ComfyDenoiser(model.model, sampling, None, adapter.info.layers, model.load_device, torch.float32)

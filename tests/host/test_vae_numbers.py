@@ -53,7 +53,7 @@ def test_vae_that_gives_no_numbers_is_named_with_the_cure(comfy_host, pack_nodes
 
 
 def test_previews_of_a_vae_that_gives_no_numbers_are_black_and_told(comfy_host, pack_nodes, sd15, monkeypatch, caplog):
-    monkeypatch.setattr("sa_inject.nodes.host.preview.STEPS", 1)
+    monkeypatch.setattr("sa_inject.nodes.host.drawing.preview.STEPS", 1)
     model, clip, vae = sd15
     inputs = {"images": torch.rand(2, 64, 64, 3), "vae": overflowing(vae, "taesd_decoder"), "previews": 1, **SMALL}
     with caplog.at_level(logging.WARNING):

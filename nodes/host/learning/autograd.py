@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...core.attention import differentiable_attention
-from ...trainer.frozen_ops import CastBuffer, frozen_conv2d, frozen_linear, recompute
+from ....core.attention import differentiable_attention
+from ....trainer.frozen_ops import CastBuffer, frozen_conv2d, frozen_linear, recompute
 
 # The layers whose forward is known; fp8 and quantized ones scale, too.
 LINEARS = (disable_weight_init.Linear, manual_cast.Linear)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.attention import Attention
-from ...core.injection import Reference, attend_to_reference
-from ...core.kv import BlockKey, KVBank
-from ...core.reference import block_key, store_hidden_states
+from ....core.attention import Attention
+from ....core.injection import Reference, attend_to_reference
+from ....core.kv import BlockKey, KVBank
+from ....core.reference import block_key, store_hidden_states
 from .batched_reference import BatchedReferences
 from .reference_pass import host_attention
 from .sampling_run import Injection, SamplingRun

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from ...core.atomic_write import atomic_write
-from ...trainer.loop import Training
+from ....core.atomic_write import atomic_write
+from ....trainer.loop import Training
 
 log = logging.getLogger(__name__)
 

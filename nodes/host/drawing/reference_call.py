@@ -11,11 +11,11 @@ import torch
 from comfy.model_management import OOM_EXCEPTION, InterruptProcessingException
 from torch import Tensor
 
-from ...core.reference import ReferencePassComplete
+from ....core.reference import ReferencePassComplete
+from ..networks.unet import NetworkInputs
 from .foreign import ForeignCode
 from .row_texts import COND
 from .sampling_run import RUN_KEY
-from .unet import NetworkInputs
 
 # Of the options of the call that draws: others' patches and ours are made for its rows and its size.
 PRIVATE = {"patches", "patches_replace", "wrappers", "callbacks", RUN_KEY}

@@ -13,13 +13,15 @@ import comfy.model_management as model_management
 import torch
 from torch import Tensor, nn
 
-from ...core.adapter import Adapter, AdapterInfo
-from ...core.adapter_file import FILE_DTYPE
-from ...core.image_prompt import TextConditioning
-from ...core.lora import SelfAttentionLoRA
-from ...trainer.captions import captions_for
-from ...trainer.config import TrainConfig
-from ...trainer.loop import DivergedError, Step, Training
+from ....core.adapter import Adapter, AdapterInfo
+from ....core.adapter_file import FILE_DTYPE
+from ....core.image_prompt import TextConditioning
+from ....core.lora import SelfAttentionLoRA
+from ....trainer.captions import captions_for
+from ....trainer.config import TrainConfig
+from ....trainer.loop import DivergedError, Step, Training
+from ..networks.unet import UnetDescription, compute_dtype, describe, prediction_type
+from ..text import check_placeholder_token, clip_with_token, finder, initial_token_embedding
 from .autograd import (
     checkpoint_activations,
     clone_for_autograd,
@@ -33,9 +35,7 @@ from .checkpoint import TrainingCheckpoint
 from .denoiser import ComfyDenoiser
 from .fingerprint import training_fingerprint
 from .plain_weights import plain_weights
-from .text import check_placeholder_token, clip_with_token, finder, initial_token_embedding
 from .training_set import Subject, training_set, without_inference_tensors
-from .unet import UnetDescription, compute_dtype, describe, prediction_type
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.adapter import Adapter
-from ...core.image_prompt import ImagePrompt
-from ...core.kv import BlockKey, KVBank
-from ...core.lora import LoRADeltas
-from ...core.masks import downsample_mask
+from ....core.adapter import Adapter
+from ....core.image_prompt import ImagePrompt
+from ....core.kv import BlockKey, KVBank
+from ....core.lora import LoRADeltas
+from ....core.masks import downsample_mask
+from ..progress import warn_on_node
 from .foreign import ForeignCode
-from .progress import warn_on_node
 from .row_texts import GuiderTexts
 
 log = logging.getLogger(__name__)

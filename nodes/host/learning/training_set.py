@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...trainer.examples import Example, TrainingSet
-from ...trainer.views import augmented_views
+from ....trainer.examples import Example, TrainingSet
+from ....trainer.views import augmented_views
+from ..images import bucket_size, cover, encode_picture
+from ..masks import check_leaves_something, keeps_something, resized_mask
 from .autograd import clone_for_autograd
-from .images import bucket_size, cover, encode_picture
-from .masks import check_leaves_something, keeps_something, resized_mask
 
 log = logging.getLogger(__name__)
 

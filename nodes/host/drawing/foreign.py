@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ...core.kv import BlockKey
-from ...core.layers import SelfAttentionLayer
+from ....core.kv import BlockKey
+from ....core.layers import SelfAttentionLayer
 
 HOST = ("comfy.", "comfy_extras.", "torch.")
 WEIGHTS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)  # of another kind in quantised models

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.adapter import Adapter
-from ...core.image_prompt import ImagePrompt, repeated
-from ...core.kv import BlockKey, KVBank
-from ...core.reference import HIDDEN_STATES_KEY, ReferenceKV, ReferencePassHooks
+from ....core.adapter import Adapter
+from ....core.image_prompt import ImagePrompt, repeated
+from ....core.kv import BlockKey, KVBank
+from ....core.reference import HIDDEN_STATES_KEY, ReferenceKV, ReferencePassHooks
+from ..networks.unet import NetworkInputs
 from .foreign import ForeignCode
 from .reference_pass import concatenate_kv, fits_in_memory, split_per_image
-from .unet import NetworkInputs
 
 
 class BatchedReferences(NamedTuple):

@@ -13,8 +13,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...core.kv import KVBank
-from ...core.reference import ReferencePassHooks
+from ....core.kv import KVBank
+from ....core.reference import ReferencePassHooks
 from .batched_reference import ExtendedBatch
 from .foreign import ForeignCode, foreign_code
 from .injected import REPLACED, Source, with_injection

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.attention import differentiable_attention
-from ...core.image_prompt import TextConditioning
-from ...core.injection import Reference, inject
-from ...core.layers import SelfAttentionLayer
-from ...core.lora import LoRADeltas
-from ...core.masks import token_mask
-from ...core.reference import ReferencePassHooks, block_key, run_reference_pass
-from ...trainer.denoiser import References
+from ....core.attention import differentiable_attention
+from ....core.image_prompt import TextConditioning
+from ....core.injection import Reference, inject
+from ....core.layers import SelfAttentionLayer
+from ....core.lora import LoRADeltas
+from ....core.masks import token_mask
+from ....core.reference import ReferencePassHooks, block_key, run_reference_pass
+from ....trainer.denoiser import References
+from ..networks.unet import clean_reference_sigma, model_conditions, network_inputs
+from ..text import encode_text
 from .autograd import differentiable_options
-from .text import encode_text
-from .unet import clean_reference_sigma, model_conditions, network_inputs
 
 
 class ComfyDenoiser:

@@ -11,8 +11,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import SDXL, SDXLRefiner
 from torch import Tensor
 
-from ...core.image_prompt import TextConditioning
-from ...core.layers import SelfAttentionLayer, self_attention_layers
+from ....core.image_prompt import TextConditioning
+from ....core.layers import SelfAttentionLayer, self_attention_layers
 
 # A picture without noise is read as if it lay so far up the schedule. There a UNet's features say best what corresponds
 # to what (Tang et al., 2023, "Emergent correspondence from image diffusion": 261 of 1000), and a drawing takes more

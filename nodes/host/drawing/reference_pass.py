@@ -11,14 +11,14 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_management import get_free_memory
 from torch import Tensor
 
-from ...core.adapter import Adapter
-from ...core.image_prompt import ImagePrompt, ReferenceImage, fit_together, stack_conditionings
-from ...core.kv import KV, BlockKey, KVBank
-from ...core.lora import LoRADeltas
-from ...core.masks import token_mask
-from ...core.reference import ReferenceKV, ReferencePassHooks, run_reference_pass, select_tokens
+from ....core.adapter import Adapter
+from ....core.image_prompt import ImagePrompt, ReferenceImage, fit_together, stack_conditionings
+from ....core.kv import KV, BlockKey, KVBank
+from ....core.lora import LoRADeltas
+from ....core.masks import token_mask
+from ....core.reference import ReferenceKV, ReferencePassHooks, run_reference_pass, select_tokens
+from ..networks.unet import NetworkInputs, clean_reference_sigma, network_inputs
 from .reference_call import DrawingCall, with_channels
-from .unet import NetworkInputs, clean_reference_sigma, network_inputs
 
 
 def host_attention(extra_options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:

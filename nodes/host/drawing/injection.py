@@ -7,11 +7,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ...core.adapter import Adapter
-from ...core.image_prompt import ImagePrompt
-from .progress import warn_on_node
+from ....core.adapter import Adapter
+from ....core.image_prompt import ImagePrompt
+from ..networks.unet import describe, pooled_width, prediction_type
+from ..progress import warn_on_node
 from .sampling_run import ApplyTo, Injection
-from .unet import describe, pooled_width, prediction_type
 
 # Less than the 1 that was trained: guidance multiplies what the reference adds as well. 0.7 drew better than 1 in 13 of
 # 16 subjects (bench/results/quality/explored-on-cuda.md).

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...trainer.config import TrainConfig
-from ...trainer.examples import Example, TrainingSet
+from ....trainer.config import TrainConfig
+from ....trainer.examples import Example, TrainingSet
+from ..networks.unet import clean_reference_sigma
 from .plain_weights import ORIGINAL
-from .unet import clean_reference_sigma
 
 FORMAT = 2  # raised when the same inputs train differently, or a kept file is written differently
 DIGITS = 16

@@ -1,0 +1,1 @@
+"""Training an adapter on a model of the host."""

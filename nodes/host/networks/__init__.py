@@ -1,0 +1,1 @@
+"""The networks that an adapter can be trained for."""
