@@ -35,7 +35,7 @@ def write_embedding(load_checkpoint, pack_nodes):
     adapter = make_adapter(load_checkpoint("sd15")[0])
 
     def write(name: str, tokens: dict[str, Tensor]) -> None:
-        save_embedding(dataclasses.replace(adapter, tokens=tokens), name)
+        save_embedding(dataclasses.replace(adapter, token_embedding=tokens), name)
 
     return write
 
