@@ -17,10 +17,17 @@ class ApplySelfAttnInjection(io.ComfyNode):
             node_id="ApplySelfAttnInjection",
             display_name="Apply Self-Attention Injection",
             category=CATEGORY,
-            description="Lets the model look at an image prompt through a trained adapter. Chain it for two subjects.",
+            description="Lets the model attend to an image prompt through a trained adapter. Chain two of "
+            "these nodes for two subjects.",
             inputs=[
-                io.Model.Input("model", tooltip="The base model that the adapter was trained on, or a relative of it."),
-                SA_INJECT_ADAPTER.Input("adapter", tooltip="From Load or Train SA-Inject Adapter."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The base model: the checkpoint that the adapter was trained on, or a fine-tune of "
+                    "it. It may carry LoRAs.",
+                ),
+                SA_INJECT_ADAPTER.Input(
+                    "adapter", tooltip="The trained adapter, from Load SA-Inject Adapter or Train SA-Inject Adapter."
+                ),
                 IMAGE_PROMPT.Input("image_prompt", tooltip="Pictures of the subject, from Encode Image Prompt."),
                 io.Float.Input(
                     "strength",
@@ -28,9 +35,9 @@ class ApplySelfAttnInjection(io.ComfyNode):
                     min=0.0,
                     max=4.0,
                     step=0.05,
-                    tooltip="How much of what the reference says is added, as a factor. 0 switches it off, exactly; 1 "
-                    "is what the adapter was trained with, but CFG amplifies it: in the benchmark 0.7 was 0.007 better "
-                    "than 1, and 1.4 0.03 worse. 0.4 to 1 is useful; far above, colours and shapes burn.",
+                    tooltip="Strength of the reference, as a factor. 0: off, exactly the base model's picture. "
+                    "0.4 to 1: useful. 1: as trained, but CFG amplifies it. Low: less likeness. Far "
+                    "above 1: colours and shapes break.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -38,10 +45,10 @@ class ApplySelfAttnInjection(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="When injection begins, as a share of the sampling schedule. 0.3 is what the adapter was "
-                    "trained with and leaves the layout to the text; 0 is the first step, and the layout of the "
-                    "pictures comes through; 0.6 adds only detail. From end_percent on nothing is injected. With 1 to "
-                    "4 steps (Turbo, LCM, Lightning) take 0 to 0.25: no step may lie after 0.3.",
+                    tooltip="Where injection starts, as a fraction of the sampling schedule. 0.3: as trained; "
+                    "the text decides the layout. 0: from the first step; the layout follows the "
+                    "reference as well. 0.6: only details follow the reference. With 1 to 4 steps "
+                    "(Turbo, LCM, Lightning) use 0 to 0.25.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -49,33 +56,40 @@ class ApplySelfAttnInjection(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="When injection ends. 1 is the last step; earlier leaves fine detail to the base model.",
+                    tooltip="Where injection ends, as a fraction of the sampling schedule. 1: after the last "
+                    "step. Lower: the base model alone draws the fine detail. At or below "
+                    "start_percent: nothing is injected.",
                 ),
                 io.Combo.Input(
                     "apply_to",
                     options=list(APPLY_TO),
                     default="positive",
-                    tooltip="Which prompts see the reference. positive: only the positive one, so that CFG strengthens "
-                    "the subject. both: the negative one too, which is softer and slower.",
+                    tooltip="Which prompt gets the reference. positive: usual; CFG amplifies the subject. both: "
+                    "the negative prompt gets it too; the effect is weaker and sampling is slower.",
                 ),
                 io.Combo.Input(
                     "blocks",
                     options=list(BLOCK_CHOICES),
                     default="all",
-                    tooltip="Which part of the UNet looks at the reference. all: as trained. encoder: mostly layout "
-                    "and shape. decoder: mostly colour and detail. middle: the coarsest layer alone, a faint hint. "
-                    "In the benchmark middle and decoder lost nothing, the encoder alone 0.05 of 0.84.",
+                    tooltip="Which self-attention layers of the UNet get the reference. all: as trained. "
+                    "encoder: mostly layout and shape. middle: the coarsest layers alone, a weak "
+                    "effect. decoder: mostly colour and detail. middle and decoder: both of them.",
                 ),
                 io.Mask.Input(
                     "attn_mask",
                     optional=True,
-                    tooltip="Where in the new picture the reference may act: white yes, black not at all, grey in "
-                    "part. Any size; it is stretched over what is drawn. With chained nodes, one mask for each "
-                    "subject. Leave it open where a picture is drawn in pieces (tiles, faces): each piece is a run of "
-                    "its own, and would get the whole mask.",
+                    tooltip="Where in the new picture the reference acts. White: fully. Black: not at all. "
+                    "Grey: in part. The mask is resized to the picture. For two subjects, give each "
+                    "Apply node its own mask. Connect none for tiled upscalers and face detailers. "
+                    "They sample each piece in its own run, and each run gets the whole mask.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model")],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The model with injection, for a sampler. The model that came in is not changed.",
+                )
+            ],
             hidden=[io.Hidden.unique_id],
         )
 

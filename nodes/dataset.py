@@ -17,37 +17,40 @@ class LoadSAInjectDataset(io.ComfyNode):
             node_id="LoadSAInjectDataset",
             display_name="Load SA-Inject Dataset",
             category=CATEGORY,
-            description="Reads the pictures of a folder, with captions and masks that lie beside them, for Train "
-            "SA-Inject Adapter.",
+            description="Reads the pictures of a folder, with their captions and masks, for Train SA-Inject Adapter.",
             inputs=[
                 io.Combo.Input(
                     "folder",
                     options=dataset_folders(),
                     tooltip="A folder inside ComfyUI/input with 3 to 10 pictures of one subject. Press R in the "
-                    "browser after adding folders. name.txt beside name.jpg is its caption, name-masklabel.png or "
-                    "name_mask.png its mask.",
+                    "browser after adding a folder. The caption of name.jpg is name.txt. Its mask is "
+                    "name-masklabel.png or name_mask.png.",
                 ),
                 io.String.Input(
                     "placeholder_token",
                     default="sainj",
-                    tooltip="Stands for [trigger] in captions: the same word as on Train SA-Inject Adapter. Captions "
-                    "without [trigger] stay as they are. Left empty, [trigger] stays too.",
+                    tooltip="The word that replaces [trigger] in captions. Use the same word as in Train "
+                    "SA-Inject Adapter. Captions without [trigger] are not changed. Empty: [trigger] is "
+                    "not replaced.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
-                    display_name="images", is_output_list=True, tooltip="Every picture, upright, sorted by file name."
+                    display_name="images",
+                    is_output_list=True,
+                    tooltip="Every picture, upright, in sRGB, sorted by file name: 2 comes before 10.",
                 ),
                 io.String.Output(
                     display_name="captions",
                     is_output_list=True,
-                    tooltip="A text for each picture; empty where there is none, for which Train takes neutral ones.",
+                    tooltip="One text for each picture. It is empty for a picture without a caption; Train then uses "
+                    "neutral captions.",
                 ),
                 io.Mask.Output(
                     display_name="masks",
                     is_output_list=True,
-                    tooltip="White where the subject is, as Train and Encode want it: connect it as it is. All white "
-                    "for a picture without mask and transparency.",
+                    tooltip="One mask for each picture, white where the subject is. It is all white for a picture "
+                    "without mask and transparency.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

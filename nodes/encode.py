@@ -20,52 +20,59 @@ class EncodeImagePrompt(io.ComfyNode):
             node_id="EncodeImagePrompt",
             display_name=NAME,
             category=CATEGORY,
-            description="Turns pictures of a subject into an image prompt for Apply Self-Attention Injection.",
+            description="Encodes pictures of a subject as an image prompt for Apply Self-Attention Injection.",
             is_input_list=True,  # so that a list of pictures of different sizes makes one prompt
             inputs=[
                 io.Image.Input(
                     "images",
-                    tooltip="Pictures of the subject: one, a batch, or a list of different sizes. 1 to 4 are usual; "
-                    "more pictures cost more time and share the weight of one.",
+                    tooltip="Pictures of the subject: one, a batch, or a list of different sizes. 1 to 4 are "
+                    "useful. More pictures make sampling slower; together they count as much as one.",
                 ),
-                io.Vae.Input("vae", tooltip="The VAE of the base model that will draw."),
+                io.Vae.Input("vae", tooltip="The VAE of the base model."),
                 io.Int.Input(
                     "resolution",
                     default=512,
                     min=SIZE_MULTIPLE,
                     max=2048,
                     step=SIZE_MULTIPLE,
-                    tooltip="Side in pixels at which the pictures are read. Best is the resolution that the adapter "
-                    "was trained at (512 for SD1.x, 1024 for SDXL). Smaller is faster and loses detail; larger is "
-                    "slower, and the subject tends to come out larger.",
+                    tooltip="Width and height in pixels to which each picture is scaled. Best: the resolution "
+                    "that the adapter was trained at (512 for SD1.x, 768 for SD2.x, 1024 for SDXL). "
+                    "Lower: faster, less detail. Higher: slower, and the subject tends to become "
+                    "larger.",
                 ),
                 io.Combo.Input(
                     "fit",
                     options=["crop", "pad", "stretch"],
                     default="crop",
-                    tooltip="How a picture becomes a square. crop: fill it and cut the edges off. pad: show the whole "
-                    "picture, the added border is masked out. stretch: change the proportions.",
+                    tooltip="How a picture becomes square. crop: scale to fill and cut off the edges. pad: show "
+                    "the whole picture; the added border is masked out. stretch: change the "
+                    "proportions.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the subject is, one mask for each picture, of its size. Black parts are not "
-                    "handed over at all: their background cannot leak in, and sampling gets faster. LoadImage's mask "
-                    "is the other way round: put InvertMask between. Load SA-Inject Dataset's is right as it is.",
+                    tooltip="White where the subject is, one mask for each picture, in its size. Black parts "
+                    "are dropped: the background has no effect, and sampling is faster. The mask of "
+                    "LoadImage is inverted: put InvertMask between. The mask of Load SA-Inject Dataset "
+                    "is right as it is. Not connected: the whole picture is used.",
                 ),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="Text that the model reads beside these pictures: one for all of them, or a list with one "
-                    "for each. Only its text counts. Left open, the class word that the adapter was trained with.",
+                    tooltip="Text for the reference pass: one for all pictures, or a list with one for each. "
+                    "Only the text is used. Not connected: the class word that the adapter was trained with.",
                 ),
                 IMAGE_PROMPT.Input(
                     "image_prompt",
                     optional=True,
-                    tooltip="An earlier image prompt of the same subject; these pictures are added to it.",
+                    tooltip="An earlier image prompt of the same subject. These pictures are added to it.",
                 ),
             ],
-            outputs=[IMAGE_PROMPT.Output(display_name="image_prompt")],
+            outputs=[
+                IMAGE_PROMPT.Output(
+                    display_name="image_prompt", tooltip="The image prompt, for Apply Self-Attention Injection."
+                )
+            ],
         )
 
     @classmethod

@@ -21,37 +21,44 @@ class LoadSAInjectAdapter(io.ComfyNode):
             node_id="LoadSAInjectAdapter",
             display_name="Load SA-Inject Adapter",
             category=CATEGORY,
-            description="Loads a trained subject: its adapter, and a CLIP that understands its word.",
+            description="Loads a trained subject: its adapter, and a CLIP that understands its placeholder token.",
             inputs=[
                 io.Combo.Input(
                     "adapter_name",
                     options=adapter_names(),
-                    tooltip="A file in the folder models/sa_inject. Press R in the browser after adding files.",
+                    tooltip="A file in models/sa_inject. Press R in the browser after adding files.",
                 ),
                 io.Boolean.Input(
                     "write_embedding",
                     default=False,
-                    tooltip="Also writes the learned word to models/embeddings under the adapter's name, sub-folder "
-                    "included. 'embedding:toys/robot' then works in any prompt, without this node too. An embedding "
-                    "that SA-Inject did not write is never replaced.",
+                    tooltip="Also save the token embedding to models/embeddings, under the adapter's name with "
+                    "its sub-folder. Then embedding:toys/robot works in any prompt, without this node. "
+                    "A file that SA-Inject did not write is never replaced.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The CLIP of the base model. The one that comes out reads the adapter's placeholder word "
-                    "in any CLIP Text Encode; the one that goes in stays as it is.",
+                    tooltip="The CLIP of the base model. It is not changed: the CLIP that comes out is a copy. "
+                    "Not connected: no CLIP comes out.",
                 ),
                 io.String.Input(
                     "placeholder_token",
                     default="",
                     optional=True,
-                    tooltip="Another word for the subject, for two adapters that were trained with the same one. It "
-                    "must be a made-up word. Left empty, it is the word that the adapter was trained with.",
+                    tooltip="Another word for the subject. Use it when two adapters were trained with the same "
+                    "word. It must be a made-up word. Empty: the word that the adapter was trained "
+                    "with.",
                 ),
             ],
             outputs=[
-                SA_INJECT_ADAPTER.Output(display_name="adapter"),
-                io.Clip.Output(display_name="clip"),
+                SA_INJECT_ADAPTER.Output(
+                    display_name="adapter", tooltip="The adapter, for Apply Self-Attention Injection."
+                ),
+                io.Clip.Output(
+                    display_name="clip",
+                    tooltip="The CLIP with the placeholder token, for any CLIP Text Encode. Prompt "
+                    "weights such as (sainj:1.2) and clip skip work.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -17,19 +17,24 @@ class SaveSAInjectAdapter(io.ComfyNode):
             node_id="SaveSAInjectAdapter",
             display_name="Save SA-Inject Adapter",
             category=CATEGORY,
-            description="Saves an adapter to models/sa_inject, where Load finds it. Train saves its own; this node is "
-            "for another name, another folder, or a file that could not be written.",
+            description="Saves an adapter to models/sa_inject. Train saves its own file. This node is for "
+            "another name, another folder, or a file that could not be written.",
             is_output_node=True,
             inputs=[
-                SA_INJECT_ADAPTER.Input("adapter", tooltip="The adapter to save, from Train or Load."),
+                SA_INJECT_ADAPTER.Input(
+                    "adapter", tooltip="The adapter to save, from Train SA-Inject Adapter or Load SA-Inject Adapter."
+                ),
                 io.String.Input(
                     "file_name",
                     default="sainj",
-                    tooltip="Name of the file in models/sa_inject; use / for a sub-folder. A file that holds another "
-                    "adapter is never overwritten: a number is added. One that holds this adapter is kept as it is.",
+                    tooltip="Name of the file in models/sa_inject. Use / for a sub-folder, which may be a link "
+                    "to another disk. A file that holds another adapter is not overwritten: a number is "
+                    "added to the name. A file that holds this adapter is kept.",
                 ),
             ],
-            outputs=[SA_INJECT_ADAPTER.Output(display_name="adapter")],
+            outputs=[
+                SA_INJECT_ADAPTER.Output(display_name="adapter", tooltip="The same adapter, with the name of its file.")
+            ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 

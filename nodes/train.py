@@ -32,30 +32,35 @@ class TrainSAInjectAdapter(io.ComfyNode):
             node_id="TrainSAInjectAdapter",
             display_name=NAME,
             category=CATEGORY,
-            description="Teaches the model a new subject from a few pictures and saves it to models/sa_inject. "
-            "The model itself is not changed. Cancelled, it goes on from there when the same is queued again.",
+            description="Trains an adapter for a new subject on a few pictures and saves it to "
+            "models/sa_inject. The model is not changed. If training is cancelled, queue the "
+            "same again: it resumes.",
             is_input_list=True,  # so that pictures of different sizes can come as a list
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The base model: an SD1.x, SD2.x or SDXL checkpoint."),
-                io.Clip.Input("clip", tooltip="The CLIP of the base model."),
+                io.Model.Input(
+                    "model", tooltip="The base model: an SD1.x, SD2.x or SDXL checkpoint. Its weights are not changed."
+                ),
+                io.Clip.Input("clip", tooltip="The CLIP of the base model. It is not changed."),
                 io.Vae.Input("vae", tooltip="The VAE of the base model."),
                 io.Image.Input(
                     "images",
-                    tooltip="Pictures of the subject, 3 to 10 are best: a batch, or a list of different sizes from "
-                    "a dataset node. One alone works through augmented views of itself, with less freedom later.",
+                    tooltip="Pictures of the subject: a batch, or a list of different sizes from a dataset "
+                    "node. 3 to 10 are best. From one picture alone, augmented views are made; the "
+                    "subject is then less flexible in prompts.",
                 ),
                 io.String.Input(
                     "placeholder_token",
                     default="sainj",
-                    tooltip="The made-up word that will name the subject in prompts. It must not be a word of its own "
-                    "in the text encoder; the case of letters does not matter.",
+                    tooltip="The made-up word that names the subject in prompts, such as sainj. Without spaces, "
+                    "commas, colons, parentheses and braces. A word of the text encoder's vocabulary is "
+                    "refused. Upper and lower case are the same.",
                 ),
                 io.String.Input(
                     "class_word",
                     default="toy",
-                    tooltip="What the subject is, in a word or two: dog, toy, woman, car. The learned word starts "
-                    "from its meaning.",
+                    tooltip="What the subject is, in one or two words: dog, toy, woman, car. The token "
+                    "embedding starts as the embedding of this word.",
                 ),
                 io.Int.Input(
                     "resolution",
@@ -63,16 +68,17 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     min=SIZE_MULTIPLE,
                     max=2048,
                     step=SIZE_MULTIPLE,
-                    tooltip="Training size in pixels: each picture keeps its aspect and gets about this many pixels "
-                    "squared. 512 for SD1.x, 768 for SD2.x, 1024 for SDXL. Time and memory grow faster than the area.",
+                    tooltip="Training size in pixels. Each picture keeps its aspect ratio and is scaled to "
+                    "about this number squared. 512 for SD1.x, 768 for SD2.x, 1024 for SDXL. Higher: "
+                    "more detail, more time and memory.",
                 ),
                 io.Int.Input(
                     "steps",
                     default=400,
                     min=1,
                     max=100_000,
-                    tooltip="Optimizer steps. 200 gives a likeness, 400 to 1000 are usual; far more overfits to the "
-                    "pictures' backgrounds.",
+                    tooltip="Number of optimizer steps. 200 to 1000 is useful. Low: less likeness. High: the "
+                    "backgrounds of the pictures are learned too (overfitting).",
                 ),
                 io.Float.Input(
                     "lora_learning_rate",
@@ -80,9 +86,8 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=1e-6,
-                    tooltip="Step size of the LoRA. 1e-4 to 3e-3 is useful. With 400 steps on the demo's base model, "
-                    "1e-3 and 6e-3 for the word scored best (0.80 of 1), 1e-4 and 5e-4 least (0.76). 0 freezes it; "
-                    "far above gives noise.",
+                    tooltip="Learning rate of the LoRA. 1e-4 to 3e-3 is useful. 0: the LoRA is not trained. "
+                    "Low: less likeness. Far above: pictures become noise.",
                 ),
                 io.Float.Input(
                     "token_learning_rate",
@@ -90,41 +95,42 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=1e-6,
-                    tooltip="Step size of the learned word. 5e-4 to 1e-2 is useful; 0 keeps the class word's meaning; "
-                    "too high makes the word ignore the rest of the prompt.",
+                    tooltip="Learning rate of the token embedding. 5e-4 to 1e-2 is useful. 0: the class word's "
+                    "embedding is kept. Too high: the rest of the prompt is ignored.",
                 ),
                 io.Int.Input(
                     "token_vectors",
                     default=4,
                     min=1,
                     max=16,
-                    tooltip="How many of a prompt's 75 tokens the learned word takes. 1 learns least; 4 hold far more "
-                    "of a subject (likeness 0.53 against 0.34 where it was tried); 8 held no more than 4.",
+                    tooltip="Number of tokens that are trained for the subject. 1 to 8 is useful. More tokens "
+                    "hold more detail and take more of a prompt's 75 tokens.",
                 ),
                 io.Int.Input(
                     "batch_size",
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="Pictures for each forward pass. More is steadier and needs more memory. Pictures of "
-                    "different sizes are run one after another.",
+                    tooltip="Pictures in one forward pass. 1 to 4 is useful. Higher: a steadier gradient, and "
+                    "more memory and time for each step. Pictures of different sizes run one after "
+                    "another.",
                 ),
                 io.Int.Input(
                     "gradient_accumulation",
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="Batches for each optimizer step: the effect of a larger batch at the memory of a small "
-                    "one, at proportionally more time.",
+                    tooltip="Batches for each optimizer step. 1 to 8 is useful. Higher: the effect of a larger "
+                    "batch without its memory; time grows in proportion.",
                 ),
                 io.Int.Input(
                     "rank",
                     default=16,
                     min=1,
                     max=128,
-                    tooltip="Rank of the LoRA. 4 to 64 is useful; the file is about 0.1 MB for each rank with SD1.x "
-                    "and 0.7 MB with SDXL. Higher can hold more detail and overfits sooner: in the benchmark, 4 came "
-                    "out 0.01 below 16, 64 and 1 0.02 (of 0.84).",
+                    tooltip="Rank of the LoRA. 4 to 64 is useful. Low: a small file, less detail. High: more "
+                    "detail, and overfitting sooner. One rank takes about 0.1 MB of the file with SD1.x "
+                    "and 0.7 MB with SDXL.",
                 ),
                 io.Float.Input(
                     "alpha",
@@ -132,30 +138,31 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     min=0.1,
                     max=512.0,
                     step=0.1,
-                    tooltip="LoRA scale: the update is multiplied by alpha / rank. Equal to the rank is neutral; half "
-                    "of it acts like half the learning rate.",
+                    tooltip="Scale of the LoRA: its weights are multiplied by alpha / rank. Usual: equal to "
+                    "rank. Lower: weaker updates, as with a lower learning rate. Higher: stronger "
+                    "updates.",
                 ),
                 io.Combo.Input(
                     "reference_mode",
                     options=list(REFERENCE_MODES),
                     default="clean",
-                    tooltip="How the image prompt is read. clean: free of noise, once for a whole sampling run, so "
-                    "drawing stays fast. noised: noised to each step's level, once for every step: drawing takes "
-                    "1.1 to 1.4 times as long as with clean, and the subject is met better (0.803 against 0.781 in the "
-                    "benchmark, mean of twelve subjects; a full fine-tune has 0.818).",
+                    tooltip="How the reference is encoded in training and in sampling. clean: without noise, "
+                    "once for a sampling run; sampling is fast. noised: with the noise of the step, at "
+                    "every step; sampling is slower, and the likeness is better.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default="auto",
-                    tooltip="Precision of the computation; what is learned is always float32. auto: the model's own. "
-                    "bf16: fast on newer cards. fp16: for older cards. fp32: exact, twice the memory.",
+                    tooltip="Number format of the computation. The trained weights are always float32. auto: "
+                    "the model's own format. bf16: fast on recent cards. fp16: for cards without bf16. "
+                    "fp32: exact, twice the memory.",
                 ),
                 io.Boolean.Input(
                     "gradient_checkpointing",
                     default=False,
-                    tooltip="Recomputes activations instead of keeping them: less memory, most so at high "
-                    "resolutions, and about a quarter slower. The result is the same.",
+                    tooltip="Recompute activations instead of storing them. On: less memory, most of all at "
+                    "high resolutions, and slower steps. Off: faster. The result is the same.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -163,44 +170,51 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     min=0,
                     max=2**64 - 1,
                     control_after_generate=False,  # a new seed at every queueing would train anew each time
-                    tooltip="Start of everything random in the training. The same seed and settings give the same "
-                    "adapter on the same machine.",
+                    tooltip="Random seed of the training. The same seed and settings give the same adapter on "
+                    "the same machine.",
                 ),
                 io.String.Input(
                     "file_name",
                     default="sainj",
-                    tooltip="Name of the file in models/sa_inject; use / for a sub-folder. A file that exists is "
-                    "never overwritten: a number is added.",
+                    tooltip="Name of the file in models/sa_inject. Use / for a sub-folder, which may be a link "
+                    "to another disk. No file is overwritten: a number is added to the name.",
                 ),
                 io.Int.Input(
                     "previews",
                     default=1,
                     min=0,
                     max=8,
-                    tooltip="How many pictures to draw with the finished adapter, 20 steps each. 0 draws none and "
-                    "hands back the first training picture.",
+                    tooltip="Number of pictures to draw with the finished adapter, in 20 steps each. 0: none; "
+                    "the output is then the first training picture. More: more time after training.",
                 ),
                 io.String.Input(
                     "captions",
                     optional=True,
                     force_input=True,
-                    tooltip="One text for each picture, or one for all, with the placeholder where the subject is "
-                    "named. Say what is not the subject (place, pose, light), so that it is not learned. Left open, "
-                    "neutral captions are used.",
+                    tooltip="One text for each picture, or one for all. Use the placeholder token where the "
+                    "subject is named. Describe what is not the subject (place, pose, light), so that "
+                    "it is not learned. Not connected: neutral captions are used.",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="White where the subject is, one mask for each picture, of its size. Learning counts only "
-                    "there, and only that part serves as image prompt. Load SA-Inject Dataset gives such masks; "
-                    "LoadImage's is the other way round: put InvertMask between.",
+                    tooltip="White where the subject is, one mask for each picture, in its size. The loss and "
+                    "the image prompt use only this part. The masks of Load SA-Inject Dataset are right "
+                    "as they are. The mask of LoadImage is inverted: put InvertMask between. Not "
+                    "connected: the whole picture is used.",
                 ),
             ],
             outputs=[
-                SA_INJECT_ADAPTER.Output(display_name="adapter"),
-                io.Clip.Output(display_name="clip"),
-                io.Custom("LOSS_MAP").Output(display_name="loss_map"),
-                io.Image.Output(display_name="previews"),
+                SA_INJECT_ADAPTER.Output(
+                    display_name="adapter", tooltip="The trained adapter, for Apply Self-Attention Injection."
+                ),
+                io.Clip.Output(
+                    display_name="clip", tooltip="The CLIP with the placeholder token, for CLIP Text Encode."
+                ),
+                io.Custom("LOSS_MAP").Output(
+                    display_name="loss_map", tooltip="The loss of every step, for Plot Loss Graph."
+                ),
+                io.Image.Output(display_name="previews", tooltip="Pictures drawn with the finished adapter."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
