@@ -4,6 +4,7 @@
     python dev.py test [args]       lint, then every test; the args go to pytest
     python dev.py serve [args]      ComfyUI with the pack, for a browser; the args go to its main.py
     python dev.py bench NAME [args] run a benchmark of bench/
+    python dev.py docs              write the tables of the help pages from the nodes' schemas
     python dev.py setup             only the set-up, which every other command does first
 
 The standard library is all it needs. It makes `.venv` and, where COMFYUI_PATH names no checkout, a ComfyUI in
@@ -341,6 +342,10 @@ def benchmarks(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("*/main.py"))
 
 
+def docs(arguments: list[str]) -> int:
+    return run_script(ROOT / "docs" / "help_tables.py", arguments, set_up())
+
+
 def test(arguments: list[str]) -> int:
     started = time.monotonic()
     host = set_up()
@@ -404,7 +409,7 @@ def has_accelerator(python: str) -> bool:
     return subprocess.run([python, "-c", ask]).returncode == 0
 
 
-COMMANDS = {"demo": demo, "test": test, "serve": serve, "bench": bench, "setup": setup}
+COMMANDS = {"demo": demo, "test": test, "serve": serve, "bench": bench, "docs": docs, "setup": setup}
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:
