@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 TENSORS = {"torch", "safetensors", "peft", "einops"}
-HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "node_helpers", "server"}
+HOST = {"aiohttp", "comfy", "comfy_api", "comfy_execution", "folder_paths", "node_helpers", "server"}
 CONFIGURATION = {"yaml"}  # the host's own list of model folders
 PICTURES = {"numpy", "PIL"}  # the host's own currency for previews and files
 

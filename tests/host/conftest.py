@@ -68,6 +68,29 @@ def server(start_server):
         yield process
 
 
+@pytest.fixture(scope="session")
+def newest_server(start_server, checkpoint_cache):
+    """The same host with the newest frontend."""
+    from tests.host.browser import NEWEST_FRONTEND, newest_frontend
+
+    static = newest_frontend(checkpoint_cache)
+    if static is None:
+        pytest.skip(f"frontend {NEWEST_FRONTEND} could not be fetched")
+    with start_server("--front-end-root", str(static)) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser. It ends with the module: its event loop would be in the way of others."""
+    from tests.host import browser
+
+    if not Path(browser.CHROMIUM).exists():
+        pytest.skip("Chromium is not installed")
+    with browser.chromium() as running:
+        yield running
+
+
 @pytest.fixture
 def client(server):
     """The HTTP client of `server`."""

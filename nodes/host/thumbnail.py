@@ -1,0 +1,40 @@
+"""The thumbnail of an adapter file, made again by us: files come from strangers, and are not sent on as they are."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io as bytes_io
+
+from PIL import Image, ImageOps
+
+SIDE = 256  # pixels, the longer side
+MOST_TEXT = 4 * 2**20  # letters of base64
+MOST_PIXELS = 4096 * 4096  # a small file may claim any size
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+def thumbnail_of(metadata: dict[str, str], side: int = SIDE) -> bytes | None:
+    """The entry `modelspec.thumbnail` as WebP of at most `side` pixels; None where there is none that can be shown."""
+    text = metadata.get("modelspec.thumbnail", "")
+    if not text or len(text) > MOST_TEXT:
+        return None
+    try:
+        return _as_webp(base64.b64decode(text.rpartition(",")[2], validate=True), side)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _as_webp(data: bytes, side: int) -> bytes | None:
+    try:
+        with Image.open(bytes_io.BytesIO(data), formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > MOST_PIXELS:
+                return None
+            small = ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception:  # each of PIL's readers fails in its own way on a damaged file: there is no picture then
+        return None
+    small.thumbnail((side, side))
+    file = bytes_io.BytesIO()
+    small.save(file, "WEBP", quality=85)
+    return file.getvalue()
