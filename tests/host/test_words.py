@@ -138,7 +138,7 @@ def test_word_is_not_found_inside_other_words_and_names(encode, clips, patched_c
 
 
 @pytest.mark.parametrize(
-    "placeholder, prompt, stock",
+    "placeholder_token, prompt, stock",
     [
         ("小明", "一张小明的照片，小明2", "一张 WORD 的照片， WORD 2"),
         ("ポチ", "赤いポチのおもちゃ", "赤い WORD のおもちゃ"),
@@ -166,7 +166,7 @@ def test_words_of_every_kind_are_found(encode, clips, patched_clip, tokens, plac
 
 
 @pytest.mark.parametrize(
-    "placeholder, prompt",
+    "placeholder_token, prompt",
     [
         ("жучок", "жучоки"),
         ("राजूक", "राजूको"),
@@ -225,7 +225,7 @@ def test_nothing_is_reported_where_the_word_is_found_or_not_meant(encode, clips,
 
 
 @pytest.mark.parametrize(
-    "placeholder",
+    "placeholder_token",
     [
         "1.2",
         "1e5",
