@@ -263,8 +263,9 @@ def _stack_masks(examples: Sequence[Example], device: torch.device) -> Tensor | 
 
 
 def _repeat(text: TextConditioning, rows: int) -> TextConditioning:
-    cross_attn, pooled = text
+    cross_attn, pooled, lengths = text
     return TextConditioning(
         cross_attn.expand(rows, *cross_attn.shape[1:]),
         None if pooled is None else pooled.expand(rows, *pooled.shape[1:]),
+        None if lengths is None else lengths * rows,
     )

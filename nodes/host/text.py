@@ -1,7 +1,6 @@
 """The learned word inside ComfyUI's text encoders: found in prompts, and given its vectors.
 
-The placeholder is turned into the tokenizer's own `embedding:` syntax, so that prompt weights, line breaks and clip
-skip work as they do for any embedding, and one tokenizer serves training and sampling alike.
+One tokenizer serves training and sampling alike; how each encoder's tokens get the vectors is in word_tokens.py.
 """
 
 from __future__ import annotations
@@ -20,11 +19,10 @@ from comfy.sd1_clip import SDClipModel
 from torch import Tensor
 
 from ...core.image_prompt import TextConditioning, stack_conditionings
+from .word_tokens import is_clip, marked, token_ids, with_vectors, word_ids
 from .words import find_words, folded, hidden_words
 
 log = logging.getLogger(__name__)
-
-MARKER = "sa-inject-token-"  # followed by a number, so that several adapters can share one CLIP
 
 
 def encoder_tokenizers(clip: Any) -> dict[str, Any]:
@@ -84,7 +82,7 @@ class PlaceholderTokenizer:
         self._report(text, hidden_words(text, self._words, found))
         numbers = {word: number for number, word in enumerate(self._words)}
         for start, end, word in reversed(found):
-            text = f"{text[:start]} embedding:{MARKER}{numbers[word]} {text[end:]}"
+            text = f"{text[:start]}{marked(numbers[word])}{text[end:]}"
         return self._tokenizer.tokenize_with_weights(text, return_word_ids, **kwargs)
 
     def _report(self, text: str, hidden: Sequence[str]) -> None:
@@ -99,24 +97,7 @@ class PlaceholderTokenizer:
         )
 
     def _patch_tokenizer(self, inner: Any) -> Any:
-        original = copy.copy(inner)
-        if original.embedding_directory is None:
-            original.embedding_directory = []  # None would switch the `embedding:` syntax off
-        patched_clip, without_files = copy.copy(original), copy.copy(original)
-        without_files.embedding_directory = []
-        original_lookup = getattr(inner, "_sa_inject_original", original._try_get_embedding)
-        vectors = {f"{MARKER}{at}": word[inner.embedding_key] for at, word in enumerate(self._words.values())}
-
-        def try_get_embedding(name: str) -> tuple:
-            mark = name.split()[0] if name.split() else ""
-            if mark not in vectors:
-                return original_lookup(name)
-            # The host's answer for a name that no file has, whatever its length: without a look into the folders.
-            return (vectors[mark], *type(inner)._try_get_embedding(without_files, name)[1:])
-
-        patched_clip._try_get_embedding = try_get_embedding
-        patched_clip._sa_inject_original = original_lookup
-        return patched_clip
+        return with_vectors(inner, {at: word[inner.embedding_key] for at, word in enumerate(self._words.values())})
 
 
 def _unwrapped(tokenizer: Any) -> Any:
@@ -161,7 +142,8 @@ def check_placeholder_token(clip: Any | None, placeholder_token: str) -> None:
     if not spelling or _breaks_the_prompt(spelling) or _breaks_the_prompt(placeholder_token):
         raise ValueError(what_to_use)
     for name, tokenizer in (encoder_tokenizers(clip) if clip is not None else {}).items():
-        if 1 in (len(_token_ids(tokenizer, placeholder_token)), len(_token_ids(tokenizer, spelling))):
+        spellings = {placeholder_token, spelling}
+        if any(1 in (len(token_ids(tokenizer, word)), len(word_ids(tokenizer, word))) for word in spellings):
             raise ValueError(
                 f"The placeholder token '{placeholder_token}' is an ordinary word of the text encoder's vocabulary "
                 f"({name}), whose meaning would be lost. Use a made-up word such as '{placeholder_token}xyz'."
@@ -192,7 +174,7 @@ def initial_token_embedding(clip: Any, class_word: str, count: int) -> dict[str,
     """
     vectors = {}
     for name, tokenizer in encoder_tokenizers(clip).items():
-        ids = _token_ids(tokenizer, class_word)
+        ids = word_ids(tokenizer, class_word)
         if not ids:
             raise ValueError("The class word is empty. Say what the subject is in a word, such as 'dog' or 'toy'.")
         table = getattr(clip.cond_stage_model, name).transformer.get_input_embeddings()
@@ -204,10 +186,14 @@ def initial_token_embedding(clip: Any, class_word: str, count: int) -> dict[str,
 def encode_text(clip: Any, texts: Sequence[str]) -> TextConditioning:
     """Encode texts, one row each, on an already loaded CLIP; gradients reach the learned word."""
     tokens = [clip.tokenize(text) for text in texts]
-    lengths = {len(chunks) for of_text in tokens for chunks in of_text.values()}
+    sizes = {tuple(tuple(map(len, chunks)) for chunks in of_text.values()) for of_text in tokens}
     # Texts of one length are one batch: every weight is read, and cast if need be, once for all of them.
-    batches = [tokens] if len(lengths) == 1 else [[of_text] for of_text in tokens]
-    return stack_conditionings([_encode_batch(clip, batch) for batch in batches])
+    batches = [tokens] if len(sizes) == 1 else [[of_text] for of_text in tokens]
+    found = [_encode_batch(clip, batch) for batch in batches]
+    if not all(is_clip(tokenizer) for tokenizer in encoder_tokenizers(clip).values()):
+        # A language model's: it goes to a network that attends to text and picture together.
+        found = [text._replace(lengths=(text.cross_attn.shape[1],) * len(text.cross_attn)) for text in found]
+    return stack_conditionings(found)
 
 
 def _encode_batch(clip: Any, tokens: Sequence[Mapping[str, list]]) -> TextConditioning:
@@ -250,9 +236,3 @@ def _pooled_vectors(stage: Any) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _token_ids(tokenizer: Any, word: str) -> list[int]:
-    """The vocabulary's numbers for a word, without the start and end tokens."""
-    ids = tokenizer.tokenizer(word)["input_ids"][tokenizer.tokens_start :]
-    return ids[:-1] if tokenizer.tokenizer_adds_end_token else ids

@@ -1,11 +1,32 @@
-"""Image prompts add up."""
+"""Image prompts add up, and texts of different length become rows of one."""
 
 import torch
 
-from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage
+from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage, TextConditioning, stack_conditionings
 
 
 def test_pictures_add_up_in_order():
     first, second, third = (ReferenceImage(torch.full((1, 4, 4, 4), float(i))) for i in range(3))
     both = ImagePrompt((first, second)) + ImagePrompt((third,))
     assert [id(p) for p in both.pictures] == [id(first), id(second), id(third)]
+
+
+def text(tokens: int, has_length: bool = True) -> TextConditioning:
+    return TextConditioning(torch.rand(1, tokens, 3), torch.rand(1, 5), (tokens,) if has_length else None)
+
+
+def test_texts_are_repeated_only_where_no_network_notices_their_length():
+    short, long = text(2, has_length=False), text(4, has_length=False)
+    stacked = stack_conditionings([short, long])
+    assert stacked.lengths is None and stacked.by_length() == [[0, 1]]
+    assert torch.equal(stacked.cross_attn[0], short.cross_attn[0].repeat(2, 1))
+
+
+def test_texts_whose_length_is_noticed_come_out_as_they_went_in():
+    texts = [text(2), text(4), text(2), text(1, has_length=False)]
+    stacked = stack_conditionings(texts)
+    assert stacked.lengths == (2, 4, 2, 1) and stacked.by_length() == [[0, 2], [1], [3]]
+    assert torch.equal(stack_conditionings([stacked, texts[0]]).take([0, 1, 2, 3]).cross_attn, stacked.cross_attn)
+    for row, alone in enumerate(texts):
+        found = stacked.take([row])
+        assert torch.equal(found.cross_attn, alone.cross_attn) and torch.equal(found.pooled, alone.pooled)

@@ -13,7 +13,6 @@ from typing import Any
 
 import comfy.model_management as model_management
 import torch
-from comfy.clip_model import CLIPLayer
 from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.ops import disable_weight_init, manual_cast
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ....core.attention import differentiable_attention
 from ....trainer.frozen_ops import CastBuffer, frozen_conv2d, frozen_linear, recompute
+from .text_encoders import out_of_place
 
 # The layers whose forward is known; fp8 and quantized ones scale, too.
 LINEARS = (disable_weight_init.Linear, manual_cast.Linear)
@@ -92,15 +92,20 @@ def training_mode() -> Iterator[None]:
 
 @contextlib.contextmanager
 def out_of_place_text_encoder(clip: Any, checkpointing: bool, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Let gradients through the text encoder, whose layers add to their input in place.
+    """Let gradients through the text encoders, whose layers add to their input in place.
 
     ComfyUI offers no hook for this, so the layers of this one encoder get a forward of their own, and lose it again.
     checkpointing: keep the input of every layer alone, and compute it once more in the backward pass.
     dtype: what its products are computed in. Their sum, which runs through all layers, stays in float32.
     """
-    layers = [m for m in clip.cond_stage_model.modules() if isinstance(m, CLIPLayer)]
-    forward = _recompute_clip_layer if checkpointing else _clip_layer
-    with patched_forward(layers, functools.partial(forward, dtype)):
+    layers = [m for m in clip.cond_stage_model.modules() if out_of_place(m, dtype, checkpointing) is not None]
+
+    def forward(layer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+        compute = out_of_place(layer, dtype, checkpointing)
+        assert compute is not None
+        return compute(*args, **kwargs)
+
+    with patched_forward(layers, forward):
         yield
 
 
@@ -160,17 +165,6 @@ def patched_forward(modules: list[Any], forward: Any) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward_before
-
-
-def _clip_layer(dtype: torch.dtype, layer: Any, original: Any, x: Tensor, mask: Tensor | None, attend: Any) -> Tensor:
-    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
-    x = x + layer.self_attn(layer.layer_norm1(x).to(dtype), mask, attend)
-    mlp = layer.mlp
-    return x + mlp.fc2(recompute(mlp.activation, mlp.fc1(layer.layer_norm2(x).to(dtype))))
-
-
-def _recompute_clip_layer(dtype: torch.dtype, layer: Any, original: Any, x: Tensor, *args: Any) -> Tensor:
-    return recompute(lambda x: _clip_layer(dtype, layer, original, x, *args), x)
 
 
 def _frozen_linear(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:

@@ -43,17 +43,16 @@ class ComfyDenoiser:
 
     def encode(self, captions: Sequence[str]) -> TextConditioning:
         different = list(dict.fromkeys(captions))
-        cross_attn, pooled = encode_text(self._clip, different)
-        if not cross_attn.isfinite().all():
+        text = encode_text(self._clip, different)
+        if not text.cross_attn.isfinite().all():
             raise ValueError(
                 f"The text encoder's result for '{different[0]}' is not a number (NaN), so nothing can be learned. "
                 "Connect a CLIP whose file is whole, such as the base model's own, or start ComfyUI with "
                 "--fp32-text-enc."
             )
         if len(different) < len(captions):
-            rows = [different.index(caption) for caption in captions]
-            cross_attn, pooled = cross_attn[rows], None if pooled is None else pooled[rows]
-        return TextConditioning(cross_attn.to(self._device), None if pooled is None else pooled.to(self._device))
+            text = text.take([different.index(caption) for caption in captions])
+        return text.to(self._device)
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         # A clone, because some versions add to the noise in place.

@@ -1,0 +1,114 @@
+"""The learned word's vectors among the tokens of one text encoder.
+
+A marker stands for the word in the text. The tokenizers of CLIP read it as their own `embedding:` syntax. Those of
+language models would lose line breaks that way, and their templates have some: there it becomes vectors in place of
+token ids.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+MARKER = "sa-inject-token-"  # followed by a number, so that several adapters can share one CLIP
+MARKED = re.compile(rf" embedding:{MARKER}(\d+) ")
+SIGN = "\ue000"  # around a marker in a text for a language model: of Unicode's private use
+
+
+def marked(number: int) -> str:
+    """What stands for a word in the text that a tokenizer is given."""
+    return f" embedding:{MARKER}{number} "
+
+
+def with_vectors(inner: Any, vectors: Mapping[int, Tensor]) -> Any:
+    """A copy of one encoder's tokenizer that reads markers as vectors (n, width), by their numbers."""
+    return _by_embedding_syntax(inner, vectors) if is_clip(inner) else _by_token_ids(inner, vectors)
+
+
+def is_clip(inner: Any) -> bool:
+    return str(inner.embedding_key).startswith("clip_")
+
+
+def word_ids(inner: Any, word: str) -> list[int]:
+    """The vocabulary's numbers for a word as it stands inside a text."""
+    return token_ids(inner, word if is_clip(inner) or not word else f" {word}")
+
+
+def token_ids(inner: Any, text: str) -> list[int]:
+    """The vocabulary's numbers for a text, without the start and end tokens."""
+    ids = inner.tokenizer(text)["input_ids"][inner.tokens_start :]
+    return ids[:-1] if inner.tokenizer_adds_end_token else ids
+
+
+def _by_embedding_syntax(inner: Any, vectors: Mapping[int, Tensor]) -> Any:
+    original = copy.copy(inner)
+    if original.embedding_directory is None:
+        original.embedding_directory = []  # None would switch the `embedding:` syntax off
+    patched, without_files = copy.copy(original), copy.copy(original)
+    without_files.embedding_directory = []
+    original_lookup = getattr(inner, "_sa_inject_original", original._try_get_embedding)
+    names = {f"{MARKER}{number}": vector for number, vector in vectors.items()}
+
+    def try_get_embedding(name: str) -> tuple:
+        mark = name.split()[0] if name.split() else ""
+        if mark not in names:
+            return original_lookup(name)
+        # The host's answer for a name that no file has, whatever its length: without a look into the folders.
+        return (names[mark], *type(inner)._try_get_embedding(without_files, name)[1:])
+
+    patched._try_get_embedding = try_get_embedding
+    patched._sa_inject_original = original_lookup
+    return patched
+
+
+def _by_token_ids(inner: Any, vectors: Mapping[int, Tensor]) -> Any:
+    original = getattr(inner, "_sa_inject_original", inner)
+    patched = copy.copy(original)
+    patched.tokenizer = WordVocabulary(original, vectors)
+    read = patched.tokenize_with_weights
+
+    def signed(marker: re.Match) -> str:
+        return f"{SIGN}{marker[1]}{SIGN}" if int(marker[1]) in vectors else marker[0]
+
+    def tokenize_with_weights(text: str, *args: Any, **kwargs: Any) -> Any:
+        return read(MARKED.sub(signed, text), *args, **kwargs)
+
+    patched.tokenize_with_weights = tokenize_with_weights
+    patched._sa_inject_original = original
+    return patched
+
+
+class WordVocabulary:
+    """The vocabulary of a language model's tokenizer, with vectors where a learned word is signed.
+
+    The host asks it for the ids of a text, and takes vectors among them as it takes those of an embedding.
+    """
+
+    def __init__(self, inner: Any, vectors: Mapping[int, Tensor]) -> None:
+        self._inner = inner
+        self._vectors = vectors
+        self._signed = re.compile(rf"{SIGN}({'|'.join(map(str, vectors))}){SIGN}")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_inner" not in self.__dict__:
+            raise AttributeError(name)  # while it is being copied there is nothing to ask yet
+        return getattr(self._inner.tokenizer, name)
+
+    def __call__(self, text: str, *args: Any, **kwargs: Any) -> Any:
+        pieces = self._signed.split(text)  # of the text, and in every second place the number of a word
+        if len(pieces) == 1:
+            return self._inner.tokenizer(text, *args, **kwargs)
+        ids: list[int | Tensor] = []
+        for place, piece in enumerate(pieces):
+            if place % 2:
+                ids += list(self._vectors[int(piece)])
+            else:
+                # A blank before a word is a part of its first token, here as in the vocabulary.
+                ids += token_ids(self._inner, piece if place + 1 == len(pieces) else piece.removesuffix(" "))
+        around = self._inner.tokenizer("")["input_ids"]
+        start = self._inner.tokens_start
+        return {"input_ids": [*around[:start], *ids, *(around[-1:] if self._inner.tokenizer_adds_end_token else [])]}
