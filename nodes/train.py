@@ -7,7 +7,6 @@ from comfy_api.latest import io
 from ..core.adapter import REFERENCE_MODES
 from ..core.image_prompt import ImagePrompt, ReferenceImage
 from ..trainer.config import TrainConfig
-from .host.adapter_index import warn_of_adapters_with
 from .host.drawing.preview import draw_previews
 from .host.files import adapter_folder
 from .host.images import SIZE_MULTIPLE, encode_picture, fit_picture, split_images, to_comfy
@@ -251,7 +250,6 @@ class TrainSAInjectAdapter(io.ComfyNode):
             seed=chosen["seed"],
         )
         check_can_save(path, describe(model).layers, config.rank)
-        warn_of_adapters_with(subject.placeholder_token)
         progress = TrainingProgress(config.steps, cls.hidden.unique_id)
         adapter, losses = train_adapter(
             model,

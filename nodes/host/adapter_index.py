@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from ...core.adapter_file import adapter_metadata
 from .files import adapter_names, adapter_path
@@ -21,8 +23,17 @@ CHUNK = 2**20
 NAMED = 3  # adapters in a warning
 
 State = tuple[int, ...]
+
+
+class Subject(NamedTuple):
+    """What the header of an adapter file says of its subject."""
+
+    word: str | None = None
+    training: str | None = None  # the fingerprint of the training that it comes from
+
+
 _contents: dict[Path, tuple[State, str]] = {}
-_words: dict[Path, tuple[State, str | None]] = {}
+_subjects: dict[Path, tuple[State, Subject]] = {}
 
 
 def adapter_fingerprint(name: str | None) -> str:
@@ -40,13 +51,22 @@ def adapter_fingerprint(name: str | None) -> str:
         return "missing"
 
 
-def adapters_with_word(word: str) -> list[str]:
-    """The adapters in the folder that answer to the word, in any spelling that a prompt would find."""
-    return [name for name in adapter_names() if (known := _word_of(name)) and folded(known) == folded(word)]
+def adapters_with_word(word: str, training: str | None = None) -> list[str]:
+    """The adapters in the folder that answer to the word, in any spelling that a prompt would find.
+
+    training: the fingerprint of one whose own adapters are left out, of however many steps.
+    """
+    subjects = {name: _subject_of(name) for name in adapter_names()}
+    return [
+        name
+        for name, subject in subjects.items()
+        if subject.word and folded(subject.word) == folded(word) and (training is None or subject.training != training)
+    ]
 
 
-def warn_of_adapters_with(word: str) -> None:
-    names = adapters_with_word(word)
+def warn_of_adapters_with(word: str, training: str) -> None:
+    """Say that adapters of other trainings have the word of this one."""
+    names = adapters_with_word(word, training)
     if names:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         log.warning(
@@ -73,16 +93,25 @@ def _content(path: Path, state: State) -> str:
     return digest.hexdigest()
 
 
-def _word_of(name: str) -> str | None:
+def _subject_of(name: str) -> Subject:
     try:
         path = adapter_path(name)
         state = _state(path)
-        known = _words.get(path)
+        known = _subjects.get(path)
         if known is None or known[0] != state:
-            known = _words[path] = state, (adapter_metadata(path) or {}).get("placeholder")
+            known = _subjects[path] = state, _subject_in(adapter_metadata(path) or {})
         return known[1]
     except OSError:  # gone, or not ours to read
-        return None
+        return Subject()
+
+
+def _subject_in(metadata: dict[str, str]) -> Subject:
+    try:
+        training = json.loads(metadata.get("training", "{}"))
+    except (ValueError, RecursionError):  # damaged; reading the file says so
+        training = None
+    fingerprint = training.get("fingerprint") if isinstance(training, dict) else None
+    return Subject(metadata.get("placeholder"), fingerprint)
 
 
 def _state_of(name: str) -> State | None:

@@ -97,6 +97,23 @@ def test_another_file_name_is_a_copy(run, folder):
     assert load_file(folder / "kept.safetensors").keys() == load_file(folder / "sub/copy.safetensors").keys()
 
 
+def test_adapters_of_the_same_training_are_not_called_others_with_its_word(run, folder, caplog):
+    def warnings() -> list[str]:
+        found = [record.message for record in caplog.records if "is already that of" in record.message]
+        caplog.clear()
+        return found
+
+    for inputs in ({}, {}, {"file_name": "copy"}, {"steps": 3}, {"previews": 1}):
+        assert run(**inputs) and warnings() == []
+    run(rank=3)
+    (said,) = warnings()
+    assert all(name in said for name in ("copy", "kept", "kept_00002"))
+    shutil.copy(folder / "copy.safetensors", folder / "renamed.safetensors")
+    assert run().steps == 0
+    (said,) = warnings()
+    assert "of kept_00003.safetensors." in said  # of the other rank, alone
+
+
 def test_file_that_was_deleted_comes_again_and_one_that_was_changed_stays(run, folder):
     first = run()
     (folder / "kept.safetensors").write_bytes(b"precious")

@@ -20,6 +20,7 @@ from ....core.lora import SelfAttentionLoRA
 from ....trainer.captions import captions_for
 from ....trainer.config import TrainConfig
 from ....trainer.loop import DivergedError, Step, Training
+from ..adapter_index import warn_of_adapters_with
 from ..networks.unet import UnetDescription, compute_dtype, describe, prediction_type
 from ..text import check_placeholder_token, clip_with_token, finder, initial_token_embedding
 from .autograd import (
@@ -118,9 +119,12 @@ def train_adapter(
             )
             names = {"placeholder": subject.placeholder_token, "class_word": subject.class_word}
             same = training_fingerprint(patcher, patched_clip, data, subject.class_word, config, dtype, names)
+            warn_of_adapters_with(subject.placeholder_token, same)
             checkpoint = TrainingCheckpoint(folder, same)
             _run_steps(training, config.steps, checkpoint, on_step)
-            adapter = _build_adapter(name, description, subject, config, lora, tokens, training.reference_text, patcher)
+            adapter = _build_adapter(
+                name, description, subject, config, lora, tokens, training.reference_text, patcher, fingerprint=same
+            )
     finally:
         if PRECISIONS[precision] is not None:
             # After a full load unpatching would leave the forced casts on, and the next partial load would take those
@@ -186,6 +190,7 @@ def _build_adapter(
     tokens: dict[str, nn.Parameter],
     text: TextConditioning,
     patcher: Any,
+    fingerprint: str,
 ) -> Adapter:
     def rounded(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", FILE_DTYPE).float()
@@ -210,6 +215,7 @@ def _build_adapter(
                 "resolution": subject.resolution,
                 "pictures": len(subject.pictures),
                 "prediction_type": prediction_type(patcher),
+                "fingerprint": fingerprint,
             },
         ),
         lora=lora,
