@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,20 @@ def unload_models():
         management.interrupt_current_processing(False)
         management.unload_all_models()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def forget_trainings() -> Iterator[Callable[[], None]]:
+    """What is kept of trainings in this process is no other test's; `forget_trainings()` lets the next begin anew."""
+
+    def forget() -> None:
+        host = sys.modules.get("folder_paths")
+        for state in Path(host.models_dir).glob("sa_inject/training_states/*") if host is not None else ():
+            state.unlink()
+
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.hookimpl(wrapper=True)

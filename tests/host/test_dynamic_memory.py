@@ -97,8 +97,9 @@ def buffer(host_with_dynamic_memory, monkeypatch) -> Iterator[SharedBuffer]:
 
 
 @pytest.fixture
-def train(comfy_host, pack_nodes) -> Callable[..., tuple[dict[str, torch.Tensor], list[float]]]:
+def train(comfy_host, pack_nodes, forget_trainings) -> Callable[..., tuple[dict[str, torch.Tensor], list[float]]]:
     def run(checkpoint: Checkpoint, **inputs) -> tuple[dict[str, torch.Tensor], list[float]]:
+        forget_trainings()  # an ordinary model's training is the same, and would not be done again
         inputs = {"images": pictures(3), **SMALL, "steps": 3, "file_name": "dynamic", **inputs}
         adapter, _, loss_map, _ = comfy_host.execute("TrainSAInjectAdapter", **checkpoint._asdict(), **inputs)
         return {
@@ -155,7 +156,12 @@ def test_training_gives_what_it_gives_with_an_ordinary_model(
     shared = request.getfixturevalue("buffer")
     dynamic = Checkpoint(*load_checkpoint("sd15"))
     assert dynamic.model.is_dynamic() and dynamic.clip.patcher.is_dynamic()
-    found = train(styled(dynamic) if with_lora else dynamic, **inputs)
+    trained = styled(dynamic) if with_lora else dynamic
+    calls = []
+    handle = dynamic.model.model.diffusion_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = train(trained, **inputs)
+    handle.remove()
+    assert len(calls) >= len(found[1]) > 0
     assert found[1] == expected[1]
     assert [key for key, tensor in expected[0].items() if not same_bytes(found[0][key], tensor)] == []
     assert any(hasattr(module, "_v") for module in dynamic.model.model.modules())

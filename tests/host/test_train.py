@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,21 +272,11 @@ def test_cancel_stops_within_the_step_and_leaves_everything_as_it_was(sd15, befo
 # --- a training that is stopped ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def kept(comfy_host) -> Iterator[Callable[[], list[Path]]]:
-    """What is kept of trainings; nothing was before, and nothing is left to the next test."""
+@pytest.fixture
+def kept(comfy_host) -> Callable[[], list[Path]]:
+    """What is kept of trainings."""
     folder = comfy_host.base / "models/sa_inject/training_states"
-
-    def files() -> list[Path]:
-        return sorted(folder.glob("*"))
-
-    def forget() -> None:
-        for file in files():
-            file.unlink()
-
-    forget()
-    yield files
-    forget()
+    return lambda: sorted(folder.glob("*"))
 
 
 @pytest.fixture
@@ -460,7 +450,7 @@ def test_text_encoder_that_gives_no_numbers_is_named(load_checkpoint, run, batch
         run(checkpoint, batch_size=batch_size, captions=captions)
 
 
-def test_users_lora_counts_and_stays(sd15, before, trained, run, evidence, comfy_host):
+def test_users_lora_counts_and_stays(sd15, before, trained, run, evidence, comfy_host, forget_trainings):
     path = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_v"
     lora = {"lora_up.weight": torch.ones(320, 2), "lora_down.weight": torch.ones(2, 320)}
     file = comfy_host.base / "models/loras/up.safetensors"
@@ -472,6 +462,7 @@ def test_users_lora_counts_and_stays(sd15, before, trained, run, evidence, comfy
     assert not torch.equal(with_lora.picture, before.picture)
 
     for precision in ("auto", "fp32"):
+        forget_trainings()  # both are the same here
         found = run(styled, precision=precision)
         assert found.losses[0] != pytest.approx(trained.losses[0], rel=1e-3)
         assert torch.equal(draw(comfy_host, styled), with_lora.picture)
@@ -657,10 +648,12 @@ def test_opaque_rgba_and_half_precision_train_like_rgb(sd15, trained, run):
     assert run(sd15, images=[pictures(3).half()]).losses == pytest.approx(trained.losses[:1], rel=1e-2)
 
 
-def test_transparent_parts_do_not_count(sd15, run):
+def test_transparent_parts_do_not_count(sd15, run, forget_trainings):
     ground = torch.cat([torch.rand(3, 64, 64, 3), torch.zeros(3, 64, 64, 1)], dim=-1)
     other = torch.cat([torch.rand(3, 64, 64, 3), torch.zeros(3, 64, 64, 1)], dim=-1)
-    assert run(sd15, images=ground).losses == run(sd15, images=other).losses
+    first = run(sd15, images=ground)
+    forget_trainings()
+    assert run(sd15, images=other).losses == first.losses
 
 
 def test_dataset_nodes_plug_in(sd15, run, comfy_host, latents_seen):
