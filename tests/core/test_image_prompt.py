@@ -30,3 +30,16 @@ def test_texts_whose_length_is_noticed_come_out_as_they_went_in():
     for row, alone in enumerate(texts):
         found = stacked.take([row])
         assert torch.equal(found.cross_attn, alone.cross_attn) and torch.equal(found.pooled, alone.pooled)
+
+
+def test_texts_become_rows_of_a_length_that_they_have_in_common():
+    short, long = torch.randn(1, 2, 4), torch.randn(1, 3, 4)
+    found = stack_conditionings([TextConditioning(short, torch.zeros(1, 5)), TextConditioning(long, torch.ones(1, 5))])
+    assert torch.equal(found.cross_attn, torch.cat([short.repeat(1, 3, 1), long.repeat(1, 2, 1)]))
+    assert found.pooled is not None and found.pooled[:, 0].tolist() == [0, 1]
+
+
+def test_rows_have_no_pooled_vectors_unless_every_text_has_one():
+    """With one vector fewer than rows, a row would read that of another."""
+    with_one, without = text(2), text(2)._replace(pooled=None)
+    assert stack_conditionings([with_one, without, with_one]).pooled is None

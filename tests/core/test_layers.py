@@ -31,6 +31,7 @@ def test_layers_come_in_the_order_of_a_forward_pass():
 
 def test_sizes_are_those_of_the_projections():
     unet = TinyUNet()
+    unet.middle_block[1].transformer_blocks[0].attn1.to_q = nn.Linear(12, 20)  # in real ones both are the same
     for layer in self_attention_layers(unet):
         assert unet.get_submodule(layer.path).to_q.weight.shape == (layer.inner_dim, layer.query_dim)
     assert {layer.query_dim for layer in self_attention_layers(unet)} == {8, 12}
