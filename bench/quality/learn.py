@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.lora import SelfAttentionLoRA
-from sa_inject.nodes.host import training, training_set
+from sa_inject.nodes.host.learning import training, training_set
 from sa_inject.nodes.host.learning.autograd import (
     clone_for_autograd,
     make_differentiable,

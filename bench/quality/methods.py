@@ -24,8 +24,8 @@ from demo.base.world import IMAGE_SIZE, caption, random_scene
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.adapter_file import save_adapter
 from sa_inject.core.image_prompt import ImagePrompt, TextConditioning
-from sa_inject.nodes.host import training_set
 from sa_inject.nodes.host.images import split_images
+from sa_inject.nodes.host.learning import training_set
 from sa_inject.nodes.host.networks.unet import describe
 from sa_inject.trainer.config import TrainConfig
 

@@ -53,8 +53,8 @@ def bench(comfy_host, pack_nodes):
 def task(bench, load_checkpoint):
     """`task(dtype)` opens a classroom on a tiny SD1.5."""
     from bench.quality.learn import Models, training_setup
-    from sa_inject.nodes.host import training_set
     from sa_inject.nodes.host.images import split_images
+    from sa_inject.nodes.host.learning import training_set
     from sa_inject.trainer.config import TrainConfig
 
     loaded = load_checkpoint("sd15")

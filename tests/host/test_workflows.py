@@ -114,7 +114,7 @@ def test_every_workflow_uses_our_nodes_and_only_nodes_that_exist(client):
 
 
 def test_previews_are_sampled_as_the_workflows_sample(comfy_host, pack_nodes, client):
-    from sa_inject.nodes.host import preview
+    from sa_inject.nodes.host.drawing import preview
 
     samplers = [
         node["inputs"]
