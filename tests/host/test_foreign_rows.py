@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from sa_inject.core.kv import KV  # pyright: ignore[reportMissingImports]
 from tests.host.adapters import (
     FIRST,
     Spy,
@@ -12,6 +13,7 @@ from tests.host.adapters import (
     base_model,
     conditioning,
     make_adapter,
+    naive_attention,
     random,
     relative_error,
     sample,
@@ -62,6 +64,23 @@ def test_tiles_in_one_call_are_drawn_as_tiles_in_calls_of_their_own(comfy_host, 
     for other in found[1:]:
         assert relative_error(other, found[0]) < 1e-4
     assert relative_error(found[0], sample(comfy_host, tiled(comfy_host, model), **inputs)) > 1e-3
+
+
+def test_scattered_rows_of_folded_tiles_are_those_of_the_positive(comfy_host, model, texts):
+    """HyperTile turns every row of an attention into several, and other tiles lie between those that are injected."""
+    spy = Spy(keys=(FIRST,))
+    patched = spy.on(apply(comfy_host, tiled(comfy_host, model)))
+    (folded,) = comfy_host.execute("HyperTile", model=patched, tile_size=1, swap_size=2)
+    sample(comfy_host, folded, size=(8, 16), steps=1, **texts)
+    (a,) = spy.attended
+    rows, fold = len(a.context), len(a.q) // len(a.context)
+    assert rows == 4 and fold > 1
+    own = KV(*(x.reshape(len(a.q), -1, x.shape[-1]) for x in (a.k, a.v)))
+    plain = naive_attention(a.q, own, [], a.heads)
+    changed = [not torch.allclose(x.double(), y, atol=1e-4) for x, y in zip(a.out, plain, strict=True)]
+    wanted = a.rows_that_read(texts["positive"])
+    assert wanted == [1, 3] or wanted == [0, 2]
+    assert changed == [row // fold in wanted for row in range(len(a.q))]
 
 
 @pytest.mark.parametrize("apply_to, cfg", [("both", 4.0), ("positive", 1.0), ("both", 1.0)])

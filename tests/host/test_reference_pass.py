@@ -315,3 +315,23 @@ def test_matched_mode_reads_the_picture_noised_to_the_step(comfy_host, kind):
     for sigma, bank in zip(sigmas, banks, strict=True):
         noisy = clean + sigma * noises[0]
         assert worst_error(bank, keys_and_values(frozen, merged, adapter, noisy, sigma)) < 1e-4
+
+
+@pytest.mark.parametrize("is_watched", [False, True], ids=["in the call that draws", "in a call of its own"])
+def test_each_picture_is_noised_by_a_noise_of_its_own(comfy_host, is_watched):
+    """Shared noise would be a pattern that all pictures have in common."""
+    model = load(base_model(comfy_host, "sd15"))
+    prompt = make_prompt((8, 8), (8, 8))
+    if is_watched:
+        model = model.clone()
+        model.set_model_attn2_output_patch(lambda out, options: out)
+    patched = load(apply(comfy_host, model, make_adapter(model, "noised"), prompt))
+    seen: list[Tensor] = []
+    hook = model.model.diffusion_model.input_blocks[0][0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    call_once(patched, sigma=2.0, seed=3)
+    hook.remove()
+    clean = model.model.process_latent_in(torch.cat([picture.latent for picture in prompt.pictures]))
+    given = next(x for x in seen if len(x) >= 2 and (len(x) > 2 or is_watched))[-2:]
+    first, second = (given * 5**0.5 - clean) / 2.0
+    assert 0.8 < first.std() < 1.2 and 0.8 < second.std() < 1.2
+    assert (first - second).std() > 1.0

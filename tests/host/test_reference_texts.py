@@ -1,5 +1,6 @@
 """What is read beside an image prompt: texts of any length together, one for each picture, and what is no such text."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -71,6 +72,19 @@ def test_each_picture_is_read_with_its_own_text(comfy_host, model, lengths):
     assert worst_error(together, in_order) < 1e-5
 
 
+def test_text_of_a_picture_is_read_in_the_place_of_the_adapters(comfy_host, model):
+    adapter, other = make_adapter(model), reference_text(model, seed=33)
+    (plain,) = prompt_with_texts(model, None).pictures
+
+    def read(adapter, text):
+        prompt = ImagePrompt((dataclasses.replace(plain, text=text),))
+        return call_once(load(apply(comfy_host, model, adapter, prompt)))
+
+    found = read(adapter, other)
+    assert worst_error(found, read(dataclasses.replace(adapter, class_conditioning=other), None)) == 0
+    assert worst_error(found, read(adapter, None)) > 1e-3
+
+
 def encode(host, vae, count: int = 2, **inputs) -> ImagePrompt:
     return host.execute(
         "EncodeImagePrompt", images=random(count, 64, 64, 3).sigmoid(), vae=vae, resolution=64, **inputs
@@ -91,6 +105,14 @@ def test_a_list_of_conditionings_gives_each_picture_its_own(comfy_host, model, v
     assert all(torch.equal(picture.text.cross_attn, conds[0][0][0]) for picture in both.pictures)
     with pytest.raises(ValueError, match="there are 2 conditionings for 3 pictures. Connect one for all, or one for"):
         encode(comfy_host, vae, count=3, conditioning=conds)
+
+
+def test_a_conditioning_brings_its_pooled_vector(comfy_host, model, vae):
+    pooled = random(1, 1280, seed=9)
+    (picture,) = encode(
+        comfy_host, vae, count=1, conditioning=[[[random(1, 7, 2048), {"pooled_output": pooled}]]]
+    ).pictures
+    assert torch.equal(picture.text.pooled, pooled)
 
 
 def test_a_combined_conditioning_is_refused(comfy_host, model, vae):

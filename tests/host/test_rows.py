@@ -253,12 +253,12 @@ def test_pictures_that_are_rows_of_the_call_say_what_a_pass_of_their_own_says(
 
 
 def test_pictures_get_a_pass_of_their_own_where_there_is_no_room_for_both(comfy_host, model, monkeypatch):
-    from sa_inject.nodes.host import bank  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.drawing import reference_pass  # pyright: ignore[reportMissingImports]
 
     patched = apply(comfy_host, model, make_adapter(model, "noised"))
     together = count_unet_rows(model, lambda: sample(comfy_host, patched))
     needed = model.model.memory_required([3, 4, 8, 8]) * 1.5
-    monkeypatch.setattr(bank, "get_free_memory", lambda device: needed)
+    monkeypatch.setattr(reference_pass, "get_free_memory", lambda device: needed)
     apart = count_unet_rows(model, lambda: sample(comfy_host, patched))
     assert together.rows == [3, 3] and apart.rows == [1, 2, 1, 2]
     assert relative_error(together.drawn, apart.drawn) < 1e-4
@@ -266,12 +266,12 @@ def test_pictures_get_a_pass_of_their_own_where_there_is_no_room_for_both(comfy_
 
 @pytest.mark.parametrize("mode", ["clean", "noised"])
 def test_pictures_are_read_one_by_one_where_there_is_no_room_for_more(comfy_host, model, looked_at, monkeypatch, mode):
-    from sa_inject.nodes.host import bank  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.drawing import reference_pass  # pyright: ignore[reportMissingImports]
 
     prompt = make_prompt((8, 8), (8, 16), (8, 8))
     patched = looked_at(apply(comfy_host, model, make_adapter(model, mode), prompt))
     together = count_unet_rows(model, lambda: sample(comfy_host, patched, steps=1))
-    monkeypatch.setattr(bank, "get_free_memory", lambda device: model.model.memory_required([1, 4, 8, 8]))
+    monkeypatch.setattr(reference_pass, "get_free_memory", lambda device: model.model.memory_required([1, 4, 8, 8]))
     apart = count_unet_rows(model, lambda: sample(comfy_host, patched, steps=1))
     assert together.rows == [2, 1, 2] and apart.rows == [1, 1, 1, 2]
     assert relative_error(together.drawn, apart.drawn) < 1e-4
@@ -289,16 +289,16 @@ def test_pictures_read_once_are_read_in_calls_no_larger_than_the_one_that_draws(
 
 def test_masked_out_tokens_are_let_go_layer_by_layer(comfy_host, model, monkeypatch):
     """Not when the reading is over: until then the keys and values of all layers would be held whole."""
-    from sa_inject.nodes.host import bank  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.drawing import reference_pass  # pyright: ignore[reportMissingImports]
 
-    whole, alive, select = [], [], bank.split_per_image
+    whole, alive, select = [], [], reference_pass.split_per_image
 
     def watched(recorded, pictures):
         whole.append(weakref.ref(recorded.kv.k))
         alive.append(sum(tensor() is not None for tensor in whole))
         return select(recorded, pictures)
 
-    monkeypatch.setattr(bank, "split_per_image", watched)
+    monkeypatch.setattr(reference_pass, "split_per_image", watched)
     quarter = torch.zeros(8, 8)
     quarter[:4, :4] = 1
     prompt = make_prompt(*[(8, 8)] * 4, masks=(quarter,) * 4)
@@ -419,6 +419,19 @@ def test_queries_outside_the_area_see_nothing(comfy_host, model):
     plain = naive_attention(masked.q, own, [], masked.heads)
     assert relative_error(masked.out[:, :32], plain[:, :32]) < 1e-5
     assert relative_error(masked.out[:, 32:], plain[:, 32:]) > 1e-2
+
+
+def test_chained_nodes_have_areas_of_their_own(comfy_host, model):
+    """The left half is given the first reference alone, the right half the second."""
+    left = torch.zeros(1, 8, 8)
+    left[:, :, :4] = 1.0
+    adapters, x = [make_adapter(model, seed=seed) for seed in (0, 50)], random(1, 4, 8, 8) * SIGMA
+    text = reference_text(model, 5).cross_attn
+    once = apply(comfy_host, model, adapters[0], attn_mask=left)
+    attended, banks = first_attention(apply(comfy_host, once, adapters[1], attn_mask=1 - left), x, text)
+    references = [(banks[0], left.flatten()), (banks[1], 1 - left.flatten())]
+    expected = naive_attention(attended.q, KV(attended.k, attended.v), references, attended.heads)
+    assert relative_error(attended.out, expected) < 1e-5
 
 
 def test_black_area_draws_the_base_models_picture(comfy_host, model):

@@ -183,7 +183,7 @@ def test_settings_and_data_count(sd15, usual, same_as):
 
 
 def test_views_of_a_single_picture_count(sd15, same_as, monkeypatch):
-    from sa_inject.nodes.host import training_set
+    from sa_inject.nodes.host.learning import training_set
 
     found = [same_as(sd15, images=pictures(1)), same_as(sd15, images=pictures(1), seed=2)]
     monkeypatch.setattr(training_set, "VIEWS", training_set.VIEWS - 1)  # nothing else is another

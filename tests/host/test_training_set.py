@@ -52,6 +52,16 @@ def references(data, count: int = 200) -> set[tuple[int, int]]:
     return {(at[id(pair.target)], at[id(pair.reference)]) for pair, _ in zip(stream, range(count), strict=False)}
 
 
+@pytest.mark.parametrize(
+    "height, width, size",
+    [(96, 96, (64, 64)), (64, 256, (64, 128)), (300, 75, (128, 64)), (10, 1000, (64, 640)), (1000, 10, (640, 64))],
+)
+def test_picture_is_trained_in_its_own_aspect(comfy_host, height, width, size):
+    from sa_inject.nodes.host.images import bucket_size
+
+    assert bucket_size(height, width, 64) == size
+
+
 def test_identical_pictures_under_two_masks_stay_and_are_not_each_others_image_prompt(learned_from, caplog):
     with caplog.at_level(logging.INFO):
         data = learned_from([picture(1), picture(1), picture(2)], [half(True), half(False), None])

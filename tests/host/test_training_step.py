@@ -204,7 +204,7 @@ def test_sdxl_is_told_the_size_and_the_pooled_text(comfy_host, trained):
 
 @torch.inference_mode()
 def test_sdxl_is_told_width_and_height_of_a_wide_picture(comfy_host):
-    from sa_inject.nodes.host.unet import model_conditions  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.networks.unet import model_conditions  # pyright: ignore[reportMissingImports]
 
     model = load(base_model(comfy_host, "sdxl"))
     text = reference_text(model, seed=3)
@@ -214,7 +214,7 @@ def test_sdxl_is_told_width_and_height_of_a_wide_picture(comfy_host):
 
 @torch.inference_mode()
 def test_captions_that_repeat_stay_with_their_rows(comfy_host, trained):
-    from sa_inject.nodes.host.denoiser import ComfyDenoiser  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser  # pyright: ignore[reportMissingImports]
 
     model, clip, _ = trained("sd15").checkpoint
     load(clip.patcher)
@@ -227,7 +227,7 @@ def test_captions_that_repeat_stay_with_their_rows(comfy_host, trained):
 
 
 def test_views_of_a_single_picture_keep_its_mask(pack_nodes, trained):
-    from sa_inject.nodes.host.training_set import Subject, training_set  # pyright: ignore[reportMissingImports]
+    from sa_inject.nodes.host.learning.training_set import Subject, training_set  # pyright: ignore[reportMissingImports]
 
     model, _, vae = trained("sd15").checkpoint
     mask = torch.zeros(64, 64)

@@ -104,4 +104,5 @@ def test_dropout_leaves_the_other_draws_as_they_were():
 def test_groups_are_of_one_shape_and_lose_nothing():
     small, wide, other = example(0), example(1, 4, 6), example(2)
     pairs = [Pair(small, "1", wide), Pair(wide, "2", small), Pair(other, "3", wide), Pair(small, "4", None)]
-    assert group_by_shape(pairs) == [[0, 2], [1], [3]]
+    pairs.append(Pair(other, "5", small))  # a target as before, and a reference of another size
+    assert group_by_shape(pairs) == [[0, 2], [1], [3], [4]]

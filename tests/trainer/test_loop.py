@@ -351,6 +351,15 @@ def test_loss_and_gradient_of_a_batch_are_the_means_of_its_pairs(batch, mode):
         assert (seen[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
 
 
+def test_every_pair_of_a_batch_has_a_noise_level_of_its_own():
+    subject = fresh_subject(Recording)
+    list(run(subject, GivenPairs([Pair(A, "sks", B)]), batch_size=8, steps=40))
+    drawn = torch.stack([noised.sigma for noised in subject.denoiser.noised])  # (steps, rows)
+    assert drawn.shape == (40, 8)
+    assert min(len(set(row.tolist())) for row in drawn) > 2
+    assert set(drawn.flatten().tolist()) == set(subject.denoiser.sigmas.tolist())
+
+
 def warmed_up(subject: Subject) -> Subject:
     """With some `lora_B`, so that there is a gradient of every matrix to be compared."""
     generator = torch.Generator().manual_seed(3)
@@ -659,3 +668,15 @@ def test_run_that_is_stopped_between_overflows_goes_on_as_the_other_would():
     assert [*training.losses, *(step.loss for step in again)] == expected
     assert all(torch.equal(tensor, values(whole)[name]) for name, tensor in values(resumed).items())
     assert again.state_dict()["scaler"] == undisturbed.state_dict()["scaler"]
+
+
+def test_run_that_goes_on_has_the_scale_that_was_found():
+    """Scaling leaves float32 results as they are, so only the scale itself tells."""
+    whole, stopped = (run(overflowing([torch.inf, 1.0, 1.0]), pictures(), steps=2, loss_scaling=True) for _ in range(2))
+    assert len(list(whole)) == 2 and next(stopped).number == 1
+    again = run(overflowing([1.0]), pictures(), steps=2, loss_scaling=True)
+    first = again.state_dict()["scaler"]["scale"]
+    again.load_state_dict(stopped.state_dict())
+    assert next(again).number == 2
+    assert again.state_dict()["scaler"] == whole.state_dict()["scaler"]
+    assert whole.state_dict()["scaler"]["scale"] < first
