@@ -37,7 +37,12 @@ def register_adapter_routes(architecture_of: Callable[[str, str], str | None]) -
 
 
 async def list_adapters(request: web.Request) -> web.Response:
-    return web.json_response({"adapters": await asyncio.to_thread(adapter_cards)})
+    """All, or with `?name=` the one that is asked for, which may be none: no browser calls that an error then."""
+    name = request.query.get("name")
+    if name is None:
+        return web.json_response({"adapters": await asyncio.to_thread(adapter_cards)})
+    card = await asyncio.to_thread(adapter_card, name)
+    return web.json_response({"adapters": [] if card is None else [card]})
 
 
 async def get_adapter(request: web.Request) -> web.Response:

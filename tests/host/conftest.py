@@ -56,7 +56,7 @@ def start_server(comfyui, checkpoint_cache, tmp_path_factory):
         checkpoints.mkdir(parents=True)
         for kind in KINDS:
             shutil.copy(tiny_checkpoint(kind, checkpoint_cache), checkpoints)
-        packs = {"sa-inject": ROOT, "probe-nodes": HERE / "probe_nodes"}
+        packs = {"sa-inject": ROOT, "probe-nodes": HERE / "probe_nodes", "probe-runs": HERE / "probe_runs"}
         return ServerProcess(comfyui, base, packs, arguments)
 
     return start

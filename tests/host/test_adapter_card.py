@@ -221,6 +221,11 @@ def test_pictures_dropped_on_a_node_become_its_folder(opened, kind):
         assert linked == {"images", "captions", "masks"}
 
 
+def test_a_file_that_is_not_there_is_no_error_in_the_console(opened, load_node):
+    set_widget(opened.page, load_node, "adapter_name", "gone.safetensors")
+    opened.page.wait_for_function("() => document.querySelector('.sa-inject-card').textContent.includes('No adapter')")
+
+
 def test_a_workflow_that_is_opened_again_has_its_card(opened, load_node):
     page = opened.page
     for _ in range(2):

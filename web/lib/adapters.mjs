@@ -39,7 +39,7 @@ export const adapterCards = async () => (await get("/sa_inject/adapters"))?.adap
  * @param {string} name
  * @returns {Promise<Card | null>}
  */
-export const adapterCard = (name) => get(`/sa_inject/adapters/${encodeURIComponent(name)}`);
+export const adapterCard = async (name) => (await get(`/sa_inject/adapters?${new URLSearchParams({ name })}`))?.adapters[0] ?? null;
 
 /** @param {Card} card */
 export const thumbnailAddress = (card) =>

@@ -1,0 +1,63 @@
+// @ts-check
+/** What the server knows of trainings, and the two things that it can be asked to do. */
+import { api } from "../../../scripts/api.js";
+
+/**
+ * @typedef {[number, number | null, number | null, number | null]} Point step, loss, smoothed, validation
+ * @typedef {{step: number, prompts: string[], images: number[]}} Sample
+ * @typedef {object} Run
+ * @property {string} run
+ * @property {string} phase
+ * @property {string} text
+ * @property {number} step
+ * @property {number} steps
+ * @property {number[]} resumed_at
+ * @property {number} seconds
+ * @property {number | null} left
+ * @property {number | null} memory
+ * @property {string} [placeholder_token]
+ * @property {string} [class_word]
+ * @property {Point[]} points
+ * @property {Sample[]} samples
+ * @property {number[]} [kept]
+ * @property {string[]} [warnings]
+ */
+
+/** @param {string} run */
+const path = (run) => `/sa_inject/runs/${encodeURIComponent(run)}`;
+
+/**
+ * @param {string} run
+ * @returns {Promise<Run | null>} null where there is none of that name
+ */
+export async function fetchRun(run) {
+  try {
+    const reply = await api.fetchApi(path(run));
+    return reply.ok ? await reply.json() : null;
+  } catch {
+    return null; // the server is away; it is asked again when it is back
+  }
+}
+
+/**
+ * @param {string} run
+ * @param {"finish" | "sample"} wish
+ * @returns {Promise<string | null>} why not
+ */
+export async function ask(run, wish) {
+  try {
+    const reply = await api.fetchApi(`${path(run)}/${wish}`, { method: "POST" });
+    return reply.ok ? null : ((await reply.json()).error ?? String(reply.status));
+  } catch (error) {
+    return String(error);
+  }
+}
+
+/**
+ * @param {string} run
+ * @param {number} step
+ * @param {number} index
+ * @param {number} [size] pixels; the whole picture without
+ */
+export const sampleAddress = (run, step, index, size) =>
+  api.apiURL(`${path(run)}/samples/${step}/${index}${size ? `?size=${size}` : ""}`);
