@@ -1,6 +1,7 @@
 """The learned word inside the host's text encoders: found where it is meant, and changing nothing else."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -262,6 +263,22 @@ TEXTS = ("a photo of sainj toy", "a (sainj:1.3) toy", "", "a dog")
 @pytest.mark.parametrize("texts", [TEXTS, (*TEXTS, "sainj " + "very " * 90), ("sainj " + "very " * 90,) * 2])
 def test_texts_that_are_encoded_together_come_out_as_they_do_alone(sd15_clip, texts):
     assert_together_as_alone(teach(sd15_clip, vectors()), texts, pooled_width=768)
+
+
+@torch.inference_mode()
+def test_word_of_several_tokens_begins_as_their_mean(sdxl):
+    """In both encoders, each with its own vocabulary's vectors."""
+    from sa_inject.nodes.host.text import initial_token_embedding
+
+    clip = sdxl[1]
+    found = initial_token_embedding(clip, "teddy bear plushie", 2)
+    assert found.keys() == {"clip_l", "clip_g"}
+    for name, vectors in found.items():
+        ids = clip.tokenize("teddy bear plushie")[name.removeprefix("clip_")][0][1:]
+        words = list(itertools.takewhile(lambda token: token != 49407, (token for token, _ in ids)))
+        assert len(words) > 2
+        table = getattr(clip.cond_stage_model, name).transformer.text_model.embeddings.token_embedding.weight
+        assert torch.allclose(vectors, table[words].float().mean(0).expand(2, -1), atol=1e-6)
 
 
 def test_texts_that_sdxl_encodes_together_keep_their_pooled_vectors(sdxl):

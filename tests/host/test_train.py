@@ -627,11 +627,11 @@ def latents_seen(sd15):
 
 
 def test_batch_and_accumulation_multiply_the_pictures_of_a_step(sd15, run, latents_seen):
-    found = run(sd15, batch_size=2, gradient_accumulation=2)
+    found = run(sd15, batch_size=3, gradient_accumulation=2, seed=2)
     assert len(found.losses) == 1
-    assert sum(rows for rows, *_ in latents_seen) == 2 * 2
-    assert max(rows for rows, *_ in latents_seen) == 2
-    assert found.adapter.info.training["batch_size"] == found.adapter.info.training["gradient_accumulation"] == 2
+    assert [rows for rows, *_ in latents_seen if rows == 3] and sum(rows for rows, *_ in latents_seen) == 3 * 2
+    settings = found.adapter.info.training
+    assert (settings["batch_size"], settings["gradient_accumulation"]) == (3, 2)
 
 
 def test_pictures_of_different_sizes_keep_their_aspect(sd15, run, latents_seen):
