@@ -18,10 +18,10 @@ def learned_from(load_checkpoint):
 
     from sa_inject.nodes.host.learning.training_set import Subject, training_set
 
-    def build(pictures, masks, captions=None):
+    def build(pictures, masks, captions=None, seed=0):
         subject = Subject(pictures, masks, None, "sainj", "toy", 64)
         with torch.inference_mode():
-            return training_set(model, vae, subject, captions or [CAPTION] * len(pictures), seed=0)
+            return training_set(model, vae, subject, captions or [CAPTION] * len(pictures), seed)
 
     return build
 
@@ -117,3 +117,9 @@ def test_views_show_something_of_a_small_subject_in_a_corner(learned_from):
     mask[:8, :8] = 1
     data = learned_from([picture(3)], [mask])
     assert data.views and all(view.mask.amax() >= 0.1 for view in data.views)
+
+
+def test_views_follow_from_the_seed(learned_from):
+    first, again, other = (learned_from([picture(1)], [None], seed=seed).views for seed in (1, 1, 2))
+    same = [torch.equal(a.latent, b.latent) for a, b in zip(first, again, strict=True)]
+    assert all(same) and not any(torch.equal(a.latent, b.latent) for a in first for b in other)
