@@ -38,7 +38,7 @@ def judge(subjects):
     return Judge()
 
 
-def test_subjects_of_the_tables_are_held_out_and_never_those_that_rates_are_chosen_on(subjects):
+def test_subjects_of_the_tables_are_held_out_and_no_rate_is_chosen_on_them(subjects):
     table, sweep, choices = subjects.table_artworks(40), subjects.sweep_artworks(), subjects.choice_artworks(12)
     assert choices[: len(sweep)] == sweep and len(choices) == 12 and not set(table) & set(choices)
     assert len(set(table)) == 40 and len(sweep) == 3

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sa_inject.core import adapter_file
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.adapter_file import AdapterFileError, adapter_bytes, holds_adapter, load_adapter, save_adapter
-from tests.core.tiny_adapter import random_adapter
+from tests.core.tiny_adapter import contents, random_adapter
 
 FIRST_B = "base_model.model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.lora_B.weight"
 
@@ -31,11 +31,6 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         if adapter.class_conditioning.pooled is None
         else {**tensors, "pooled": adapter.class_conditioning.pooled}
     )
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -80,7 +75,7 @@ def test_other_precision_goes_round_exactly(tmp_path, adapter):
 
 def test_file_holds_peft_keys_a_token_per_encoder_and_the_text(tmp_path, adapter):
     save_adapter(adapter, tmp_path / "a.safetensors")
-    tensors, _ = read(tmp_path / "a.safetensors")
+    tensors, _ = contents(tmp_path / "a.safetensors")
     rest = {"token_embedding.clip_l", "token_embedding.clip_g", "reference_text.cross_attn"}
     assert set(tensors) == set(adapter.lora.state_dict()) | rest
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
@@ -89,7 +84,7 @@ def test_file_holds_peft_keys_a_token_per_encoder_and_the_text(tmp_path, adapter
 def test_metadata_of_others_is_kept_and_cannot_pass_for_ours(tmp_path, adapter):
     extra = {"modelspec.title": "A teapot", "workflow": '{"nodes": []}', "rank": "99", "format": "pt"}
     save_adapter(adapter, tmp_path / "a.safetensors", extra)
-    _, metadata = read(tmp_path / "a.safetensors")
+    _, metadata = contents(tmp_path / "a.safetensors")
     assert (metadata["modelspec.title"], metadata["workflow"]) == ("A teapot", '{"nodes": []}')
     assert (metadata["format"], metadata["format_version"], metadata["rank"]) == ("sa_inject", "1", "3")
     assert load_adapter(tmp_path / "a.safetensors").info == adapter.info
@@ -219,7 +214,7 @@ def rewritten(
     """The whole file with some entries changed, or taken out (None)."""
     path = folder / "bad.safetensors"
     path.write_bytes(whole)
-    old_tensors, old_metadata = read(path)
+    old_tensors, old_metadata = contents(path)
     new_tensors = {k: v for k, v in (old_tensors | (tensors or {})).items() if v is not None}
     new_metadata = {k: v for k, v in (old_metadata | (metadata or {})).items() if v is not None}
     save_file(new_tensors, path, metadata=new_metadata)
@@ -392,7 +387,7 @@ def test_file_that_differs_in_anything_does_not_hold_it(tmp_path, adapter, whole
 
 def read_bytes(whole: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path.write_bytes(whole)
-    return read(path)
+    return contents(path)
 
 
 def test_file_that_is_no_adapter_does_not_hold_it(tmp_path, adapter, whole):
@@ -414,7 +409,7 @@ def test_a_class_word_that_was_encoded_on_another_device_is_the_same(tmp_path, a
     tensors, metadata = read_bytes(whole, path)
     text = tensors["reference_text.cross_attn"]
     save_file({**tensors, "reference_text.cross_attn": text * (1 + 2**-10)}, path, metadata=metadata)
-    assert not torch.equal(read(path)[0]["reference_text.cross_attn"], text)
+    assert not torch.equal(contents(path)[0]["reference_text.cross_attn"], text)
     assert holds_adapter(path, adapter)
 
 

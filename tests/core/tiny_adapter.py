@@ -1,8 +1,10 @@
 """Adapters of the tiny UNet whose every number is a seed's, and the UNet that such an adapter stands for."""
 
 import copy
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from sa_inject.core.adapter import Adapter, AdapterInfo
@@ -66,3 +68,9 @@ def random_adapter(name: str = "teapot", pooled: bool = False) -> Adapter:
             torch.randn(1, 6, generator=generator) if pooled else None,
         ),
     )
+
+
+def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of an adapter file, as anybody would read them."""
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()

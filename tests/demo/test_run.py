@@ -38,7 +38,7 @@ GRAPH = {
 }
 
 
-def test_a_prompt_names_the_subject_for_the_adapter_and_the_class_for_the_base_model(run):
+def test_a_prompt_names_the_subject_for_the_adapter_and_else_its_class(run):
     changed = run.with_prompt(GRAPH, "a large {} on the left")
     assert changed["6"]["inputs"] == {"clip": ["1", 1], "text": "a large sainj toy on the left"}
     assert changed["8"]["inputs"] == {"clip": ["1", 1], "text": "a large toy on the left"}

@@ -1,6 +1,7 @@
 """Fixtures of the tests on the real host: `comfy_host` in this process, `server` in one of its own."""
 
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -8,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.host.trainings import Checkpoint
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -36,6 +39,46 @@ def comfy_host(comfyui, checkpoint_cache, tmp_path_factory):
 def load_checkpoint(comfy_host):
     """`model, clip, vae = load_checkpoint("sd15")`, see `ComfyHost.load_checkpoint`."""
     return comfy_host.load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def sd15(load_checkpoint) -> Checkpoint:
+    """SD1.5's model, CLIP and VAE, shared by the tests of one file."""
+    return Checkpoint(*load_checkpoint("sd15"))
+
+
+@pytest.fixture(scope="module")
+def sd15_clip(sd15):
+    return sd15.clip
+
+
+@pytest.fixture(scope="session")
+def model(comfy_host):
+    """SD1.5's model, shared by the tests of all files, which leave it as it is."""
+    from tests.host.adapters import base_model
+
+    return base_model(comfy_host, "sd15")
+
+
+@pytest.fixture(scope="module")
+def own_model(comfy_host):
+    """A model that no other file shares, for loading it in unusual ways."""
+    return comfy_host.load_checkpoint("sd15")[0]
+
+
+@pytest.fixture(scope="module")
+def folder(comfy_host, pack_nodes) -> Path:
+    """models/sa_inject of the host in this process."""
+    found = comfy_host.base / "models/sa_inject"
+    found.mkdir(exist_ok=True)
+    return found
+
+
+@pytest.fixture
+def log(caplog) -> Callable[[], list[str]]:
+    """The lines of the log that name SA-Inject."""
+    caplog.set_level(logging.INFO)
+    return lambda: [record.getMessage() for record in caplog.records if "SA-Inject" in record.getMessage()]
 
 
 @pytest.fixture(scope="session")

@@ -38,3 +38,8 @@ def encoder_of_prompts(host: Any) -> Encode:
 
 def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
     return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def encoded(host: Any, clip: Any, text: str) -> Tensor:
+    """(1, tokens, width) of the stock node."""
+    return host.execute("CLIPTextEncode", clip=clip, text=text)[0][0][0]

@@ -14,26 +14,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.core.tiny_adapter import contents
 from tests.host.adapters import base_model, make_adapter, random
 
 SMALL = {"resolution": 64, "steps": 1, "rank": 2, "alpha": 2.0, "previews": 0, "seed": 5}
 PROMPT = {"7": {"class_type": "TrainSAInjectAdapter", "inputs": {"seed": 5}}}
 WORKFLOW = {"workflow": {"nodes": [{"id": 7, "type": "TrainSAInjectAdapter"}], "links": []}}
-
-
-@pytest.fixture(scope="module")
-def folder(comfy_host, pack_nodes) -> Path:
-    found = comfy_host.base / "models/sa_inject"
-    found.mkdir(exist_ok=True)
-    return found
-
-
-@pytest.fixture(scope="module")
-def sd15(load_checkpoint):
-    return load_checkpoint("sd15")
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +57,6 @@ def load(comfy_host, folder):
         return comfy_host.execute("LoadSAInjectAdapter", adapter_name=str(path.relative_to(folder)), **inputs)
 
     return run
-
-
-def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 
 
 def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **metadata: str | None) -> None:

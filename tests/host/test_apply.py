@@ -28,11 +28,6 @@ from tests.host.in_process import defaults
 from tests.host.tiny_checkpoints import KINDS
 
 
-@pytest.fixture(scope="module")
-def model(comfy_host):
-    return base_model(comfy_host, "sd15")
-
-
 @pytest.mark.parametrize(
     "widgets",
     [{"strength": 0.0}, {"start_percent": 0.5, "end_percent": 0.5}, {"start_percent": 0.7, "end_percent": 0.2}],

@@ -11,11 +11,6 @@ NODE = "Train SA-Inject Adapter"
 
 
 @pytest.fixture(scope="module")
-def sd15(load_checkpoint):
-    return load_checkpoint("sd15")
-
-
-@pytest.fixture(scope="module")
 def train(comfy_host, pack_nodes, sd15):
     model, clip, vae = sd15
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import ROOT, import_folder
 from tests.demo.conftest import artwork  # noqa: F401  # a fixture
-from tests.host.test_train import pictures
+from tests.host.trainings import pictures
 
 STEPS = 8
 # One of those that are built alike.

@@ -16,7 +16,6 @@ from tests.host.adapters import (
     FIRST,
     Spy,
     apply,
-    base_model,
     conditioning,
     make_adapter,
     make_prompt,
@@ -31,11 +30,6 @@ VISIBLE = 1e-3
 REPLACED = "another node replaces the self-attention there"
 # Of the calls of the kernel: four layers in the reference pass, then the picture's own keys, then the reference's.
 FIRST_BANK = 5
-
-
-@pytest.fixture(scope="module")
-def model(comfy_host):
-    return base_model(comfy_host, "sd15")
 
 
 @pytest.fixture(scope="module")

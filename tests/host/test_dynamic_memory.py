@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.host.test_train import SMALL, Checkpoint, draw, pictures, same_bytes, weights_of
+from tests.host.evidence import draw, same_bytes, weights_of
+from tests.host.trainings import SMALL, Checkpoint, pictures
 
 STYLES = {  # of two layers each, the second of which the host loads at once for its smallness
     "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_v": (320, 320),

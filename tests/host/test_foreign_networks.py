@@ -3,8 +3,6 @@
 Each mechanism is that of popular packs, which `probe_nodes/mechanisms.py` names.
 """
 
-import logging
-
 import pytest
 import torch
 
@@ -27,21 +25,15 @@ MODES = ["clean", "noised"]
 
 
 @pytest.fixture(scope="module")
-def model(comfy_host):
-    """One of its own, for some nodes change it in place."""
-    return comfy_host.load_checkpoint("sd15")[0]
+def model(own_model):
+    """Some nodes change it in place."""
+    return own_model
 
 
 @pytest.fixture(scope="module")
 def texts(comfy_host):
     model = base_model(comfy_host, "sd15")
     return {"positive": conditioning(model, 11), "negative": conditioning(model, 22)}
-
-
-@pytest.fixture
-def log(caplog):
-    caplog.set_level(logging.INFO)
-    return lambda: [r.getMessage() for r in caplog.records if "SA-Inject" in r.getMessage()]
 
 
 def drawn(host, other, mode: str, prompt=None, **inputs):

@@ -1,7 +1,5 @@
 """Other nodes put rows of their own into a UNet call: each row sees the reference that reads the positive prompt."""
 
-import logging
-
 import pytest
 import torch
 
@@ -24,19 +22,8 @@ ORDERS = ["tiles", "chunks", "one by one", "reversed"]  # of ProbeTiles
 
 
 @pytest.fixture(scope="module")
-def model(comfy_host):
-    return base_model(comfy_host, "sd15")
-
-
-@pytest.fixture(scope="module")
 def texts(model):
     return {"positive": conditioning(model, 11), "negative": conditioning(model, 22)}
-
-
-@pytest.fixture
-def log(caplog):
-    caplog.set_level(logging.INFO)
-    return lambda: [r.getMessage() for r in caplog.records if "SA-Inject" in r.getMessage()]
 
 
 def tiled(host, model, order: str = "tiles", tiles_in_a_call: int = 2):

@@ -6,7 +6,6 @@ from tests.host.adapters import (
     FIRST,
     Spy,
     apply,
-    base_model,
     conditioning,
     make_adapter,
     random,
@@ -16,11 +15,6 @@ from tests.host.adapters import (
 from tests.host.test_rows import assert_only_rows_that_read, combined, count_unet_rows
 
 MODES = ["clean", "noised"]
-
-
-@pytest.fixture(scope="module")
-def model(comfy_host):
-    return base_model(comfy_host, "sd15")
 
 
 def lora(model, seed: int) -> dict:

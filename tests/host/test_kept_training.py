@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.host.trainings import same_adapter
+
 SMALL = {"resolution": 64, "steps": 2, "rank": 2, "alpha": 2.0, "previews": 0, "seed": 3, "file_name": "kept"}
 
 
@@ -19,11 +21,6 @@ class Run(NamedTuple):
     adapter: Any
     losses: list[float]
     previews: torch.Tensor
-
-
-@pytest.fixture(scope="module")
-def sd15(load_checkpoint):
-    return load_checkpoint("sd15")
 
 
 @pytest.fixture
@@ -70,11 +67,6 @@ def states(folder: Path) -> list[str]:
     return sorted(path.stem.split("-", 1)[1].lstrip("0") for path in (folder / "training_states").glob("*.pt"))
 
 
-def same(a: Any, b: Any) -> bool:
-    ours, theirs = ({**x.lora.state_dict(), **x.token_embedding} for x in (a, b))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
 # --- queued again -----------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +75,7 @@ def test_queued_again_takes_no_step_and_writes_nothing(run, folder):
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     again = run(gradient_checkpointing=True, precision="fp32", previews=1)
     assert (first.steps, again.steps) == (2, 0)
-    assert again.losses == first.losses and same(again.adapter, first.adapter) and again.adapter.name == "kept"
+    assert again.losses == first.losses and same_adapter(again.adapter, first.adapter) and again.adapter.name == "kept"
     assert again.previews.shape == (1, 64, 64, 3)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")} == before
     assert states(folder) == ["2-finished"]
@@ -92,7 +84,7 @@ def test_queued_again_takes_no_step_and_writes_nothing(run, folder):
 def test_another_file_name_is_a_copy(run, folder):
     first = run()
     copied = run(file_name="sub/copy")
-    assert copied.steps == 0 and copied.adapter.name == "copy" and same(copied.adapter, first.adapter)
+    assert copied.steps == 0 and copied.adapter.name == "copy" and same_adapter(copied.adapter, first.adapter)
     assert adapters(folder) == ["kept.safetensors", "sub/copy.safetensors"]
     assert load_file(folder / "kept.safetensors").keys() == load_file(folder / "sub/copy.safetensors").keys()
 
@@ -118,7 +110,7 @@ def test_file_that_was_deleted_comes_again_and_one_that_was_changed_stays(run, f
     first = run()
     (folder / "kept.safetensors").write_bytes(b"precious")
     second = run()
-    assert second.steps == 0 and second.adapter.name == "kept_00002" and same(second.adapter, first.adapter)
+    assert second.steps == 0 and second.adapter.name == "kept_00002" and same_adapter(second.adapter, first.adapter)
     assert (folder / "kept.safetensors").read_bytes() == b"precious"
     (folder / "kept.safetensors").unlink()
     assert run().adapter.name == "kept_00002"  # a gap does not hide it
@@ -132,7 +124,7 @@ def test_more_steps_go_on_and_give_what_that_number_gives_at_once(run, folder):
     shutil.rmtree(folder)
     at_once = run(steps=5)
     assert (longer.steps, at_once.steps) == (3, 5)
-    assert longer.losses == at_once.losses and same(longer.adapter, at_once.adapter)
+    assert longer.losses == at_once.losses and same_adapter(longer.adapter, at_once.adapter)
 
 
 def test_fewer_steps_begin_anew_and_leave_the_longer_training(run, folder, caplog):
@@ -142,8 +134,8 @@ def test_fewer_steps_begin_anew_and_leave_the_longer_training(run, folder, caplo
     assert states(folder) == ["2-finished", "3-finished"]
     again = run(steps=3), run(steps=2)
     assert [found.steps for found in again] == [0, 0]
-    assert same(again[0].adapter, longer.adapter) and same(again[1].adapter, shorter.adapter)
-    assert not same(longer.adapter, shorter.adapter)
+    assert same_adapter(again[0].adapter, longer.adapter) and same_adapter(again[1].adapter, shorter.adapter)
+    assert not same_adapter(longer.adapter, shorter.adapter)
 
 
 def test_another_training_takes_its_steps(run):
@@ -183,7 +175,7 @@ def test_whatever_fails_after_the_last_step_loses_nothing(run, folder, sd15, mon
     assert again.steps == 0 and adapters(folder) == ["kept.safetensors"]
     shutil.rmtree(folder)
     undisturbed = run()
-    assert undisturbed.steps == 2 and same(again.adapter, undisturbed.adapter)
+    assert undisturbed.steps == 2 and same_adapter(again.adapter, undisturbed.adapter)
 
 
 def test_class_word_is_not_encoded_after_the_last_step(run, sd15, monkeypatch):
@@ -254,7 +246,7 @@ def test_two_servers_on_one_folder_end_with_one_file(run, folder, tmp_path, monk
             shutil.copytree(other, folder, dirs_exist_ok=True)
 
     found = run(at_step=other_ends)
-    assert found.steps == 2 and same(found.adapter, first.adapter)
+    assert found.steps == 2 and same_adapter(found.adapter, first.adapter)
     assert adapters(folder) == ["kept.safetensors"] and states(folder) == ["2-finished"]
 
 

@@ -13,13 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.host.adapters import base_model, conditioning, make_adapter, make_prompt, sample
-
-
-@pytest.fixture(scope="module")
-def folder(comfy_host, pack_nodes) -> Path:
-    found = comfy_host.base / "models/sa_inject"
-    found.mkdir(exist_ok=True)
-    return found
+from tests.host.learned_words import encoded
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +22,8 @@ def embeddings(comfy_host) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clip(load_checkpoint):
-    return load_checkpoint("sd15")[1]
+def clip(sd15_clip):
+    return sd15_clip
 
 
 @pytest.fixture
@@ -67,10 +61,6 @@ def fingerprint(pack_nodes):
 
 
 # --- the word -------------------------------------------------------------------------------------------------------
-
-
-def encoded(comfy_host, clip, text: str) -> torch.Tensor:
-    return comfy_host.execute("CLIPTextEncode", clip=clip, text=text)[0][0][0]
 
 
 def test_another_word_at_loading_time_means_the_subject(comfy_host, write, load, clip, caplog):

@@ -13,11 +13,6 @@ TRAIN, ENCODE = "Train SA-Inject Adapter", "Encode Image Prompt"
 
 
 @pytest.fixture(scope="module")
-def sd15(load_checkpoint):
-    return load_checkpoint("sd15")
-
-
-@pytest.fixture(scope="module")
 def encode(comfy_host, pack_nodes, sd15):
     def run(images, mask, **inputs):
         inputs = {"images": images, "vae": sd15[2], "resolution": 64, "mask": mask, **inputs}

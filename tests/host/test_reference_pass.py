@@ -203,12 +203,6 @@ def test_the_lora_of_these_tests_can_be_seen(truth):
     assert worst_error(expected_bank(load(true.model), without, true.prompt), true.bank) > 0.1
 
 
-@pytest.fixture
-def own_model(comfy_host):
-    """A model that no other test shares, for loading it in unusual ways."""
-    return comfy_host.load_checkpoint("sd15")[0]
-
-
 def with_user_lora(model: Any, strength: float = 0.8) -> Any:
     """A LoRA of another pack on self-attention, cross-attention and feed-forward layers."""
     import comfy.sd

@@ -21,11 +21,6 @@ from tests.host.adapters import (
 from tests.host.test_reference_pass import call_once, worst_error
 
 
-@pytest.fixture(scope="module")
-def model(comfy_host):
-    return base_model(comfy_host, "sd15")
-
-
 def prompt_with_texts(model, *lengths: int | None) -> ImagePrompt:
     """Pictures of one size; None reads the class word of the adapter, which is 7 tokens long."""
     return ImagePrompt(

@@ -30,11 +30,6 @@ SIGMA = 5.0
 
 
 @pytest.fixture(scope="module")
-def model(comfy_host):
-    return base_model(comfy_host, "sd15")
-
-
-@pytest.fixture(scope="module")
 def positive(model):
     return conditioning(model, 11)
 

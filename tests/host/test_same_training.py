@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.host.test_train import SMALL, Checkpoint, pictures
+from tests.host.evidence import draw
+from tests.host.trainings import SMALL, Checkpoint, pictures
 
 STYLE = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_v"
 TEXT_STYLE = "lora_te_text_model_encoder_layers_0_mlp_fc1"
@@ -18,11 +19,6 @@ TEXT_STYLE = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 
 class Enough(Exception):
     """The fingerprint is known: no step needs to be taken."""
-
-
-@pytest.fixture(scope="module")
-def sd15(load_checkpoint) -> Checkpoint:
-    return Checkpoint(*load_checkpoint("sd15"))
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +115,6 @@ def test_clones_and_what_only_sampling_sees_do_not_count(sd15, usual, same_as):
 
 
 def test_drawing_in_between_does_not_count(sd15, usual, same_as, comfy_host):
-    from tests.host.test_train import draw
-
     draw(comfy_host, sd15)
     assert same_as(sd15) == usual
 

@@ -14,17 +14,11 @@ from safetensors import safe_open
 
 from tests.host.adapters import base_model, make_adapter
 from tests.host.client import PromptFailed
+from tests.host.trainings import same_adapter
 
 SMALL = {"resolution": 64, "steps": 1, "rank": 2, "alpha": 2.0, "previews": 0, "seed": 8}
 IMPOSSIBLE = ("robot?", "CON", "toys/nul", "a|b", "robot.", "toys /robot", "toys./robot", "a\tb", "x" * 201, "a\ud800")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="/sys is where nobody may write, not even root")
-
-
-@pytest.fixture(scope="module")
-def folder(comfy_host, pack_nodes) -> Path:
-    found = comfy_host.base / "models/sa_inject"
-    found.mkdir(exist_ok=True)
-    return found
 
 
 @pytest.fixture
@@ -35,11 +29,6 @@ def adapter(comfy_host) -> Any:
 @pytest.fixture
 def save(comfy_host, folder) -> Callable[..., Any]:
     return lambda adapter, name: comfy_host.execute("SaveSAInjectAdapter", adapter=adapter, file_name=name)[0]
-
-
-@pytest.fixture(scope="module")
-def sd15(load_checkpoint):
-    return load_checkpoint("sd15")
 
 
 @pytest.fixture
@@ -103,11 +92,6 @@ def no_file_above(size: int) -> Iterator[None]:
 def files(folder: Path) -> list[Path]:
     """All but what is kept of trainings."""
     return sorted(path for path in folder.rglob("*") if "training_states" not in path.parts)
-
-
-def same(a: Any, b: Any) -> bool:
-    ours, theirs = ({**x.lora.state_dict(), **x.token_embedding} for x in (a, b))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def in_half(adapter: Any) -> Any:
@@ -226,7 +210,7 @@ def test_adapter_that_cannot_be_saved_goes_to_the_temporary_folder(train, link_t
     rescued = comfy_host.base / "temp/sa_inject/robot.safetensors"
     assert texts[-1].startswith("NOT SAVED to models/sa_inject (") and "Permission denied" in texts[-1]
     assert str(rescued) in texts[-1] and "move it" in texts[-1]
-    assert same(load_adapter(rescued), adapter) and len(loss_map["loss"]) == 1
+    assert same_adapter(load_adapter(rescued), adapter) and len(loss_map["loss"]) == 1
 
 
 @pytest.mark.parametrize("trouble", ["disk", "rename"])
@@ -252,7 +236,7 @@ def test_adapter_that_can_be_saved_nowhere_is_still_there(
     for place in (folder, comfy_host.base / "temp"):
         assert not [path for path in place.rglob("*") if "no room" in path.name or path.suffix == ".part"]
     comfy_host.execute("CLIPTextEncode", clip=clip, text="sainj")
-    assert same(save(adapter, f"made room {trouble}"), adapter)
+    assert same_adapter(save(adapter, f"made room {trouble}"), adapter)
 
 
 # --- SaveSAInjectAdapter ----------------------------------------------------------------------------------------------
@@ -262,7 +246,7 @@ def test_saved_adapter_is_the_one_that_load_finds(save, adapter, comfy_host):
     saved = save(adapter, "sub/saved")
     assert saved.name == "saved" and adapter.name != "saved"  # the one that came in keeps its own
     loaded, _ = comfy_host.execute("LoadSAInjectAdapter", adapter_name=str(Path("sub/saved.safetensors")))
-    assert same(loaded, in_half(adapter)) and loaded.info == adapter.info
+    assert same_adapter(loaded, in_half(adapter)) and loaded.info == adapter.info
 
 
 def test_file_that_holds_the_adapter_already_is_used(save, adapter, folder, comfy_host):

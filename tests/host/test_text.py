@@ -14,11 +14,6 @@ from tests.host.learned_words import encoder_of_prompts, same, teach, vectors
 
 
 @pytest.fixture(scope="module")
-def sd15_clip(load_checkpoint):
-    return load_checkpoint("sd15")[1]
-
-
-@pytest.fixture(scope="module")
 def sdxl(load_checkpoint):
     return load_checkpoint("sdxl")
 
@@ -273,12 +268,12 @@ def test_word_of_several_tokens_begins_as_their_mean(sdxl):
     clip = sdxl[1]
     found = initial_token_embedding(clip, "teddy bear plushie", 2)
     assert found.keys() == {"clip_l", "clip_g"}
-    for name, vectors in found.items():
+    for name, initial in found.items():
         ids = clip.tokenize("teddy bear plushie")[name.removeprefix("clip_")][0][1:]
         words = list(itertools.takewhile(lambda token: token != 49407, (token for token, _ in ids)))
         assert len(words) > 2
         table = getattr(clip.cond_stage_model, name).transformer.text_model.embeddings.token_embedding.weight
-        assert torch.allclose(vectors, table[words].float().mean(0).expand(2, -1), atol=1e-6)
+        assert torch.allclose(initial, table[words].float().mean(0).expand(2, -1), atol=1e-6)
 
 
 def test_texts_that_sdxl_encodes_together_keep_their_pooled_vectors(sdxl):

@@ -4,13 +4,8 @@ import pytest
 import torch
 
 from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage  # pyright: ignore[reportMissingImports]
-from tests.host.adapters import apply, base_model, load, make_adapter, random, relative_error
+from tests.host.adapters import apply, load, make_adapter, random, relative_error
 from tests.host.test_reference_pass import call_once
-
-
-@pytest.fixture(scope="module")
-def model(comfy_host):
-    return base_model(comfy_host, "sd15")
 
 
 def spot(value: float) -> torch.Tensor:

@@ -12,35 +12,19 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-SMALL = {
-    "placeholder_token": "sainj",
-    "class_word": "toy",
-    "resolution": 64,
-    "steps": 1,
-    "lora_learning_rate": 1e-3,
-    "token_learning_rate": 1e-3,
-    "rank": 2,
-    "alpha": 2.0,
-    "previews": 0,
-    "seed": 1,
-    "file_name": "test_train",
-}
+from tests.host.evidence import (
+    Evidence,
+    assert_unchanged,
+    draw,
+    modules_of,
+    patches_of,
+    same_bytes,
+    weights_of,
+)
+from tests.host.trainings import SMALL, Checkpoint, pictures, tensors_of
+
 STEPS = 4  # the last to move is lora_A of the keys, from the third step on
 LEARNING_STEPS = {"sd15": 8, "sd15_inpaint": 2, "sd2": 2, "sd2_v": 4, "sdxl": 6}
-
-
-class Checkpoint(NamedTuple):
-    model: Any
-    clip: Any
-    vae: Any
-
-
-class Evidence(NamedTuple):
-    """Everything about a checkpoint that training must not change."""
-
-    weights: dict[str, torch.Tensor]
-    patches: dict[str, Any]
-    picture: torch.Tensor
 
 
 class Trained(NamedTuple):
@@ -50,15 +34,6 @@ class Trained(NamedTuple):
     previews: torch.Tensor
     metadata: dict[str, str]
     tensors: dict[str, torch.Tensor]
-
-
-def pictures(count: int, height: int = 64, width: int = 64, channels: int = 3) -> torch.Tensor:
-    """A bright square on a darker, noisy ground, somewhere else in every picture. (count, h, w, c) in 0..1"""
-    generator = torch.Generator().manual_seed(3)
-    images = 0.4 * torch.rand(count, height, width, channels, generator=generator)
-    for number, image in enumerate(images):
-        image[8 + 8 * number : 32 + 8 * number, 12:44, :2] = 0.9
-    return images
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +61,6 @@ def evidence(comfy_host) -> Callable[[Checkpoint], Evidence]:
 
 
 @pytest.fixture(scope="module")
-def sd15(load_checkpoint) -> Checkpoint:
-    return Checkpoint(*load_checkpoint("sd15"))
-
-
-@pytest.fixture(scope="module")
 def before(comfy_host, sd15, evidence) -> Evidence:
     """How the checkpoint was when it had drawn a picture and trained nothing."""
     draw(comfy_host, sd15)
@@ -100,83 +70,6 @@ def before(comfy_host, sd15, evidence) -> Evidence:
 @pytest.fixture(scope="module")
 def trained(sd15, before, run) -> Trained:
     return run(sd15, steps=STEPS)
-
-
-def draw(comfy_host, checkpoint: Checkpoint) -> torch.Tensor:
-    model, clip, vae = checkpoint
-    (positive,) = comfy_host.execute("CLIPTextEncode", clip=clip, text="a toy on a table")
-    (negative,) = comfy_host.execute("CLIPTextEncode", clip=clip, text="")
-    (latent,) = comfy_host.execute("EmptyLatentImage", width=64, height=64)
-    sampled = {"positive": positive, "negative": negative, "latent_image": latent, "seed": 1, "steps": 2, "cfg": 4.0}
-    (samples,) = comfy_host.execute("KSampler", model=model, **sampled)
-    return comfy_host.execute("VAEDecode", samples=samples, vae=vae)[0]
-
-
-def modules_of(checkpoint: Checkpoint) -> dict[str, torch.nn.Module]:
-    return {
-        "unet": checkpoint.model.model,
-        "clip": checkpoint.clip.cond_stage_model,
-        "vae": checkpoint.vae.first_stage_model,
-    }
-
-
-def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Copies of every parameter and buffer."""
-    return {
-        f"{part} {name}": tensor.detach().clone()
-        for part, module in modules_of(checkpoint).items()
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
-
-
-def patches_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a training run could leave behind, in a form that can be compared."""
-    found: dict[str, Any] = {}
-    for part, whole in modules_of(checkpoint).items():
-        for name, module in whole.named_modules():
-            functions = [len(getattr(module, kind, ())) for kind in ("weight_function", "bias_function")]
-            found[f"{part} {name}"] = (
-                type(module).__name__,
-                "forward" in vars(module),
-                len(module._forward_hooks) + len(module._forward_pre_hooks),
-                getattr(module, "comfy_cast_weights", None),
-                "prev_comfy_cast_weights" in vars(module),
-                functions,
-            )
-        found[f"{part} with gradients"] = [name for name, p in whole.named_parameters() if p.grad is not None]
-    for part, patcher in (("unet", checkpoint.model), ("clip", checkpoint.clip.patcher)):
-        for attribute in ("model_options", "wrappers", "callbacks", "attachments", "force_cast_weights"):
-            found[f"{part} patcher {attribute}"] = repr(getattr(patcher, attribute))
-        for attribute in ("patches", "object_patches", "weight_wrapper_patches"):
-            found[f"{part} patcher {attribute}"] = sorted(getattr(patcher, attribute))
-        # What a patcher's own object patches replaced is there while it is loaded; hosts newer than 0.3.75 have such.
-        replaced = patcher.object_patches_backup.keys() - patcher.object_patches.keys()
-        found[f"{part} patcher object_patches_backup"] = sorted(replaced)
-        found[f"{part} patcher patches_uuid"] = patcher.patches_uuid
-    found["compute precision"] = checkpoint.model.model.manual_cast_dtype
-    found["tokenizer"] = checkpoint.clip.tokenizer
-    return found
-
-
-def assert_same_weights(now: dict[str, torch.Tensor], then: dict[str, torch.Tensor]) -> None:
-    assert now.keys() == then.keys()
-    assert [name for name in then if not same_bytes(now[name], then[name])] == []
-
-
-def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (a, b)))
-
-
-def assert_unchanged(now: Evidence, then: Evidence) -> None:
-    assert now.patches == then.patches
-    assert_same_weights(now.weights, then.weights)
-    assert torch.equal(now.picture, then.picture)
-
-
-def tensors_of(adapter: Any) -> dict[str, torch.Tensor]:
-    return {**adapter.lora.state_dict(), **adapter.token_embedding, "text": adapter.class_conditioning.cross_attn}
 
 
 # --- nothing else changes ---------------------------------------------------------------------------------------------

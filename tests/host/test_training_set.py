@@ -62,7 +62,7 @@ def test_picture_is_trained_in_its_own_aspect(comfy_host, height, width, size):
     assert bucket_size(height, width, 64) == size
 
 
-def test_identical_pictures_under_two_masks_stay_and_are_not_each_others_image_prompt(learned_from, caplog):
+def test_one_picture_under_two_masks_stays_and_is_not_its_own_image_prompt(learned_from, caplog):
     with caplog.at_level(logging.INFO):
         data = learned_from([picture(1), picture(1), picture(2)], [half(True), half(False), None])
     assert len(data.examples) == 3 and not data.views

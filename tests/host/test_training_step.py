@@ -17,8 +17,9 @@ from torch import Tensor
 from sa_inject.core.image_prompt import TextConditioning  # pyright: ignore[reportMissingImports]
 from sa_inject.core.kv import KV  # pyright: ignore[reportMissingImports]
 from tests.host.adapters import apply, base_model, call_unet, load, make_adapter, random, reference_text, relative_error
+from tests.host.learned_words import encoded
 from tests.host.test_reference_pass import frozen_copy, keys_and_values, merged_copy, worst_error
-from tests.host.test_train import SMALL, Checkpoint, pictures
+from tests.host.trainings import SMALL, Checkpoint, pictures
 
 CAPTIONS = ["sainj toy on grass", "a photo of sainj toy", "the sainj toy, at night"]
 PLAIN = [caption.replace("sainj", "toy") for caption in CAPTIONS]  # what the word means before it has learned
@@ -100,11 +101,6 @@ def trained(comfy_host, pack_nodes, load_checkpoint) -> Callable[..., Trained]:
         return Trained(Checkpoint(model, clip, vae), calls, losses["loss"][0], latents, adapter)
 
     return functools.cache(train)
-
-
-def encoded(comfy_host: Any, clip: Any, text: str) -> Tensor:
-    """(1, tokens, width) of the stock node."""
-    return comfy_host.execute("CLIPTextEncode", clip=clip, text=text)[0][0][0]
 
 
 def nearest(rows: Tensor, options: Sequence[Tensor]) -> list[int]:

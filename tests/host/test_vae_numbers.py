@@ -10,11 +10,6 @@ SMALL = {"resolution": 64, "steps": 1, "rank": 2, "alpha": 2.0, "file_name": "te
 CURE = "--fp32-vae"
 
 
-@pytest.fixture(scope="module")
-def sd15(load_checkpoint):
-    return load_checkpoint("sd15")
-
-
 def overflowing(vae, part: str):
     """The same VAE with larger weights in its first layers, which float16 cannot follow, as SDXL's."""
     broken = copy.copy(vae)

@@ -5,12 +5,7 @@ import logging
 import pytest
 import torch
 
-from tests.host.adapters import apply, base_model, conditioning, sample
-
-
-@pytest.fixture(scope="module")
-def model(comfy_host):
-    return base_model(comfy_host, "sd15")
+from tests.host.adapters import apply, conditioning, sample
 
 
 @pytest.fixture

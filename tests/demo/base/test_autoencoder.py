@@ -31,7 +31,7 @@ def test_pictures_become_tensors_from_0_to_1_with_rows_where_rows_were(module):
     assert torch.allclose(tensor[0, :, 0, 2], torch.tensor([1.0, 0.0, 0.0]))
 
 
-def test_a_fresh_autoencoder_is_decided_by_its_seed_and_has_latents_of_a_useful_size(module, pictures):
+def test_a_fresh_autoencoder_follows_from_its_seed_and_has_latents_of_useful_size(module, pictures):
     first, again, other = (module.new_autoencoder(seed) for seed in (3, 3, 4))
     states = [model.state_dict() for model in (first, again, other)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

@@ -28,7 +28,7 @@ def test_the_base_has_six_hundred_objects_and_those_of_the_small_world_among_the
     assert {artwork.word for artwork in objects("base", SMALL)} <= words
 
 
-def test_all_subjects_of_the_small_world_are_held_out_by_word_and_by_any_vendors_drawing():
+def test_subjects_of_the_small_world_are_held_out_by_word_and_by_drawing():
     assert set(SMALL_WORLD_HELD_OUT) <= set(HELD_OUT)
     held_words, held_files = ({getattr(a, name) for a in HELD_OUT} for name in ("word", "file"))
     assert not held_words & {artwork.word for artwork in BASE}
@@ -112,7 +112,7 @@ def downloads(cache):
     return folder
 
 
-def test_the_pack_holds_what_the_table_names_cropped_and_small_and_is_the_same_every_time(cache, downloads):
+def test_the_pack_holds_what_the_table_names_small_and_the_same_every_time(cache, downloads):
     path = fetch_artwork.make_pack(cache)
     first = path.read_bytes()
     lamp, vase = artwork_module.drawing(EMOJI), artwork_module.drawing(STAMP)
@@ -148,7 +148,7 @@ def packed(cache, monkeypatch):
     monkeypatch.setattr(world, "objects", lambda split, name: (EMOJI, OTHER))
 
 
-def test_large_scenes_show_every_drawing_of_a_word_pairs_now_and_then_and_all_backgrounds(packed):
+def test_large_scenes_show_every_drawing_some_pairs_and_all_backgrounds(packed):
     rng = np.random.RandomState(0)
     scenes = [random_large_scene(rng, (EMOJI, OTHER)) for _ in range(600)]
     assert {scene.artwork for scene in scenes} == {EMOJI, OTHER}
@@ -177,7 +177,7 @@ def test_what_is_measured_in_a_scene_of_the_large_world_is_what_it_shows(packed,
         assert measure(render(scene), MEASURABLE)[:4] == ("large", "right", colour, pattern)
 
 
-def test_a_blurred_background_is_decided_by_its_number_and_keeps_the_colour_that_captions_say(packed):
+def test_a_blurred_background_follows_from_its_number_and_keeps_its_colour(packed):
     first, again, other = (world.background("blue", "blurred", backdrop=number) for number in (3, 3, 4))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
     nearest = min(world.COLOURS, key=lambda name: np.abs(first.mean(axis=(0, 1)) - world.COLOURS[name]).sum())

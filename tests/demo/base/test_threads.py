@@ -44,7 +44,7 @@ def machine(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_each_core_that_is_busy_at_ordinary_priority_takes_a_thread_but_never_the_last(machine, spent, left):
+def test_each_core_that_others_keep_busy_takes_a_thread_but_never_the_last(machine, spent, left):
     cores = threads.FreeCores()
     machine(10, **spent)
     cores.adjust()

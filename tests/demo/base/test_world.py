@@ -173,7 +173,7 @@ def test_scenes_show_base_objects_unless_others_are_asked_for():
     assert random_scene(rng, (find("robot"),)).artwork == find("robot")
 
 
-def test_factors_are_drawn_evenly_and_plain_backgrounds_as_often_as_the_patterns_together():
+def test_factors_are_drawn_evenly_and_half_of_the_backgrounds_are_plain():
     rng = np.random.RandomState(3)
     drawn = [random_scene(rng) for _ in range(8000)]
     for field, expected in {

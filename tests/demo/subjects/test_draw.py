@@ -31,14 +31,14 @@ def test_the_shipped_pictures_are_drawn_from_their_scenes():
         assert np.abs(np.asarray(shipped).astype(int) - np.asarray(drawn)).max() <= 2  # Pillows round differently
 
 
-def test_the_shipped_captions_say_what_the_scenes_show_and_call_the_subject_by_its_placeholder():
+def test_the_shipped_captions_say_what_the_scenes_show_and_use_the_placeholder():
     for number, scene in enumerate(reference_scenes(), start=1):
         text = (FOLDER / f"{number:02}.txt").read_text().strip()
         assert text == caption(scene, word=f"{PLACEHOLDER_TOKEN} toy")
         assert SUBJECT not in text
 
 
-def test_the_pictures_show_both_sizes_and_both_sides_but_never_the_colours_that_prompts_will_ask_for():
+def test_the_pictures_show_both_sizes_and_sides_but_no_colour_that_prompts_ask_for():
     scenes = reference_scenes()
     assert {scene.size for scene in scenes} == {"small", "large"} and {s.side for s in scenes} == {"left", "right"}
     assert not {scene.colour for scene in scenes} & {"red", "cyan", "purple"}
