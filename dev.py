@@ -39,7 +39,7 @@ OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 14)
 LINK_NAME = "sa-inject"
 TORCH = ["torch", "torchvision", "torchaudio"]
 # The host imports requests and does not list it.
-DEV_TOOLS = ["requests", "pytest", "ruff", "pyright", "playwright", "matplotlib"]
+DEV_TOOLS = ["requests", "pytest", "ruff", "pyright", "playwright", "matplotlib", "prodigyopt"]
 
 # This wheel carries a whole, unmodified ComfyUI; nothing else of it is used.
 HOST = ROOT / ".comfyui"

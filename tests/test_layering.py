@@ -21,7 +21,7 @@ HOST_FOLDERS = {"nodes/host", "nodes/host/networks", "nodes/host/drawing", "node
 # folder: (layers of the pack it may import, third-party modules it may import); the standard library is free
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"core"}, TENSORS),
-    "trainer": ({"core", "trainer"}, TENSORS),
+    "trainer": ({"core", "trainer"}, TENSORS | {"prodigyopt"}),
     "nodes/host": ({"core", "trainer", "nodes/host"}, ANY_HOST),
     "nodes/host/networks": ({"core", "nodes/host/networks"}, ANY_HOST),
     "nodes/host/drawing": ({"core", "trainer", "nodes/host", "nodes/host/networks", "nodes/host/drawing"}, ANY_HOST),
@@ -103,6 +103,12 @@ def test_imports_point_up_the_table(path):
 def test_peft_is_imported_inside_functions_only(path):
     early = [node.lineno for node in imports_at_import_time(tree_of(path)) if "peft" in str(modules(node))]
     assert early == [], f"{path} imports peft when it is imported: that costs every user seconds at start"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_optional_packages_are_imported_inside_functions_only(path):
+    early = [node.lineno for node in imports_at_import_time(tree_of(path)) if "prodigyopt" in str(modules(node))]
+    assert early == [], f"{path} cannot be imported without prodigyopt, which is optional"
 
 
 @pytest.mark.parametrize("path", FILES)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..core.adapter import REFERENCE_MODES, ReferenceMode
+from .options import TrainOptions
 
 # The share of the sampling schedule before which there is no reference, neither in training nor in drawing: there the
 # layout is decided, which is the text's to say.
@@ -33,6 +34,7 @@ class TrainConfig:
     weight_decay: float = 1e-2  # of the LoRA; the token has none, decay would pull it out of the vocabulary
     max_gradient_norm: float = 1.0
     loss_scaling: bool = False  # for float16 compute, whose small gradients underflow
+    options: TrainOptions = field(default_factory=TrainOptions)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "token_vectors", "rank"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,19 +10,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .augment import random_window
+
+
+class Version(NamedTuple):
+    """A picture as it may come, too: latent (1, c, h, w), mask (h, w). A larger one comes as a part of itself."""
+
+    latent: Tensor
+    mask: Tensor | None
+
 
 @dataclass(frozen=True)
 class Example:
     """One training picture: latent (1, c, h, w) scaled as the model wants it, mask (h, w) in 0..1 in latent cells.
 
-    Every time it comes, one of its captions is drawn. Examples of the same `picture` show the same thing, under other
-    masks or saved in another way.
+    Every time it comes, one of its captions is drawn, and one of the versions for what it comes as, where there are
+    any. Examples of the same `picture` show the same thing, under other masks or saved in another way.
     """
 
     latent: Tensor
     captions: tuple[str, ...]
     mask: Tensor | None = None
     picture: int | None = None
+    as_target: tuple[Version, ...] = ()
+    as_reference: tuple[Version, ...] = ()
+
+    def drawn(self, versions: Sequence[Version], generator: torch.Generator) -> Example:
+        """With the latent and the mask of one of these versions; itself where there are none."""
+        if not versions:
+            return self
+        latent, mask = choice(versions, generator)
+        latent, mask = random_window(latent, mask, self.latent.shape[-2:], generator)
+        return dataclasses.replace(self, latent=latent, mask=mask)
 
 
 class Pair(NamedTuple):
@@ -36,11 +56,14 @@ class Pair(NamedTuple):
 class TrainingSet:
     """Pictures of one subject. `views` are augmented versions, needed when there is no other picture.
 
+    `class_pictures` show others of its kind, under captions without the learned word.
+
     The image prompt is never the picture that is denoised: identical pairs teach the model to copy.
     """
 
     examples: Sequence[Example]
     views: Sequence[Example] = ()
+    class_pictures: Sequence[Example] = ()
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -75,11 +98,13 @@ class PairStream(Iterator[Pair]):
         target = examples[place]
         others = self._data.others(place) or list(self._data.views)
         dropped = torch.rand((), generator=generator).item() < self._reference_dropout
-        reference, caption = _choice(others, generator), _choice(target.captions, generator)
+        reference, caption = choice(others, generator), choice(target.captions, generator)
+        target = target.drawn(target.as_target, generator)
+        reference = reference.drawn(reference.as_reference, generator)
         return Pair(target, caption, None if dropped else reference)
 
 
-def _choice(options: Sequence, generator: torch.Generator):
+def choice(options: Sequence, generator: torch.Generator):
     return options[int(torch.randint(len(options), (), generator=generator))]
 
 

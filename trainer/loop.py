@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
-from ..core.image_prompt import TextConditioning, stack_conditionings
+from ..core.image_prompt import TextConditioning
 from ..core.lora import SelfAttentionLoRA
+from .average import PolynomialAverage
 from .config import TrainConfig
 from .denoiser import Denoiser
-from .examples import Example, Pair, TrainingSet, group_by_shape
-from .objective import prediction_loss
+from .examples import Pair, TrainingSet, group_by_shape
+from .losses import Loss, PairLosses
+from .noised import NoisedPairs, noised_pairs
+from .optimizers import build_optimizer, build_schedule
+from .prior import ClassPairs
+from .workers import Alone, Workers, sum_gradients
 
 
 class Step(NamedTuple):
@@ -40,7 +44,11 @@ class Training(Iterator[Step]):
 
     `apply_average` is for the end: it puts the average of what the steps came to in the place of what the last one did.
     `state_dict` is all that another run over the same things needs to go on as this one would have, bit for bit.
+    `max_rows` is how many pairs are denoised at once, None for a whole batch: less memory, and the same step but for
+    rounding. It may change between steps.
     """
+
+    max_rows: int | None = None
 
     def __init__(
         self,
@@ -52,36 +60,33 @@ class Training(Iterator[Step]):
         config: TrainConfig,
         device: torch.device,
         compute_dtype: torch.dtype = torch.float32,
+        workers: Workers | None = None,
     ) -> None:
         """`reference_caption` is what the reference pass reads: without the learned word, so that it is encoded only
-        once."""
+        once. `workers` are the processes that share every batch, given the same of everything else."""
         self.losses: list[float] = []  # of every step that is done
         self.overflows = 0  # batches that gave no step, for their gradients overflowed in float16
-        self._denoiser = denoiser
-        self._lora = lora
         self._config = config
         self._device = device
-        self._compute_dtype = compute_dtype
         self._create_trainables = nn.ParameterList([*lora.parameters(), *tokens])
         self._average = (
             None if config.average_power is None else PolynomialAverage(self._create_trainables, config.average_power)
         )
-        self._trains_token_embedding = config.token_learning_rate > 0
+        self._tokens = list(tokens)
+        self._token_norms = [token.detach().norm(dim=-1, keepdim=True) for token in tokens]
+        self._workers = workers or Alone()
         for token in tokens:
-            token.requires_grad_(self._trains_token_embedding)
-        self._texts: dict[str, TextConditioning] = {}  # of captions, where the word does not learn
+            token.requires_grad_(config.token_learning_rate > 0)
         self._sigmas = denoiser.sigmas.cpu()  # ascending
-        with torch.no_grad():
-            self._reference_text = denoiser.encode([reference_caption])
+        has_class_pictures = len(getattr(data, "class_pictures", ())) > 0
+        self._losses = PairLosses(denoiser, lora, reference_caption, config, device, compute_dtype, has_class_pictures)
         self._generator = torch.Generator().manual_seed(config.seed)
         self._pairs = data.pairs(config.reference_dropout, self._generator)
+        uses_class_pictures = has_class_pictures and config.options.prior_weight > 0
+        self._class_pairs = ClassPairs(data, self._generator) if uses_class_pictures else None
         self._rng_state = self._capture_rng_state()  # as the last whole step left it
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": lora.parameters(), "lr": config.lora_learning_rate, "weight_decay": config.weight_decay},
-                {"params": list(tokens), "lr": config.token_learning_rate, "weight_decay": 0.0},
-            ]
-        )
+        self._optimizer = build_optimizer(config, lora.parameters(), self._tokens)
+        self._schedule = build_schedule(self._optimizer, config)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.loss_scaling)
         self._scale = self._scaler.state_dict()  # as the last whole step left it
 
@@ -93,8 +98,11 @@ class Training(Iterator[Step]):
         if len(self.losses) >= self._config.steps:
             raise StopIteration
         number = len(self.losses) + 1
+        if number > self._config.options.token_freeze_after * self._config.steps:
+            self._freeze_tokens()
         for _ in range(OVERFLOWS_IN_A_ROW):
             loss = sum(self._accumulate_gradients() for _ in range(self._config.gradient_accumulation))
+            loss = sum_gradients(self._create_trainables, loss, self._workers)
             if not math.isfinite(loss):
                 raise DivergedError(
                     f"The loss became {loss} at step {number}. Lower the learning rates, or choose a wider precision."
@@ -108,6 +116,8 @@ class Training(Iterator[Step]):
                 "so nothing can be learned. Choose the precision bf16 or fp32."
             )
         self.losses.append(loss)
+        if self._schedule is not None:
+            self._schedule.step()
         if self._average is not None:
             self._average.update_parameters(self._create_trainables)
         self._rng_state, self._scale = self._capture_rng_state(), self._scaler.state_dict()
@@ -120,7 +130,8 @@ class Training(Iterator[Step]):
         """
         config = self._config
         if all(parameter.grad is None for parameter in self._create_trainables):
-            return True  # a word alone that does not learn
+            self._optimizer.step()  # of nothing: a word alone that does not learn
+            return True
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._create_trainables, config.max_gradient_norm)
         is_finite = bool(torch.isfinite(norm))
@@ -130,17 +141,42 @@ class Training(Iterator[Step]):
             self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._losses.trains_token_embedding:
+            self._restore_token_norms()
         return is_finite
+
+    def _freeze_tokens(self) -> None:
+        self._losses.trains_token_embedding = False
+        for token in self._tokens:
+            token.requires_grad_(False)
+
+    def _restore_token_norms(self) -> None:
+        """Scale every vector of the word to the length that it began with, where that is wanted.
+
+        An embedding that grows drowns the rest of a prompt.
+        """
+        if not self._config.options.keep_token_norm:
+            return
+        with torch.no_grad():
+            for token, norm in zip(self._tokens, self._token_norms, strict=True):
+                token.mul_(norm / token.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(token.dtype).tiny))
 
     @property
     def reference_text(self) -> TextConditioning:
         """What the reference pass reads, encoded; it is the same from the first step to the last."""
-        return self._reference_text
+        return self._losses.reference_text
 
     def apply_average(self) -> None:
         """Let the trainables be their average over the steps, where one is kept."""
         if self._average is not None:
             self._create_trainables.load_state_dict(self._average.module.state_dict())
+            self._restore_token_norms()
+
+    @property
+    def learning_rates(self) -> tuple[float, float]:
+        """Of the LoRA and of the word in the next step; Prodigy's as it has estimated them so far."""
+        lora, tokens = (group["lr"] * group.get("d", 1.0) for group in self._optimizer.param_groups)
+        return lora, tokens if self._losses.trains_token_embedding else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last whole step left everything: numbers, lists and tensors, as torch.load(weights_only=True)
@@ -151,6 +187,7 @@ class Training(Iterator[Step]):
             "trainables": self._create_trainables.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            "schedule": None if self._schedule is None else self._schedule.state_dict(),
             "scaler": self._scale,
             "generator": random,
             "waiting": list(waiting),
@@ -162,84 +199,58 @@ class Training(Iterator[Step]):
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._schedule is not None:
+            self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
         self._scale = state["scaler"]
         self._generator.set_state(state["generator"])
         self._pairs.waiting = list(state["waiting"])
         self.losses = list(state["losses"])
         self._rng_state = self._capture_rng_state()
+        self._optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way
 
     def _capture_rng_state(self) -> tuple[Tensor, list[int]]:
         return self._generator.get_state(), list(self._pairs.waiting)
 
     def _accumulate_gradients(self) -> float:
-        """Add up the gradients of one batch; its loss."""
-        config, total = self._config, 0.0
+        """Add up the gradients of this process's part of one batch, and of as many class pictures; its loss."""
+        config = self._config
+        with_reference = (1 - config.reference_start) * len(self._sigmas)  # noise levels, from the lowest
         batch = list(itertools.islice(self._pairs, config.batch_size))
         levels = torch.randint(len(self._sigmas), (len(batch),), generator=self._generator)  # uniform, as the model's
-        batch = _drop_references_at_high_noise(batch, levels, (1 - config.reference_start) * len(self._sigmas))
-        for places in group_by_shape(batch):
-            group, sigma = [batch[place] for place in places], self._sigmas[levels[places]].to(self._device)
-            share = len(group) / len(batch) / config.gradient_accumulation
-            loss = share * self._group_loss(group, sigma)
-            if loss.requires_grad:  # not without a reference where the word does not learn
-                self._scaler.scale(loss).backward()
-            total += loss.item()
+        batch = _drop_references_at_high_noise(batch, levels, with_reference)
+        batch = _drop_captions(batch, config.options.caption_dropout, self._generator)
+        total = self._backward(batch, levels, 1.0, self._losses.of_pairs)
+        if self._class_pairs is not None:
+            batch = list(itertools.islice(self._class_pairs, config.batch_size))
+            levels = torch.randint(math.ceil(with_reference), (len(batch),), generator=self._generator)
+            total += self._backward(batch, levels, config.options.prior_weight, self._losses.of_class_pairs)
         return total
 
-    def _group_loss(self, group: Sequence[Pair], sigma: Tensor) -> Tensor:
-        """Mean loss of pairs that have one shape, noised to sigma (b,). -> ()"""
-        denoiser, device = self._denoiser, self._device
-        targets = [pair.target for pair in group]
-        captions = [pair.caption for pair in group]
-        references = [pair.reference for pair in group if pair.reference is not None]
-        latent = _stack(targets, device)  # (b, c, h, w)
-        noisy = denoiser.add_noise(latent, self._noise_like(latent), sigma)
+    def _backward(
+        self, batch: Sequence[Pair], levels: Tensor, weight: float, losses: Callable[[NoisedPairs], Iterator[Loss]]
+    ) -> float:
+        """Add up the gradients of these pairs at these noise levels; their mean loss, times the weight."""
+        total = 0.0
+        for places in group_by_shape(batch):
+            group, sigma = [batch[place] for place in places], self._sigmas[levels[places]].to(self._device)
+            for part in self._parts(noised_pairs(group, sigma, self._config.reference_mode, self._generator)):
+                share = weight * (len(part.pairs) / len(batch) / self._config.gradient_accumulation)
+                # One after the other, and each graph is gone before the next is built: memory for one is enough.
+                for loss, shares_its_graph in losses(part):
+                    loss = share * loss
+                    if loss.requires_grad:  # not without a reference where the word does not learn
+                        self._scaler.scale(loss).backward(retain_graph=shares_its_graph)
+                    total += loss.item()
+                    del loss
+        return total
 
-        bank = None
-        if references:
-            bank = denoiser.read_reference(
-                *self._reference_input(references, sigma),
-                text=_repeat(self._reference_text, len(group)),
-                mask=_stack_masks(references, device),
-                deltas=self._lora.deltas(device, self._compute_dtype),
-            )
-        denoised = denoiser.denoise(noisy, sigma, self._encode_captions(captions), bank)
-        mask, scale = _stack_masks(targets, device), denoiser.output_scale(sigma)
-        return prediction_loss(denoised, latent, scale, None if mask is None else mask[:, None]).mean()
-
-    def _encode_captions(self, captions: Sequence[str]) -> TextConditioning:
-        """Captions as the text encoder reads them, a row each; where the word does not learn, each only once."""
-        if self._trains_token_embedding:
-            return self._denoiser.encode(captions)
-        with torch.no_grad():
-            for caption in captions:
-                if caption not in self._texts:
-                    self._texts[caption] = self._denoiser.encode([caption])
-        return stack_conditionings([self._texts[caption] for caption in captions])
-
-    def _reference_input(self, references: Sequence[Example], sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        latent = _stack(references, self._device)
-        if self._config.reference_mode == "clean":
-            return latent, None
-        # Noise of its own: shared noise would tell the model where the reference's details go.
-        return self._denoiser.add_noise(latent, self._noise_like(latent), sigma), sigma
-
-    def _noise_like(self, latent: Tensor) -> Tensor:
-        return torch.randn(latent.shape, generator=self._generator).to(latent)
-
-
-class PolynomialAverage(AveragedModel):
-    """Polynomial-decay averaging (Shamir and Zhang, 2013, section 4): step t counts about as t to that power.
-
-    With a high learning rate the steps go around what they look for, and their average is nearer to it than the last.
-    """
-
-    def __init__(self, trainables: nn.ParameterList, power: float) -> None:
-        def averaged(average: Tensor, parameter: Tensor, count: Tensor | int) -> Tensor:
-            return average.lerp(parameter, (power + 1) / (power + 1 + int(count)))
-
-        super().__init__(trainables, avg_fn=averaged)
+    def _parts(self, group: NoisedPairs) -> Iterator[NoisedPairs]:
+        """The rows that are this process's to compute, as many at once as there may be."""
+        mine = range(len(group.pairs))[self._workers.rank :: self._workers.count]
+        at_once = self.max_rows or len(group.pairs)
+        for first in range(0, len(mine), at_once):
+            yield group.rows(mine[first : first + at_once])
 
 
 def _drop_references_at_high_noise(batch: Sequence[Pair], levels: Tensor, first: float) -> list[Pair]:
@@ -250,22 +261,9 @@ def _drop_references_at_high_noise(batch: Sequence[Pair], levels: Tensor, first:
     ]
 
 
-def _stack(examples: Sequence[Example], device: torch.device) -> Tensor:
-    return torch.cat([example.latent for example in examples]).to(device, torch.float32)  # (b, c, h, w)
-
-
-def _stack_masks(examples: Sequence[Example], device: torch.device) -> Tensor | None:
-    """Masks where there are any, ones for the pictures without. -> (b, h, w) or None"""
-    if all(example.mask is None for example in examples):
-        return None
-    masks = [torch.ones(example.latent.shape[-2:]) if example.mask is None else example.mask for example in examples]
-    return torch.stack(masks).to(device, torch.float32)
-
-
-def _repeat(text: TextConditioning, rows: int) -> TextConditioning:
-    cross_attn, pooled, lengths = text
-    return TextConditioning(
-        cross_attn.expand(rows, *cross_attn.shape[1:]),
-        None if pooled is None else pooled.expand(rows, *pooled.shape[1:]),
-        None if lengths is None else lengths * rows,
-    )
+def _drop_captions(batch: Sequence[Pair], share: float, generator: torch.Generator) -> list[Pair]:
+    """Let about this share of the pairs have an empty caption. Nothing is drawn where none is to have one."""
+    if share == 0:
+        return list(batch)
+    dropped = torch.rand(len(batch), generator=generator) < share
+    return [pair._replace(caption="") if drop else pair for pair, drop in zip(batch, dropped.tolist(), strict=True)]

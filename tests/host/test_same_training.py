@@ -427,3 +427,35 @@ def test_training_stopped_at_another_clip_skip_begins_anew(sd15, comfy_host, pac
         assert not any("goes on from there" in message for message in caplog.messages)
         assert train(Checkpoint(*load_checkpoint("sd15"))) == 1
     assert any("stopped at step 1, and goes on from there" in message for message in caplog.messages)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_option_counts_where_it_is_chosen_and_nowhere_else():
+    from sa_inject.nodes.host.learning.fingerprint import _settings
+    from sa_inject.trainer.config import TrainConfig
+    from sa_inject.trainer.options import TrainOptions
+
+    usual = _settings(TrainConfig())
+    assert not {field.name for field in dataclasses.fields(TrainOptions)} & set(usual)
+    others = {"optimizer": "prodigy", "schedule": "linear", "warmup_steps": 3, "horizontal_flips": True}
+    for field in dataclasses.fields(TrainOptions):
+        value = others.get(field.name, True if isinstance(field.default, bool) else 0.5)
+        found = _settings(TrainConfig(options=TrainOptions(**{field.name: value})))
+        assert found.pop(field.name) == value
+        found.pop("steps", None)
+        assert found == usual, field.name
+
+
+def test_number_of_steps_counts_where_it_changes_them():
+    from sa_inject.nodes.host.learning.fingerprint import _settings
+    from sa_inject.trainer.config import TrainConfig
+    from sa_inject.trainer.options import TrainOptions
+
+    def differ(**options) -> bool:
+        one, other = (_settings(TrainConfig(steps=steps, options=TrainOptions(**options))) for steps in (10, 20))
+        return one != other
+
+    assert differ(schedule="cosine") and differ(schedule="linear") and differ(token_freeze_after=0.5)
+    assert not differ(warmup_steps=5) and not differ(prior_weight=1.0)

@@ -39,7 +39,7 @@ class TinyDenoiser:
 
     def _caption(self, caption: str) -> Tensor:
         words = caption.split()[:TEXT_LENGTH]
-        vectors = [self.token[0] if word == PLACEHOLDER else word_vector(word) for word in words]
+        vectors = [self.token[0] if word == PLACEHOLDER else word_vector(word) for word in words or ["nothing"]]
         return F.pad(torch.stack(vectors), (0, 0, 0, TEXT_LENGTH - len(vectors)))  # (tokens, width)
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ....trainer.config import TrainConfig
 from ....trainer.examples import Example, TrainingSet
+from ....trainer.options import TrainOptions
 from ..networks.unet import clean_reference_sigma
 from .plain_weights import ORIGINAL
 
@@ -48,11 +49,13 @@ def training_fingerprint(
     patcher, clip: loaded, the latter with the learned word as it is before the first step.
     names: what the finished adapter says of itself.
     """
-    settings = dataclasses.asdict(config)
-    del settings["steps"]  # at how many steps a training ends changes none of them
+    settings = _settings(config)
     digest = Digest()
     digest.add([FORMAT, torch.__version__, patcher.load_device.type, str(dtype), settings, dict(names)])
-    for examples in (data.examples, data.views):
+    class_pictures = (
+        [data.class_pictures] if data.class_pictures else []
+    )  # nothing where there are none, as in format 2
+    for examples in (data.examples, data.views, *class_pictures):
         digest.add(len(examples))
         for example in examples:
             _add_example(digest, example, clip)
@@ -154,13 +157,32 @@ def samples(tensor: Tensor, count: int) -> Tensor:
     return torch.view_as_real(flat).flatten().float() if flat.is_complex() else flat.float()
 
 
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What the steps are told. An option that is off is not told, so that later options make no other training."""
+    settings = dataclasses.asdict(config)
+    if not config.options.depends_on_steps:
+        del settings["steps"]  # at how many steps a training ends changes none of them
+    usual = dataclasses.asdict(TrainOptions())
+    chosen = {name: value for name, value in settings.pop("options").items() if value != usual[name]}
+    return {**settings, **chosen}
+
+
 def _add_example(digest: Digest, example: Example, clip: Any) -> None:
-    digest.add_whole(example.latent)
-    if example.mask is None:
+    _add_picture(digest, example.latent, example.mask)
+    digest.add([[clip.tokenize(caption) for caption in example.captions], example.picture])
+    for versions in (example.as_target, example.as_reference):
+        if versions:
+            digest.add(len(versions))
+        for version in versions:
+            _add_picture(digest, *version)
+
+
+def _add_picture(digest: Digest, latent: Tensor, mask: Tensor | None) -> None:
+    digest.add_whole(latent)
+    if mask is None:
         digest.add(None)
     else:
-        digest.add_whole(example.mask)
-    digest.add([[clip.tokenize(caption) for caption in example.captions], example.picture])
+        digest.add_whole(mask)
 
 
 def _add_model(digest: Digest, patcher: Any, skipped: tuple[str, ...]) -> None:

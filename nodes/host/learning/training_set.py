@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ....trainer.examples import Example, TrainingSet
+from ....trainer.examples import Example, TrainingSet, Version
 from ....trainer.views import augmented_views
 from ..images import bucket_size, cover, encode_picture
 from ..masks import check_leaves_something, keeps_something, resized_mask
@@ -134,8 +134,15 @@ def _example(
 def without_inference_tensors(data: TrainingSet) -> TrainingSet:
     """The same examples with tensors that autograd accepts."""
 
-    def normal(example: Example) -> Example:
-        mask = None if example.mask is None else clone_for_autograd(example.mask)
-        return Example(clone_for_autograd(example.latent), example.captions, mask, example.picture)
+    def picture(latent: Tensor, mask: Tensor | None) -> Version:
+        return Version(clone_for_autograd(latent), None if mask is None else clone_for_autograd(mask))
 
-    return TrainingSet([normal(e) for e in data.examples], [normal(v) for v in data.views])
+    def normal(example: Example) -> Example:
+        latent, mask = picture(example.latent, example.mask)
+        as_target = tuple(picture(*version) for version in example.as_target)
+        as_reference = tuple(picture(*version) for version in example.as_reference)
+        return Example(latent, example.captions, mask, example.picture, as_target, as_reference)
+
+    return TrainingSet(
+        *([normal(one) for one in examples] for examples in (data.examples, data.views, data.class_pictures))
+    )

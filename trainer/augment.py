@@ -1,0 +1,47 @@
+"""Pictures changed a little each time they come, so that their places, sides and colours are not learned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LEAST_COVER = 0.1  # of one cell: a window that shows no more than that of the subject is not drawn
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def random_window(
+    latent: Tensor, mask: Tensor | None, size: tuple[int, int], generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """A part of a latent (1, c, h, w) and of its mask (h, w), of the given size, that shows some of the subject.
+
+    Every place where it does is as likely as another. Where there is none, the middle.
+    """
+    height, width = size
+    rows, columns = latent.shape[-2] - height + 1, latent.shape[-1] - width + 1
+    if rows * columns == 1:
+        return latent, mask
+    if mask is None:
+        allowed = torch.ones(rows, columns)
+    else:
+        allowed = F.max_pool2d(mask[None, None].float(), (height, width), stride=1)[0, 0] >= LEAST_COVER
+    places = allowed.nonzero()  # (places, 2)
+    chosen = int(torch.randint(max(1, len(places)), (), generator=generator))
+    top, left = places[chosen].tolist() if len(places) else (rows // 2, columns // 2)
+    part = (..., slice(top, top + height), slice(left, left + width))
+    return latent[part], None if mask is None else mask[part]
+
+
+def jittered(picture: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """A picture (1, 3, h, w) in 0..1 in other colours: brightness, contrast and saturation by up to 1 +- amount."""
+    brightness, contrast, saturation = (1 + amount * (2 * torch.rand(3, generator=generator) - 1)).tolist()
+    picture = (picture * brightness).clamp(0, 1)
+    grey = _luminance(picture)
+    picture = (grey.mean() + contrast * (picture - grey.mean())).clamp(0, 1)
+    grey = _luminance(picture)
+    return (grey + saturation * (picture - grey)).clamp(0, 1)
+
+
+def _luminance(picture: Tensor) -> Tensor:
+    weights = torch.tensor(LUMINANCE).to(picture).view(1, 3, 1, 1)
+    return (picture * weights).sum(dim=1, keepdim=True)  # (1, 1, h, w)

@@ -1,0 +1,54 @@
+"""Pairs of one shape, noised: what one denoising call of the training gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.adapter import ReferenceMode
+from .examples import Example, Pair
+
+
+class NoisedPairs(NamedTuple):
+    """Pairs with their noise levels (b,) and noises (b, c, h, w); a reference that is read clean has no noise."""
+
+    pairs: Sequence[Pair]
+    sigma: Tensor
+    noise: Tensor
+    reference_noise: Tensor | None
+
+    def rows(self, places: Sequence[int]) -> NoisedPairs:
+        """Some of them, at their own noise."""
+        if list(places) == list(range(len(self.pairs))):
+            return self
+        places = list(places)
+        reference_noise = None if self.reference_noise is None else self.reference_noise[places]
+        return NoisedPairs([self.pairs[at] for at in places], self.sigma[places], self.noise[places], reference_noise)
+
+
+def noised_pairs(pairs: Sequence[Pair], sigma: Tensor, mode: ReferenceMode, generator: torch.Generator) -> NoisedPairs:
+    """Draw the noise of pairs that have one shape, whoever computes them: for the targets, then for the references."""
+    noise = _noise([pair.target for pair in pairs], generator)
+    references = [pair.reference for pair in pairs if pair.reference is not None]
+    # Noise of its own: shared noise would tell the model where the reference's details go.
+    reference_noise = _noise(references, generator) if references and mode == "noised" else None
+    return NoisedPairs(pairs, sigma, noise, reference_noise)
+
+
+def stack_latents(examples: Sequence[Example], device: torch.device) -> Tensor:
+    return torch.cat([example.latent for example in examples]).to(device, torch.float32)  # (b, c, h, w)
+
+
+def stack_masks(examples: Sequence[Example], device: torch.device) -> Tensor | None:
+    """Masks where there are any, ones for the pictures without. -> (b, h, w) or None"""
+    if all(example.mask is None for example in examples):
+        return None
+    masks = [torch.ones(example.latent.shape[-2:]) if example.mask is None else example.mask for example in examples]
+    return torch.stack(masks).to(device, torch.float32)
+
+
+def _noise(examples: Sequence[Example], generator: torch.Generator) -> Tensor:
+    return torch.randn((len(examples), *examples[0].latent.shape[1:]), generator=generator)

@@ -1,0 +1,37 @@
+"""How much each noise level, and each part of a picture, counts in the loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser
+
+
+def min_snr_weight(snr: Tensor, output_scale: Tensor, gamma: float) -> Tensor:
+    """Weight of each row's loss in the space of the network's output, (b,) from (b,) and (b, 1, 1, 1).
+
+    Min-SNR-gamma (Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023, section 3.4):
+    the loss of the clean picture counts min(SNR, gamma). With an output F of which the clean picture is an affine
+    function of slope b, that loss is b^2 times the loss of F. So the weight is min(SNR, gamma) * b^2, which is
+
+        min(SNR, gamma) / SNR        for an eps model, b^2 = 1 / SNR
+        min(SNR, gamma) / (SNR + 1)  for a v model,    b^2 = 1 / (SNR + 1)
+        min(SNR, gamma)              for an x0 model,  b^2 = 1
+    """
+    return snr.clamp(max=gamma) * output_scale.flatten().square()
+
+
+def signal_to_noise(denoiser: Denoiser, sigma: Tensor) -> Tensor:
+    """(signal / noise)^2 of a noised latent at each sigma: (b,) -> (b,)"""
+    zeros = torch.zeros(len(sigma), 1, 1, 1, device=sigma.device)
+    signal = denoiser.add_noise(zeros + 1, zeros, sigma)
+    noise = denoiser.add_noise(zeros, zeros + 1, sigma)
+    return (signal / noise).square().flatten()
+
+
+def with_background(mask: Tensor | None, weight: float) -> Tensor | None:
+    """A mask in 0..1 in which what it hides counts `weight`."""
+    if mask is None or weight == 0:
+        return mask
+    return mask + weight * (1 - mask)
