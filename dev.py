@@ -4,7 +4,7 @@
     python dev.py test [args]       lint, then every test; the args go to pytest
     python dev.py serve [args]      ComfyUI with the pack, for a browser; the args go to its main.py
     python dev.py bench NAME [args] run a benchmark of bench/
-    python dev.py docs              write the tables of the help pages from the nodes' schemas
+    python dev.py docs              write the tables of the help pages and the list of messages from the source
     python dev.py setup             only the set-up, which every other command does first
 
 The standard library is all it needs. It makes `.venv` and, where COMFYUI_PATH names no checkout, a ComfyUI in
@@ -343,7 +343,7 @@ def benchmarks(folder: Path) -> list[str]:
 
 
 def docs(arguments: list[str]) -> int:
-    return run_script(ROOT / "docs" / "help_tables.py", arguments, set_up())
+    return run_script(ROOT / "docs" / "write.py", arguments, set_up())
 
 
 def test(arguments: list[str]) -> int:
