@@ -119,7 +119,10 @@ def too_long(text: str) -> list[str]:
     return [sentence for sentence in sentences(text) if len(sentence.split()) > LONGEST]
 
 
-@pytest.mark.parametrize("path", sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "web/docs").rglob("*.md")))
+PAGES = ("*.md", "docs/*.md", "bench/README.md", "demo/README.md", "web/docs/*.md")
+
+
+@pytest.mark.parametrize("path", sorted(p.relative_to(ROOT).as_posix() for pages in PAGES for p in ROOT.glob(pages)))
 def test_pages_have_short_sentences(path):
     assert too_long((ROOT / path).read_text(encoding="utf-8")) == []
 
