@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import io
 
 from ..core.adapter import REFERENCE_MODES
@@ -10,7 +12,7 @@ from ..trainer.config import TrainConfig
 from .host.drawing.preview import draw_previews
 from .host.files import adapter_folder
 from .host.images import SIZE_MULTIPLE, encode_picture, fit_picture, split_images, to_comfy
-from .host.learning.training import PRECISIONS, train_adapter
+from .host.learning.training import PRECISIONS, AdapterTraining
 from .host.learning.training_set import Subject
 from .host.masks import keeps_something, split_masks
 from .host.networks.unet import describe
@@ -20,6 +22,8 @@ from .host.saving import check_can_save, save_or_rescue, wanted_path
 from .host.text import clip_with_token
 from .sockets import CATEGORY, SA_INJECT_ADAPTER
 from .version import VERSION
+
+log = logging.getLogger(__name__)
 
 NAME = "Train SA-Inject Adapter"
 
@@ -251,7 +255,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
         )
         check_can_save(path, describe(model).layers, config.rank)
         progress = TrainingProgress(config.steps, cls.hidden.unique_id)
-        adapter, losses = train_adapter(
+        training = AdapterTraining(
             model,
             clip,
             vae,
@@ -259,10 +263,11 @@ class TrainSAInjectAdapter(io.ComfyNode):
             config,
             precision=chosen["precision"],
             checkpointing=chosen["gradient_checkpointing"],
-            name=path.stem,
-            folder=adapter_folder(),
-            on_step=progress.update,
         )
+        with training.prepare():
+            losses = training.run(adapter_folder(), progress.update)
+            adapter = training.build(path.stem)
+        log.info("Trained adapter '%s': %d steps, final loss %.4f.", adapter.name, len(losses), losses[-1])
         provenance = Provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo, VERSION, thumbnail=pictures[0])
         adapter, text = save_or_rescue(adapter, path, provenance)
         progress.say(text)

@@ -132,7 +132,7 @@ def test_the_table_catches_what_it_should(monkeypatch):
         ("trainer/loop.py", "from .. import nodes"): 1,
         ("nodes/host/drawing/patch.py", "import folder_paths\nfrom ....trainer.loop import train"): 0,
         ("nodes/host/drawing/patch.py", "from ...train import TrainNode"): 1,
-        ("nodes/host/drawing/patch.py", "from ..learning.training import train_adapter"): 1,
+        ("nodes/host/drawing/patch.py", "from ..learning.training import AdapterTraining"): 1,
         ("nodes/host/learning/training.py", "from ..drawing.patch import patch_model"): 1,
         ("nodes/host/networks/unet.py", "from ..text import clip_with_token"): 1,
         ("nodes/host/learning/training.py", "from ..networks.unet import describe\nfrom ..text import folded"): 0,

@@ -9,32 +9,27 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import comfy.model_management as management
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sa_inject.core.adapter import Adapter
-from sa_inject.core.lora import SelfAttentionLoRA
-from sa_inject.nodes.host.learning import training, training_set
 from sa_inject.nodes.host.learning.autograd import (
     clone_for_autograd,
     make_differentiable,
     out_of_place_text_encoder,
     patched_forward,
-    training_mode,
 )
 from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser
-from sa_inject.nodes.host.networks.unet import UnetDescription, describe
-from sa_inject.nodes.host.text import clip_with_token, finder, initial_token_embedding
-from sa_inject.trainer.captions import captions_for
+from sa_inject.nodes.host.learning.training import AdapterTraining
+from sa_inject.nodes.host.learning.training_set import Subject
+from sa_inject.nodes.host.text import clip_with_token
 from sa_inject.trainer.config import TrainConfig
 from sa_inject.trainer.examples import Example, TrainingSet
-from sa_inject.trainer.loop import Training
 
 
 @dataclass(frozen=True)
@@ -67,30 +62,29 @@ class Trainables:
         return {}
 
 
-@dataclass
-class TrainingSetup:
-    """A model that gradients flow through, and all that a training run on it needs. `lora` is fresh."""
+class TrainingSetup(AdapterTraining):
+    """The pack's own training of one subject, in which anything may be trained. `lora` is fresh."""
 
-    unet: nn.Module
-    description: UnetDescription
-    denoiser: ComfyDenoiser
-    data: TrainingSet
-    subject: training_set.Subject
-    lora: SelfAttentionLoRA
-    tokens: dict[str, nn.Parameter]
-    config: TrainConfig
-    dtype: torch.dtype
-    patcher: Any
-    device: torch.device
+    def __init__(
+        self,
+        models: Models,
+        subject: Subject,
+        config: TrainConfig,
+        denoiser_class: Callable[..., ComfyDenoiser] = ComfyDenoiser,
+    ) -> None:
+        super().__init__(models.model, models.clip, models.vae, subject, config, denoiser_class=denoiser_class)
+        self.autocast = models.dtype
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.patcher.model.diffusion_model
 
     def learn(self, trainables: Any, **changes: Any) -> list[float]:
         """Run the loop; the loss of every step."""
-        tokens = list(self.tokens.values())
-        read = self.subject.class_word
-        config = replace(self.config, **changes)
         # Without its cache, which would keep the weights of the first step for as long as the context lasts.
-        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False):
-            training = Training(self.denoiser, self.data, trainables, tokens, read, config, device=self.device)
+        enabled = self.autocast != torch.float32
+        with torch.autocast(self.device.type, self.autocast, enabled, cache_enabled=False):
+            training = self.loop(trainables, **changes)
             losses = [step.loss for step in training]
         training.apply_average()
         return losses
@@ -98,19 +92,26 @@ class TrainingSetup:
     def adapter(self) -> Adapter:
         """What the pack would save."""
         with torch.no_grad():
-            text = self.denoiser.encode([self.subject.class_word])
-        return training._build_adapter(
-            "bench", self.description, self.subject, self.config, self.lora, self.tokens, text, self.patcher
-        )
+            self.reference_text = self.denoiser.encode([self.subject.class_word])
+        return self.build("bench")
 
     def learned_word(self) -> dict[str, Tensor]:
         return {name: vector.detach().cpu() for name, vector in self.tokens.items()}
+
+    def _let_gradients_through(self, undo: contextlib.ExitStack) -> torch.dtype:
+        """Without what saves memory: that is for frozen weights, and here they may learn."""
+        make_differentiable(self.patcher.model)
+        make_differentiable(self.clip.cond_stage_model)
+        undo.enter_context(out_of_place_text_encoder(self.clip, checkpointing=False))
+        undo.enter_context(cast_once(self.clip.cond_stage_model, self.autocast))
+        undo.enter_context(weights_kept(self.unet))
+        return torch.float32
 
 
 @contextlib.contextmanager
 def training_setup(
     models: Models,
-    subject: training_set.Subject,
+    subject: Subject,
     config: TrainConfig,
     extra: Sequence[Example] = (),
     denoiser_class: Callable[..., ComfyDenoiser] = ComfyDenoiser,
@@ -120,43 +121,10 @@ def training_setup(
     extra: examples that are learned as often as the subject's own, for prior preservation.
     """
     with torch.inference_mode():  # as in a node
-        description = describe(models.model)
-        captions = captions_for(
-            subject.captions,
-            len(subject.pictures),
-            subject.placeholder_token,
-            subject.class_word,
-            finder(models.clip, subject.placeholder_token),
-        )
-        initial = initial_token_embedding(models.clip, subject.class_word, config.token_vectors)
-        data = training_set.training_set(models.model, models.vae, subject, captions, config.seed)
-    patcher = models.model.clone()
-    with training_mode(), contextlib.ExitStack() as undo:
-        management.load_models_gpu([patcher, models.clip.patcher], memory_required=1e20, force_full_load=True)
-        base = patcher.model
-        make_differentiable(base)
-        make_differentiable(models.clip.cond_stage_model)
-        undo.enter_context(out_of_place_text_encoder(models.clip, checkpointing=False))
-        undo.enter_context(cast_once(models.clip.cond_stage_model, models.dtype))
-        undo.enter_context(weights_kept(base.diffusion_model))
-        lora, tokens, patched_clip = training._create_trainables(
-            models.clip, description, initial, subject.placeholder_token, config, patcher
-        )
-        sampling = patcher.get_model_object("model_sampling")
-        device = patcher.load_device
-        yield TrainingSetup(
-            unet=base.diffusion_model,
-            description=description,
-            denoiser=denoiser_class(base, sampling, patched_clip, description.layers, device, torch.float32),
-            data=mixed(training_set.without_inference_tensors(data), extra),
-            subject=subject,
-            lora=lora,
-            tokens=tokens,
-            config=config,
-            dtype=models.dtype,
-            patcher=patcher,
-            device=device,
-        )
+        setup = TrainingSetup(models, subject, config, denoiser_class)
+    with setup.prepare():
+        setup.data = mixed(setup.data, extra)
+        yield setup
 
 
 def mixed(data: TrainingSet, extra: Sequence[Example]) -> TrainingSet:

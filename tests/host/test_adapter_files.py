@@ -332,7 +332,7 @@ OUTSIDE = (
 
 
 def test_file_names_that_leave_the_folder_are_refused_before_training(train, folder, monkeypatch):
-    monkeypatch.setattr("sa_inject.nodes.train.train_adapter", lambda *args, **kwargs: pytest.fail("it trained"))
+    monkeypatch.setattr("sa_inject.nodes.train.AdapterTraining", lambda *args, **kwargs: pytest.fail("it trained"))
     before = sorted(folder.parent.rglob("*"))
     for name in OUTSIDE:
         with pytest.raises(ValueError, match=re.escape(f"The file name '{name}' is not a name inside")) as failure:

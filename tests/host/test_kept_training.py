@@ -146,7 +146,7 @@ def test_another_training_takes_its_steps(run):
 # --- what fails after the last step -----------------------------------------------------------------------------------
 
 AFTER = {
-    "building": "sa_inject.nodes.host.learning.training._build_adapter",
+    "building": "sa_inject.nodes.host.learning.training.AdapterTraining.build",
     "saving": "sa_inject.nodes.train.save_or_rescue",
     "word": "sa_inject.nodes.train.clip_with_token",
     "previews": "comfy.sample.sample",

@@ -53,7 +53,7 @@ def train(comfy_host, folder, sd15) -> Callable[..., Any]:
 @pytest.fixture
 def refused(train, save, adapter, folder, monkeypatch) -> Callable[[str], str]:
     """What both nodes say of a name, before any step; nothing is left."""
-    monkeypatch.setattr("sa_inject.nodes.train.train_adapter", lambda *args, **kwargs: pytest.fail("it trained"))
+    monkeypatch.setattr("sa_inject.nodes.train.AdapterTraining", lambda *args, **kwargs: pytest.fail("it trained"))
 
     def run(name: str) -> str:
         before = files(folder)
@@ -145,7 +145,7 @@ def test_no_room(refused, folder):
 
 
 def test_room_that_is_asked_for_grows_with_the_rank(train, monkeypatch):
-    monkeypatch.setattr("sa_inject.nodes.train.train_adapter", lambda *args, **kwargs: pytest.fail("it trained"))
+    monkeypatch.setattr("sa_inject.nodes.train.AdapterTraining", lambda *args, **kwargs: pytest.fail("it trained"))
     with no_file_above(1_500_000):
         with pytest.raises(pytest.fail.Exception, match="it trained"):
             train("robot", rank=4)

@@ -1,11 +1,12 @@
-"""One training run on a ComfyUI model: prepare it, train, and hand the model back as it was."""
+"""One training of an adapter on a ComfyUI model: prepare it, run it, and build the adapter."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ....trainer.captions import captions_for
 from ....trainer.config import TrainConfig
 from ....trainer.loop import DivergedError, Step, Training
 from ..adapter_index import warn_of_adapters_with
-from ..networks.unet import UnetDescription, compute_dtype, describe, prediction_type
+from ..networks.unet import compute_dtype, describe, prediction_type
 from ..text import check_placeholder_token, clip_with_token, finder, initial_token_embedding
 from .autograd import (
     checkpoint_activations,
@@ -48,95 +49,178 @@ PRECISIONS: dict[str, torch.dtype | None] = {
 }
 
 
-def train_adapter(
-    model: Any,
-    clip: Any,
-    vae: Any,
-    subject: Subject,
-    config: TrainConfig,
-    precision: str,
-    checkpointing: bool,
-    name: str,
-    folder: Path,
-    on_step: Callable[[Step], None],
-) -> tuple[Adapter, list[float]]:
-    """Train an adapter and return it with its loss history; `on_step` may raise to stop.
+class AdapterTraining:
+    """A subject that a model is to learn. Creating it reads the pictures; `run` and `build` belong inside `prepare`.
 
-    The values are rounded to what the file will hold, so that the adapter draws the same before and after a reload.
-    What was learned is kept in `folder`, however the run ends; the next one over the same things goes on from there.
     Weights of the model, the text encoder and the VAE keep every bit; patches are gone however this ends.
     """
-    description = describe(model)
-    check_placeholder_token(clip, subject.placeholder_token)
-    captions = captions_for(
-        subject.captions,
-        len(subject.pictures),
-        subject.placeholder_token,
-        subject.class_word,
-        finder(clip, subject.placeholder_token),
-    )
-    initial = initial_token_embedding(clip, subject.class_word, config.token_vectors)
-    data = training_set(model, vae, subject, captions, config.seed)
-    patcher = _training_clone(model, PRECISIONS[precision])
-    try:
-        with training_mode(), contextlib.ExitStack() as undo:
-            model_management.load_models_gpu(
-                [patcher, clip.patcher], memory_required=1e20, force_full_load=True
-            )  # more than any device has: whatever else is loaded makes room
-            base = patcher.model
-            undo.enter_context(plain_weights(patcher, clip.patcher))
-            make_differentiable(base)
-            make_differentiable(clip.cond_stage_model)
-            undo.enter_context(memory_efficient_layers(base.diffusion_model, clip.cond_stage_model))
-            save_activation_memory = checkpoint_activations if checkpointing else recompute_cheap_ops
-            undo.enter_context(save_activation_memory(base.diffusion_model))
 
-            dtype = compute_dtype(base)
-            # Not float16, which cannot hold what some text encoders compute.
-            text_dtype = dtype if dtype == torch.bfloat16 else torch.float32
-            undo.enter_context(out_of_place_text_encoder(clip, checkpointing, text_dtype))
-            config = dataclasses.replace(config, loss_scaling=dtype == torch.float16)
-            lora, tokens, patched_clip = _create_trainables(
-                clip, description, initial, subject.placeholder_token, config, patcher
-            )
-            denoiser = ComfyDenoiser(
-                base,
-                patcher.get_model_object("model_sampling"),
-                patched_clip,
-                description.layers,
-                patcher.load_device,
-                dtype,
-            )
-            training = Training(
-                denoiser,
-                without_inference_tensors(data),
-                lora,
-                list(tokens.values()),
-                subject.class_word,
-                config,
-                device=patcher.load_device,
-                compute_dtype=dtype,
-            )
-            names = {"placeholder": subject.placeholder_token, "class_word": subject.class_word}
-            same = training_fingerprint(patcher, patched_clip, data, subject.class_word, config, dtype, names)
-            warn_of_adapters_with(subject.placeholder_token, same)
-            checkpoint = TrainingCheckpoint(folder, same)
-            _run_steps(training, config.steps, checkpoint, on_step)
-            adapter = _build_adapter(
-                name, description, subject, config, lora, tokens, training.reference_text, patcher, fingerprint=same
-            )
-    finally:
-        if PRECISIONS[precision] is not None:
-            # After a full load unpatching would leave the forced casts on, and the next partial load would take those
-            # layers for offloaded ones and skip the user's LoRA on them.
-            patcher.model.model_lowvram = True
-            patcher.unpatch_model(patcher.offload_device)
-        model_management.soft_empty_cache()
-    if training.overflows:
-        log.info("%d batches overflowed in float16 and were left out.", training.overflows)
-    losses = training.losses
-    log.info("Trained adapter '%s': %d steps, final loss %.4f.", name, len(losses), losses[-1])
-    return adapter, losses
+    # What is learned, and what it is learned with: from `prepare` on.
+    lora: SelfAttentionLoRA
+    tokens: dict[str, nn.Parameter]
+    denoiser: ComfyDenoiser
+    dtype: torch.dtype  # of the computation
+    # From `run` on.
+    reference_text: TextConditioning  # what the reference pass reads, the same from the first step to the last
+    fingerprint: str = ""  # of what the steps are given
+
+    def __init__(
+        self,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        subject: Subject,
+        config: TrainConfig,
+        *,
+        precision: str = "auto",
+        checkpointing: bool = False,
+        denoiser_class: Callable[..., ComfyDenoiser] = ComfyDenoiser,
+    ) -> None:
+        self.description = describe(model)
+        check_placeholder_token(clip, subject.placeholder_token)
+        captions = captions_for(
+            subject.captions,
+            len(subject.pictures),
+            subject.placeholder_token,
+            subject.class_word,
+            finder(clip, subject.placeholder_token),
+        )
+        self._initial = initial_token_embedding(clip, subject.class_word, config.token_vectors)
+        self.data = training_set(model, vae, subject, captions, config.seed)
+        self.patcher = model.clone()  # over the same weights; another compute precision does not reach the user's
+        self._forced_dtype = PRECISIONS[precision]
+        if self._forced_dtype is not None:
+            self.patcher.set_model_compute_dtype(self._forced_dtype)
+        self.clip, self.subject, self.config = clip, subject, config
+        self.checkpointing = checkpointing
+        self._denoiser_class = denoiser_class
+
+    @property
+    def device(self) -> torch.device:
+        return self.patcher.load_device
+
+    @contextlib.contextmanager
+    def prepare(self) -> Iterator[None]:
+        """Load the models, let gradients through them, and create what is learned."""
+        try:
+            with training_mode(), contextlib.ExitStack() as undo:
+                model_management.load_models_gpu(
+                    [self.patcher, self.clip.patcher], memory_required=1e20, force_full_load=True
+                )  # more than any device has: whatever else is loaded makes room
+                self.dtype = self._let_gradients_through(undo)
+                self.config = dataclasses.replace(self.config, loss_scaling=self.dtype == torch.float16)
+                self._create_trainables()
+                yield
+        finally:
+            if self._forced_dtype is not None:
+                # After a full load unpatching would leave the forced casts on, and the next partial load would take
+                # those layers for offloaded ones and skip the user's LoRA on them.
+                self.patcher.model.model_lowvram = True
+                self.patcher.unpatch_model(self.patcher.offload_device)
+            model_management.soft_empty_cache()
+
+    def run(self, folder: Path, on_step: Callable[[Step], None]) -> list[float]:
+        """Take the steps that are left, and return the losses of all; `on_step` may raise to stop.
+
+        What was learned is kept in `folder`, however this ends; the next run over the same things goes on from there.
+        """
+        training = self.loop()
+        self.reference_text = training.reference_text
+        self.fingerprint = self._fingerprint()
+        warn_of_adapters_with(self.subject.placeholder_token, self.fingerprint)
+        checkpoint = TrainingCheckpoint(folder, self.fingerprint)
+        _run_steps(training, self.config.steps, checkpoint, on_step)
+        if training.overflows:
+            log.info("%d batches overflowed in float16 and were left out.", training.overflows)
+        return training.losses
+
+    def loop(self, trainables: Any = None, **changes: Any) -> Training:
+        """The steps, not taken yet. trainables: in the place of the LoRA; changes: settings that are others."""
+        return Training(
+            self.denoiser,
+            self.data,
+            trainables or self.lora,
+            list(self.tokens.values()),
+            self.subject.class_word,
+            dataclasses.replace(self.config, **changes),
+            device=self.device,
+            compute_dtype=self.dtype,
+        )
+
+    def build(self, name: str) -> Adapter:
+        """The adapter as it is now. Its values are rounded to what a file holds, so that it draws as it will then."""
+        lora = copy.deepcopy(self.lora).to(torch.device("cpu"))
+        lora.load_state_dict({key: _rounded(tensor) for key, tensor in lora.state_dict().items()})
+        for parameter in lora.parameters():
+            parameter.requires_grad_(False)
+        text = self.reference_text
+        return Adapter(
+            name=name,
+            info=self._info(),
+            lora=lora,
+            token_embedding={encoder: _rounded(vector) for encoder, vector in self.tokens.items()},
+            class_conditioning=TextConditioning(
+                _rounded(text.cross_attn), None if text.pooled is None else _rounded(text.pooled)
+            ),
+        )
+
+    def _let_gradients_through(self, undo: contextlib.ExitStack) -> torch.dtype:
+        """Change both loaded models for the training. -> what the UNet computes in"""
+        base, encoder = self.patcher.model, self.clip.cond_stage_model
+        undo.enter_context(plain_weights(self.patcher, self.clip.patcher))
+        make_differentiable(base)
+        make_differentiable(encoder)
+        undo.enter_context(memory_efficient_layers(base.diffusion_model, encoder))
+        save_activation_memory = checkpoint_activations if self.checkpointing else recompute_cheap_ops
+        undo.enter_context(save_activation_memory(base.diffusion_model))
+        dtype = compute_dtype(base)
+        # Not float16, which cannot hold what some text encoders compute.
+        text_dtype = dtype if dtype == torch.bfloat16 else torch.float32
+        undo.enter_context(out_of_place_text_encoder(self.clip, self.checkpointing, text_dtype))
+        return dtype
+
+    def _create_trainables(self) -> None:
+        """The LoRA, the token embeddings, a CLIP that reads the placeholder as them, and a denoiser with that."""
+        config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
+        self.data = without_inference_tensors(self.data)
+        self.lora = SelfAttentionLoRA(self.description.layers, config.rank, config.alpha, generator).to(self.device)
+        text_device = self.clip.patcher.load_device
+        self.tokens = {
+            name: nn.Parameter(clone_for_autograd(vector).to(text_device)) for name, vector in self._initial.items()
+        }
+        self._patched_clip = clip_with_token(self.clip, self.subject.placeholder_token, self.tokens)
+        self.denoiser = self._denoiser_class(
+            self.patcher.model,
+            self.patcher.get_model_object("model_sampling"),
+            self._patched_clip,
+            self.description.layers,
+            self.device,
+            self.dtype,
+        )
+
+    def _fingerprint(self) -> str:
+        word = self.subject.class_word
+        names = {"placeholder": self.subject.placeholder_token, "class_word": word}
+        return training_fingerprint(self.patcher, self._patched_clip, self.data, word, self.config, self.dtype, names)
+
+    def _info(self) -> AdapterInfo:
+        config, subject = self.config, self.subject
+        return AdapterInfo(
+            architecture=self.description.architecture,
+            layers=self.description.layers,
+            rank=config.rank,
+            alpha=config.alpha,
+            reference_mode=config.reference_mode,
+            placeholder_token=subject.placeholder_token,
+            class_word=subject.class_word,
+            training={
+                **dataclasses.asdict(config),
+                "resolution": subject.resolution,
+                "pictures": len(subject.pictures),
+                "prediction_type": prediction_type(self.patcher),
+                "fingerprint": self.fingerprint,
+            },
+        )
 
 
 def _run_steps(training: Training, steps: int, checkpoint: TrainingCheckpoint, on_step: Callable[[Step], None]) -> None:
@@ -156,71 +240,5 @@ def _run_steps(training: Training, steps: int, checkpoint: TrainingCheckpoint, o
     training.apply_average()
 
 
-def _training_clone(model: Any, dtype: torch.dtype | None) -> Any:
-    """A patcher over the same weights whose compute precision may be set without touching the user's."""
-    patcher = model.clone()
-    if dtype is not None:
-        patcher.set_model_compute_dtype(dtype)
-    return patcher
-
-
-def _create_trainables(
-    clip: Any,
-    description: UnetDescription,
-    initial: dict[str, Tensor],
-    placeholder_token: str,
-    config: TrainConfig,
-    patcher: Any,
-) -> tuple[SelfAttentionLoRA, dict[str, nn.Parameter], Any]:
-    """The LoRA, the token embeddings, and a CLIP that reads the placeholder as them."""
-    generator = torch.Generator().manual_seed(config.seed)
-    lora = SelfAttentionLoRA(description.layers, config.rank, config.alpha, generator).to(patcher.load_device)
-    tokens = {
-        name: nn.Parameter(clone_for_autograd(vector).to(clip.patcher.load_device)) for name, vector in initial.items()
-    }
-    return lora, tokens, clip_with_token(clip, placeholder_token, tokens)
-
-
-def _build_adapter(
-    name: str,
-    description: UnetDescription,
-    subject: Subject,
-    config: TrainConfig,
-    lora: SelfAttentionLoRA,
-    tokens: dict[str, nn.Parameter],
-    text: TextConditioning,
-    patcher: Any,
-    fingerprint: str,
-) -> Adapter:
-    def rounded(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", FILE_DTYPE).float()
-
-    lora.to(torch.device("cpu"))
-    lora.load_state_dict({key: rounded(tensor) for key, tensor in lora.state_dict().items()})
-    for parameter in lora.parameters():
-        parameter.requires_grad_(False)
-    settings = dataclasses.asdict(config)
-    return Adapter(
-        name=name,
-        info=AdapterInfo(
-            architecture=description.architecture,
-            layers=description.layers,
-            rank=config.rank,
-            alpha=config.alpha,
-            reference_mode=config.reference_mode,
-            placeholder_token=subject.placeholder_token,
-            class_word=subject.class_word,
-            training={
-                **settings,
-                "resolution": subject.resolution,
-                "pictures": len(subject.pictures),
-                "prediction_type": prediction_type(patcher),
-                "fingerprint": fingerprint,
-            },
-        ),
-        lora=lora,
-        token_embedding={encoder: rounded(vector) for encoder, vector in tokens.items()},
-        class_conditioning=TextConditioning(
-            rounded(text.cross_attn), None if text.pooled is None else rounded(text.pooled)
-        ),
-    )
+def _rounded(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", FILE_DTYPE).float()
