@@ -1,15 +1,17 @@
-"""What the user plugs together: six nodes, each a short recipe over `nodes/host`."""
+"""What the user plugs together: seven nodes, each a short recipe over `nodes/host`."""
 
 from .apply import ApplySelfAttnInjection
 from .dataset import LoadSAInjectDataset
 from .encode import EncodeImagePrompt
 from .load import LoadSAInjectAdapter
 from .save import SaveSAInjectAdapter
+from .settings import SAInjectTrainingSettings
 from .train import TrainSAInjectAdapter
 
 NODES = [
     LoadSAInjectDataset,
     TrainSAInjectAdapter,
+    SAInjectTrainingSettings,
     SaveSAInjectAdapter,
     LoadSAInjectAdapter,
     EncodeImagePrompt,

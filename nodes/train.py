@@ -9,9 +9,11 @@ from comfy_api.latest import io
 from ..core.adapter import REFERENCE_MODES
 from ..core.image_prompt import ImagePrompt, ReferenceImage
 from ..trainer.config import TrainConfig
+from ..trainer.presets import AS_SET, PRESETS, with_preset
 from .host.drawing.preview import draw_previews
 from .host.files import adapter_folder
 from .host.images import SIZE_MULTIPLE, encode_picture, fit_picture, split_images, to_comfy
+from .host.inputs import mark_advanced
 from .host.learning.training import PRECISIONS, AdapterTraining
 from .host.learning.training_set import Subject
 from .host.masks import keeps_something, split_masks
@@ -20,18 +22,32 @@ from .host.progress import TrainingProgress
 from .host.provenance import Provenance
 from .host.saving import check_can_save, save_or_rescue, wanted_path
 from .host.text import clip_with_token
-from .sockets import CATEGORY, SA_INJECT_ADAPTER
+from .sockets import CATEGORY, SA_INJECT_ADAPTER, SA_INJECT_TRAINING_SETTINGS
 from .version import VERSION
 
 log = logging.getLogger(__name__)
 
 NAME = "Train SA-Inject Adapter"
+ADVANCED = (
+    "lora_learning_rate",
+    "token_learning_rate",
+    "token_vectors",
+    "batch_size",
+    "gradient_accumulation",
+    "rank",
+    "alpha",
+    "reference_mode",
+    "precision",
+    "gradient_checkpointing",
+    "seed",
+    "previews",
+)
 
 
 class TrainSAInjectAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        schema = io.Schema(
             node_id="TrainSAInjectAdapter",
             display_name=NAME,
             category=CATEGORY,
@@ -206,6 +222,29 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     "as they are. The mask of LoadImage is inverted: put InvertMask between. Not "
                     "connected: the whole picture is used.",
                 ),
+                io.Int.Input(
+                    "sample_every",
+                    default=100,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Steps between sample pictures, drawn while it trains, besides one before the first step "
+                    "and one at the end. 50 to 250 is useful. A picture takes as long as about ten steps. 0: none.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=AS_SET,
+                    optional=True,
+                    tooltip="A named set of other inputs, which then count instead of what is set here: steps, rank, "
+                    "alpha and reference_mode. quick: 200 steps, to try. balanced: 400. thorough: 1000 steps and the "
+                    "reference mode noised, to keep. as set: every input as it is.",
+                ),
+                SA_INJECT_TRAINING_SETTINGS.Input(
+                    "settings",
+                    optional=True,
+                    tooltip="More settings, from SA-Inject Training Settings. Left open, its defaults hold.",
+                ),
             ],
             outputs=[
                 SA_INJECT_ADAPTER.Output(
@@ -221,16 +260,20 @@ class TrainSAInjectAdapter(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
+        mark_advanced(schema, ADVANCED)
+        return schema
 
     @classmethod
-    def execute(cls, model, clip, vae, images, captions=None, masks=None, **settings) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, vae, images, captions=None, masks=None, preset=(AS_SET,), settings=None, **inputs
+    ) -> io.NodeOutput:
         model, clip, vae = model[0], clip[0], vae[0]
         for name, part in (("clip", clip), ("vae", vae)):
             if part is None:
                 raise ValueError(
                     f"The checkpoint has no {name.upper()}. Connect one of the same base model to '{name}'."
                 )
-        chosen = {name: value[0] for name, value in settings.items()}
+        chosen = with_preset({name: value[0] for name, value in inputs.items()}, preset[0])
         path = wanted_path(chosen["file_name"])
         pictures = split_images(images, NAME)
         subject = Subject(

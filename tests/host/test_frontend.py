@@ -15,6 +15,7 @@ FLAGS = (
 NODES = (
     "LoadSAInjectDataset",
     "TrainSAInjectAdapter",
+    "SAInjectTrainingSettings",
     "SaveSAInjectAdapter",
     "LoadSAInjectAdapter",
     "EncodeImagePrompt",
