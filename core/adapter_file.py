@@ -1,7 +1,6 @@
-"""One adapter, one `.safetensors`: what is written, what is checked on reading, and what is said when it is wrong.
+"""Adapter files: one `.safetensors` for each adapter, written whole and checked when it is read.
 
-A file is read from its small end: the header first, then what the header says about itself, and its numbers only when
-all of that is an adapter's.
+The header is read and checked first. The tensors are read only if the header is that of an adapter.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ TOKEN_PREFIX = "token_embedding."
 TEXT_KEY = "reference_text.cross_attn"
 POOLED_KEY = "reference_text.pooled"
 FILE_DTYPE = torch.float16
-TEXT_BYTES = 2**19  # reserved for the encoded class word and the learned one; SDXL's are the largest
-MAX_NUMBERS = 2**29  # in one file, 2 GB once they are float32; rank 128 on SDXL has 46 million
+TEXT_BYTES = 2**19  # reserved for class conditioning and token embedding; SDXL's are the largest
+MAX_NUMBERS = 2**29  # in one file, 2 GB as float32; rank 128 on SDXL has 46 million
 FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 class AdapterFileError(ValueError):
-    """A file that is not a usable adapter; the message says what is wrong with it and what to do."""
+    """A file that is no usable adapter. The message says what is wrong and what to do."""
 
 
 def save_adapter(
@@ -43,10 +42,10 @@ def save_adapter(
     dtype: torch.dtype = FILE_DTYPE,
     replace: bool = True,
 ) -> None:
-    """Write an adapter; a file under `path` is always whole.
+    """Write an adapter. The file at `path` is complete, or it is not there.
 
-    Raises OSError when the folder cannot be written or the disk is full; nothing is left behind then. With `replace`
-    false, a file that has the name by then stays, and NameTakenError is raised.
+    Raises OSError if the folder cannot be written or the disk is full; nothing is left behind. Without `replace`, an
+    existing file is kept and NameTakenError is raised.
     """
     tensors = _tensors(adapter, dtype)
     metadata = {**(extra_metadata or {}), **to_metadata(adapter.info)}
@@ -75,13 +74,13 @@ def holds_adapter(path: Path, adapter: Adapter) -> bool:
 def _same(key: str, stored: Tensor, wanted: Tensor) -> bool:
     if stored.shape != wanted.shape or stored.dtype != wanted.dtype:
         return False
-    if key in (TEXT_KEY, POOLED_KEY):  # not learned: encoded again, and on another device rounded otherwise
+    if key in (TEXT_KEY, POOLED_KEY):  # not trained; another device rounds the encoding differently
         return torch.allclose(stored.float(), wanted.float(), rtol=1e-2, atol=1e-2)
     return torch.equal(stored, wanted)
 
 
 def adapter_bytes(layers: Sequence[SelfAttentionLayer], rank: int) -> int:
-    """About how large the file of an adapter is, without the metadata that comes on top."""
+    """Approximate size of an adapter file, without its metadata."""
     parameters = sum(2 * rank * (layer.query_dim + layer.inner_dim) for layer in layers)  # of keys and values
     return parameters * FILE_DTYPE.itemsize + TEXT_BYTES
 
@@ -89,9 +88,8 @@ def adapter_bytes(layers: Sequence[SelfAttentionLayer], rank: int) -> int:
 def load_adapter(path: Path) -> Adapter:
     """Read and check an adapter. Trainables come back as float32 on the CPU.
 
-    Raises AdapterFileError for a file that is empty, truncated, pickled, of another format or version, whose metadata
-    make no sense, or whose tensors are missing, surplus, misshapen or not finite. Of a file that is no adapter the
-    header alone is read.
+    Raises AdapterFileError for a file that is empty, truncated, pickled, or of another format or version. Also for
+    unusable metadata, and for tensors that are missing, surplus, of the wrong shape, or not finite.
     """
     name = path.name
     _refuse_other_kinds(path)
@@ -99,7 +97,7 @@ def load_adapter(path: Path) -> Adapter:
         with safe_open(path, framework="pt") as file:
             info = _info(name, file.metadata() or {})
             _check_header(name, file, info)
-            # float() copies half precision, clone() the rest: nothing keeps the file mapped.
+            # float() copies half precision, clone() the rest, so that the file is not kept mapped.
             tensors = {key: file.get_tensor(key).float().clone() for key in file.keys()}
     except SafetensorError as error:
         raise AdapterFileError(
@@ -118,7 +116,7 @@ def load_adapter(path: Path) -> Adapter:
 
 
 def adapter_metadata(path: Path) -> dict[str, str] | None:
-    """The metadata of an adapter file, from its header alone, unchecked; None for a file that is none of ours.
+    """The metadata of an adapter file, unchecked, from its header alone. None for any other file.
 
     Raises OSError when the file cannot be read.
     """
@@ -127,7 +125,7 @@ def adapter_metadata(path: Path) -> dict[str, str] | None:
 
 
 def header_metadata(path: Path) -> dict[str, str]:
-    """The metadata of any safetensors file, from its header alone; none for a file that is of another kind.
+    """The metadata of a safetensors file, from its header alone. Empty for any other file.
 
     Raises OSError when the file cannot be read.
     """
@@ -154,7 +152,7 @@ def _refuse_other_kinds(path: Path) -> None:
         raise AdapterFileError(f"'{name}' is empty. Copy or train it again.")
     with path.open("rb") as file:
         start = file.read(9)
-    # Eight bytes of safetensors are a length, which may happen to look like a pickle; then its header opens.
+    # A safetensors file begins with eight bytes of length, which may look like a pickle, and then a brace.
     if start.startswith(PICKLE_MAGIC) and not start.endswith(b"{"):
         raise AdapterFileError(
             f"'{name}' is a pickled file, which could run code when opened; it was not opened. "
@@ -183,7 +181,7 @@ def _info(name: str, metadata: Mapping[str, str]) -> AdapterInfo:
 
 
 def _check_header(name: str, file: Any, info: AdapterInfo) -> None:
-    """Check which tensors there are, of what shape and type, before any is read or made room for."""
+    """Check names, shapes and types of the tensors before any is read or allocated."""
     found = {key: file.get_slice(key) for key in file.keys()}
     shapes = {key: tuple(tensor.get_shape()) for key, tensor in found.items()}
     expected = parameter_shapes(info.layers, info.rank)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes: a file is complete, or it is not there."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-PARTIAL = re.compile(r"\..*-[a-z0-9_]{8}\.part")  # what `atomic_write` calls a file while it is written
-ABANDONED_AFTER = 24 * 3600.0  # seconds in which no writer touched it
+PARTIAL = re.compile(r"\..*-[a-z0-9_]{8}\.part")  # names of files that are being written
+ABANDONED_AFTER = 24 * 3600.0  # seconds without a change
 
 
 class NameTakenError(OSError):
-    """A file of that name was there first."""
+    """The file name is already taken."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
-    """A file to write to, which takes the name `path` when the block ends well; else `path` stays as it was.
+    """Yield a temporary path. It is renamed to `path` if the block succeeds; otherwise `path` is unchanged.
 
-    Raises OSError when the folder cannot be written; nothing is left behind then. With `replace` false, a file that
-    has the name by then is left alone, and NameTakenError is raised.
+    Raises OSError if the folder cannot be written; nothing is left behind. Without `replace`, an existing file is kept
+    and NameTakenError is raised.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
@@ -31,8 +31,8 @@ def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
     try:
         _remove_abandoned(path.parent, now=temporary.stat().st_mtime)
         yield temporary
-        with contextlib.suppress(OSError):  # some network drives have no rights to set
-            temporary.chmod(0o644)  # mkstemp keeps its file to its owner
+        with contextlib.suppress(OSError):  # some network drives have no file modes
+            temporary.chmod(0o644)  # mkstemp gives access to the owner only
         if replace:
             os.replace(temporary, path)
         else:
@@ -45,7 +45,7 @@ def _move_to_free_name(temporary: Path, path: Path) -> None:
     """Rename in one step that cannot replace a file. Raises NameTakenError."""
     try:
         if os.name == "nt":
-            os.rename(temporary, path)  # which refuses a name that is taken, there only
+            os.rename(temporary, path)  # fails on Windows if the name is taken
             return
         try:
             os.link(temporary, path)
@@ -58,7 +58,7 @@ def _move_to_free_name(temporary: Path, path: Path) -> None:
 
 
 def _replace_own_empty_file(temporary: Path, path: Path) -> None:
-    """Take the name with an empty file, which only one can create, and put the whole one in its place."""
+    """Create an empty file of that name, which only one process can do, and replace it."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     try:
         os.replace(temporary, path)
@@ -68,8 +68,8 @@ def _replace_own_empty_file(temporary: Path, path: Path) -> None:
 
 
 def _remove_abandoned(folder: Path, now: float) -> None:
-    """Delete what processes that were killed left half written. `now` is the file system's clock, not ours."""
-    with contextlib.suppress(OSError):  # another process may be at it, and not every folder may be listed
+    """Delete unfinished files of processes that were killed. `now` is the time of the file system."""
+    with contextlib.suppress(OSError):  # another process may delete it first; some folders cannot be listed
         for path in folder.iterdir():
             if PARTIAL.fullmatch(path.name) and now - path.stat().st_mtime > ABANDONED_AFTER:
                 path.unlink(missing_ok=True)

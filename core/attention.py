@@ -1,4 +1,4 @@
-"""What "to attend" means: the seam through which a host, or training, supplies its own kernel."""
+"""The interface of an attention kernel, which the host or training supplies, and torch's own."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Attention(Protocol):
 def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, key_mask: Tensor | None = None) -> Tensor:
     """Attend with torch's own kernel, which has a backward pass on every device.
 
-    q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d). key_mask (b, m): bool leaves tokens out, numbers are
-    added to the logits of their keys.
+    q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d). key_mask (b, m): bool
+    leaves tokens out; floats are added to the logits.
     """
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, None if key_mask is None else key_mask[:, None, None])

@@ -1,20 +1,20 @@
-"""File names that every system accepts, so that a file may be copied to any other."""
+"""File names that are valid on every operating system, so that files can be copied anywhere."""
 
 from __future__ import annotations
 
 import re
 
-FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')  # of which Windows allows none
+FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')  # forbidden on Windows
 DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789¹²³"
 }
-# File systems allow 255 bytes (Linux) or characters (Windows, macOS). The rest is for a number, the extension, and
-# the longer name that a file has while it is written.
+# File systems allow 255 bytes (Linux) or characters (Windows, macOS). The rest is for a number, the extension, and the
+# suffix of the temporary name.
 MAX_BYTES = 200
 
 
 def name_problem(name: str) -> str | None:
-    """Why `name`, one part of a path without its extension, cannot be used everywhere; None if it can."""
+    """Why `name`, one part of a path without extension, is not valid everywhere. None if it is valid."""
     found = FORBIDDEN.search(name)
     if found:
         return f"it holds {found[0]!r}, which Windows does not allow"

@@ -1,4 +1,4 @@
-"""An image prompt: pictures of a subject as VAE latents, with an optional mask and an optional text each."""
+"""An image prompt: VAE latents of pictures of a subject, each with an optional mask and an optional text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MOST_REPEATS: int = 4  # of the shortest text
 
 
 class TextConditioning(NamedTuple):
-    """What the text encoder said. cross_attn (b, tokens, width), pooled (b, width) where the model wants one.
+    """Output of the text encoder. cross_attn (b, tokens, width), pooled (b, width) if the model needs it.
 
-    lengths: how many tokens of each row are its text, for a network that notices how many there are; after them comes
-    filling that no network may read. None: all of them, and the text may be repeated.
+    lengths: number of valid tokens of each row, for networks whose result depends on it; the rest is padding.
+    None: all tokens are valid, and the text may be repeated.
     """
 
     cross_attn: Tensor
@@ -30,7 +30,7 @@ class TextConditioning(NamedTuple):
         return TextConditioning(self.cross_attn.to(device), pooled, self.lengths)
 
     def take(self, rows: Sequence[int]) -> TextConditioning:
-        """Some of the rows, in this order, without filling that none of them needs."""
+        """Select rows, in this order. Padding that none of them needs is cut off."""
         places = list(rows)
         pooled = None if self.pooled is None else self.pooled[places]
         if self.lengths is None:
@@ -39,7 +39,7 @@ class TextConditioning(NamedTuple):
         return TextConditioning(self.cross_attn[places, : max(lengths)], pooled, lengths)
 
     def by_length(self) -> list[list[int]]:
-        """The places of rows that have equally many tokens, which a network can be called with at once."""
+        """Indices of rows with equal numbers of tokens, which can share one call."""
         if self.lengths is None:
             return [list(range(len(self.cross_attn)))]
         return [
@@ -48,10 +48,10 @@ class TextConditioning(NamedTuple):
 
 
 def stack_conditionings(texts: Sequence[TextConditioning]) -> TextConditioning:
-    """Texts as rows of one. There is a pooled vector if all have one.
+    """Stack texts along the batch. There is a pooled vector if all of them have one.
 
-    Shorter texts are repeated up to a length that all have in common, which does not change what cross-attention makes
-    of them; those whose length a network notices are filled up.
+    Texts are repeated to a common length, which does not change the result of cross-attention. Texts with `lengths` are
+    padded instead.
     """
     if any(text.lengths is not None for text in texts):
         return _filled(texts)
@@ -73,14 +73,14 @@ def _pooled(texts: Sequence[TextConditioning]) -> Tensor | None:
 
 
 def repeated(cross_attn: Tensor, length: int) -> Tensor:
-    """A text as often as it takes to be so many tokens long. (b, tokens, width) -> (b, length, width)"""
+    """Repeat a text to `length` tokens. (b, tokens, width) -> (b, length, width)"""
     times, left = divmod(length, cross_attn.shape[1])
     assert times and not left, "the length is a multiple of the text's"
     return cross_attn.repeat(1, times, 1)
 
 
 def fit_together(lengths: Sequence[int]) -> bool:
-    """Whether texts of so many tokens are worth having as rows of one, as ComfyUI decides it."""
+    """Whether texts of these lengths may share a batch: ComfyUI's own rule."""
     return math.lcm(*lengths) <= MOST_REPEATS * min(lengths)
 
 
@@ -88,8 +88,8 @@ def fit_together(lengths: Sequence[int]) -> bool:
 class ReferenceImage:
     """One image prompt.
 
-    latent (1, c, h, w) as the VAE gave it; mask (h_px, w_px) in 0..1, white where the subject is; `text` is what the
-    reference pass reads, the adapter's own class word when None.
+    latent (1, c, h, w) from the VAE; mask (h_px, w_px) in 0..1, white where the subject is. `text` is the text of the
+    reference pass; None: the adapter's class conditioning.
     """
 
     latent: Tensor
@@ -99,7 +99,7 @@ class ReferenceImage:
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """One or more pictures, whose tokens are attended to together: they count as much as one."""
+    """One or more pictures. Their tokens share one softmax, so together they count as much as one."""
 
     pictures: tuple[ReferenceImage, ...]
 

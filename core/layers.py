@@ -1,7 +1,6 @@
-"""Finds the self-attention layers of a UNet that follows the layout of Stable Diffusion's.
+"""Find the self-attention layers of a UNet with Stable Diffusion's layout.
 
-The walk reads names and sizes only; weights are never touched, because they may live elsewhere, in another
-precision, or behind a cast.
+Only names and sizes are read. Weights are not touched: they may be offloaded, or in another precision.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from .kv import BlockKey
 
 
 class SelfAttentionLayer(NamedTuple):
-    """One `attn1`: its address, its module path, and its sizes."""
+    """One self-attention (`attn1`): its block key, module path and sizes."""
 
     key: BlockKey
     path: str  # "input_blocks.1.1.transformer_blocks.0.attn1"
@@ -26,10 +25,10 @@ class SelfAttentionLayer(NamedTuple):
 def self_attention_layers(
     unet: nn.Module, originals: Mapping[str, nn.Module] | None = None
 ) -> tuple[SelfAttentionLayer, ...]:
-    """List every self-attention of a UNet in the order in which a forward pass meets them.
+    """List the self-attention layers of a UNet in the order of the forward pass.
 
-    originals: by its path, what a module was before somebody put another into its place.
-    Empty when the module has no `input_blocks`, `middle_block` and `output_blocks` with transformer blocks inside.
+    originals: modules by path, as they were before another node replaced them.
+    Empty if the module has no transformer blocks in `input_blocks`, `middle_block` and `output_blocks`.
     """
     found = []
     for key, path, block in _transformer_blocks(unet):

@@ -1,7 +1,7 @@
-"""PEFT's LoRA layer, whatever other packages are installed beside it.
+"""PEFT's LoRA layer, also if other installed packages are broken.
 
-PEFT asks every quantization package that it knows whether a layer is one of its own, and an old or broken one answers
-with an error. So the layer is built directly, and a package that breaks the import of PEFT is left out of that import.
+PEFT tries every quantization package that it knows, and an old or broken one raises an error. So the layer is built
+directly, and a package that breaks the import of PEFT is hidden from that import.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NEEDED = {"peft", "transformers", "accelerate", "torch"}  # without one of these
 
 
 def lora_linear(base: nn.Linear, rank: int, alpha: float) -> nn.Module:
-    """PEFT's LoRA around an empty Linear, empty as well. Raises ImportError that says how PEFT is repaired."""
+    """PEFT's LoRA around a Linear on `meta`. Raises ImportError, with advice, if PEFT cannot be imported."""
     peft = import_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=alpha)
     with torch.device("meta"):
@@ -29,7 +29,7 @@ def lora_linear(base: nn.Linear, rank: int, alpha: float) -> nn.Module:
 
 @functools.cache
 def import_peft() -> ModuleType:
-    """Import PEFT, without the packages that it would like to use and that cannot be imported."""
+    """Import PEFT without the optional packages that cannot be imported."""
     left_out: dict[str, ModuleType | None] = {}
     first: Exception | None = None
     try:
@@ -44,7 +44,7 @@ def import_peft() -> ModuleType:
                 if broken is None or broken in left_out:
                     raise ImportError(_advice(first, broken)) from first
                 left_out[broken] = sys.modules.get(broken)
-                sys.modules[broken] = None  # pyright: ignore[reportArgumentType]  # Python's way to say: not there
+                sys.modules[broken] = None  # pyright: ignore[reportArgumentType]  # makes Python report it as missing
                 _forget_what_is_installed(broken)
     finally:
         for name, module in left_out.items():
@@ -54,7 +54,7 @@ def import_peft() -> ModuleType:
 
 
 def _forget_what_is_installed(broken: str) -> None:
-    """Let PEFT begin anew, and the two it stands on ask again which packages there are."""
+    """Forget PEFT's modules and what transformers and accelerate know about installed packages."""
     for name, module in list(sys.modules.items()):
         package, _, rest = name.partition(".")
         if package == "peft":
@@ -63,7 +63,7 @@ def _forget_what_is_installed(broken: str) -> None:
             for value in list(vars(module).values()):
                 if callable(forget := getattr(value, "cache_clear", None)):
                     forget()
-            if hasattr(module, f"_{broken}_available"):  # transformers 4 asks once, when it is imported
+            if hasattr(module, f"_{broken}_available"):  # transformers 4 checks once, at import
                 setattr(module, f"_{broken}_available", False)
 
 
@@ -78,14 +78,14 @@ def _advice(error: Exception, broken: str | None) -> str:
 
 
 def _involved(error: BaseException | None) -> Iterator[str]:
-    """The packages in which an import failed, the innermost first, of the cause before the effect."""
+    """The packages in which an import failed: the innermost first, causes before effects."""
     if error is None:
         return
     yield from _involved(error.__cause__ or error.__context__)
     if isinstance(error, ImportError) and error.name:
         yield error.name.split(".")[0]
     modules = []
-    frame = error.__traceback__ and error.__traceback__.tb_next  # after our own
+    frame = error.__traceback__ and error.__traceback__.tb_next  # after our own frame
     while frame is not None:
         modules.append(frame.tb_frame.f_globals.get("__name__", "").split(".")[0])
         frame = frame.tb_next

@@ -1,4 +1,4 @@
-"""Masks at the resolution of the tokens that they select."""
+"""Masks at token resolution."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MASK_THRESHOLD: float = 0.5  # a token belongs to the subject when at least this share of its area does
+MASK_THRESHOLD: float = 0.5  # a token is kept if at least this share of its area is masked in
 
 
-TIE: float = 1e-4  # averages closer than this to the best are as good: rounding must not choose between them
+TIE: float = 1e-4  # averages this close to the best count as equal, so that rounding does not decide
 
 
 def downsample_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """Average masks over the area of every token. mask (..., h, w) in 0..1 -> (..., height*width) in 0..1
 
-    On the CPU, where the result stays: Metal cannot average areas of unequal size.
+    Computed on the CPU, because Metal cannot average areas of unequal size. The result stays there.
     """
     single = mask.cpu().float().reshape(-1, 1, *mask.shape[-2:])
     return F.adaptive_avg_pool2d(single, (height, width)).reshape(*mask.shape[:-2], height * width)
 
 
 def token_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """Say which tokens subject masks keep. mask (..., h, w) in 0..1 -> (..., height*width) bool, on the CPU
+    """Which tokens a subject mask keeps. mask (..., h, w) in 0..1 -> (..., height*width) bool, on the CPU
 
-    Where no token of a mask reaches MASK_THRESHOLD, the ones that it covers best stay, all of them if they are equal.
-    So a small or faint subject is never lost at a coarse layer. A mask that covers nothing keeps the first token.
+    If no token reaches MASK_THRESHOLD, the tokens with the highest average are kept. So a small or faint subject is not
+    lost at a coarse layer. An empty mask keeps the first token.
     """
     weights = downsample_mask(mask, height, width)
     kept = weights >= MASK_THRESHOLD
