@@ -1,1 +1,1 @@
-"""How ComfyUI is asked to do it: the only home of its quirks."""
+"""Everything that uses ComfyUI's own modules."""

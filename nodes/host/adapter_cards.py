@@ -1,4 +1,4 @@
-"""What the browser shows of an adapter file: a few checked values as text, from its header, read once."""
+"""What the browser shows about an adapter file: a few checked values from its header, read once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...core.adapter_file import adapter_metadata
 from ...core.adapter_metadata import FORMAT_VERSION, UnusableMetadata, from_metadata, shortened
 from .files import EXTENSION, adapter_names, adapter_path
 
-MOST_HEADER = 16 * 2**20  # bytes of a header that is worth reading for a card; a workflow takes some hundred kB
+MOST_HEADER = 16 * 2**20  # bytes of a header that is read for a card; a workflow takes some hundred kB
 STEPS_FOLDER = ".training"  # behind the adapter's name: where its training keeps earlier steps
 KEPT = re.compile(r"\d+(?=\.safetensors$)")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")  # and what turns text around
@@ -22,12 +22,12 @@ _cards: dict[Path, tuple[State, Card]] = {}
 
 
 def adapter_cards() -> list[Card]:
-    """A card for every adapter that the host lists. The first call reads the headers, later ones what has changed."""
+    """A card for every listed adapter. The first call reads all headers, later calls only those of changed files."""
     return [card for name in adapter_names() if (card := _card(name)) is not None]
 
 
 def adapter_card(name: str) -> Card | None:
-    """The card of a listed file with the steps that were kept of it; None for a name that the host does not list."""
+    """The card of a listed file, with its kept steps. None for a name that the host does not list."""
     names = adapter_names()
     if name not in names:
         return None
@@ -36,7 +36,7 @@ def adapter_card(name: str) -> Card | None:
 
 
 def listed_metadata(name: str) -> dict[str, str] | None:
-    """The metadata of a listed file that is an adapter, else None."""
+    """The metadata of a listed adapter file, else None."""
     if name not in adapter_names():
         return None
     try:
@@ -47,7 +47,7 @@ def listed_metadata(name: str) -> dict[str, str] | None:
 
 
 def kept_steps(name: str, names: list[str]) -> list[dict[str, Any]]:
-    """Adapters that the training of `name` kept on its way, from the lowest step."""
+    """Adapters that the training of `name` saved at earlier steps, in order."""
     folder = name.removesuffix(EXTENSION) + STEPS_FOLDER
     inside = [other for other in names if other.replace("\\", "/").startswith(folder.replace("\\", "/") + "/")]
     steps = [{"step": int(found[0]), "name": other} for other in inside if (found := KEPT.search(other))]
@@ -93,7 +93,7 @@ def _read(path: Path) -> Card:
 
 
 def _header_size(path: Path) -> int:
-    """How long a safetensors file says that its header is."""
+    """The header's length, from the first bytes of a safetensors file."""
     with path.open("rb") as file:
         return int.from_bytes(file.read(8), "little")
 

@@ -1,4 +1,4 @@
-"""What the adapter folder holds, known from the headers of its files, which are read again only after a change."""
+"""An index of the adapter folder. The header of a file is read again only if the file has changed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .words import folded
 
 log = logging.getLogger(__name__)
 
-# A file system's clock may tick every two seconds. A file that is older by more when it is read cannot change without
-# its time changing too.
+# The clock of a file system may tick every two seconds. If a file is older than that when it is read, any later change
+# also changes its time.
 SETTLED = 5.0
 CHUNK = 2**20
 NAMED = 3  # adapters in a warning
@@ -26,10 +26,10 @@ State = tuple[int, ...]
 
 
 class Subject(NamedTuple):
-    """What the header of an adapter file says of its subject."""
+    """What the header of an adapter file says about its subject."""
 
     word: str | None = None
-    training: str | None = None  # the fingerprint of the training that it comes from
+    training: str | None = None  # fingerprint of its training
 
 
 _contents: dict[Path, tuple[State, str]] = {}
@@ -37,9 +37,9 @@ _subjects: dict[Path, tuple[State, Subject]] = {}
 
 
 def adapter_fingerprint(name: str | None) -> str:
-    """Changes with what the file holds. None, for a name that is not known yet: with any file of the folder.
+    """A fingerprint of the file's contents. For None, a name that is not known yet: of every file in the folder.
 
-    A file that is no adapter is never read past its header.
+    Of a file that is no adapter, only the header is read.
     """
     if name is None:
         states = [(name, _state_of(name)) for name in adapter_names()]
@@ -52,9 +52,9 @@ def adapter_fingerprint(name: str | None) -> str:
 
 
 def adapters_with_word(word: str, training: str | None = None) -> list[str]:
-    """The adapters in the folder that answer to the word, in any spelling that a prompt would find.
+    """The adapters in the folder with this placeholder token, in any spelling that a prompt finds.
 
-    training: the fingerprint of one whose own adapters are left out, of however many steps.
+    training: fingerprint of a training whose own adapters are left out.
     """
     subjects = {name: _subject_of(name) for name in adapter_names()}
     return [
@@ -65,7 +65,7 @@ def adapters_with_word(word: str, training: str | None = None) -> list[str]:
 
 
 def warn_of_adapters_with(word: str, training: str) -> None:
-    """Say that adapters of other trainings have the word of this one."""
+    """Warn if adapters of other trainings have the same placeholder token."""
     names = adapters_with_word(word, training)
     if names:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
@@ -101,14 +101,14 @@ def _subject_of(name: str) -> Subject:
         if known is None or known[0] != state:
             known = _subjects[path] = state, _subject_in(adapter_metadata(path) or {})
         return known[1]
-    except OSError:  # gone, or not ours to read
+    except OSError:  # deleted, or not readable
         return Subject()
 
 
 def _subject_in(metadata: dict[str, str]) -> Subject:
     try:
         training = json.loads(metadata.get("training", "{}"))
-    except (ValueError, RecursionError):  # damaged; reading the file says so
+    except (ValueError, RecursionError):  # damaged: loading it says so
         training = None
     fingerprint = training.get("fingerprint") if isinstance(training, dict) else None
     return Subject(metadata.get("placeholder"), fingerprint)

@@ -1,4 +1,4 @@
-"""What the browser may ask about adapters. Every name is looked up in the host's own list; none is taken as a path."""
+"""HTTP routes about adapters. Names are looked up in the host's list and never used as paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=
 
 
 def register_adapter_routes(architecture_of: Callable[[str, str], str | None]) -> None:
-    """Once, before the host adds its routes to the application.
+    """Call this once, before the host adds its routes.
 
     architecture_of: what a file of a folder ("checkpoints", "sdxl.safetensors") is, where that is known.
     """

@@ -1,4 +1,4 @@
-"""ComfyUI's CONDITIONING, read as text for the reference pass."""
+"""Convert ComfyUI's CONDITIONING to text for the reference pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...core.image_prompt import TextConditioning
 
 log = logging.getLogger(__name__)
 
-# What a conditioning may say beside its text, by ComfyUI's names, and how people know it.
+# Entries of a conditioning that are not used: ComfyUI's key, and the name that users know.
 NOT_READ = {
     "area": "area",
     "mask": "mask",
@@ -27,7 +27,7 @@ NOT_READ = {
 
 
 def reference_texts(conditionings: Sequence[list[Any]], pictures: int, node: str) -> list[TextConditioning | None]:
-    """A text for each picture: none, one for all, or one for each. Raises ValueError where it cannot be told."""
+    """One text for each picture, from none, one for all, or one for each. Raises ValueError for other counts."""
     if not conditionings:
         return [None] * pictures
     if len(conditionings) not in (1, pictures):
@@ -40,7 +40,7 @@ def reference_texts(conditionings: Sequence[list[Any]], pictures: int, node: str
 
 
 def reference_text(conditioning: list[Any]) -> TextConditioning:
-    """The text of a CONDITIONING. Raises ValueError when there is none, or more than one."""
+    """The text of a CONDITIONING. Raises ValueError if there is none or more than one."""
     if not conditioning:
         raise ValueError("The conditioning is empty. Connect the output of a CLIPTextEncode, or leave it open.")
     if len(conditioning) > 1:

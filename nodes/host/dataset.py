@@ -1,4 +1,4 @@
-"""A folder of pictures as lists of images, captions and masks to train on; what cannot be used is left out and told."""
+"""Read a folder as lists of images, captions and masks. Files that cannot be used are left out and reported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES_TOLD = 10
 
 @dataclass(frozen=True)
 class Dataset:
-    """IMAGE (1, h, w, 3), text and MASK (1, h, w) of every picture; and what was left out, with the reason."""
+    """IMAGE (1, h, w, 3), caption and MASK (1, h, w) of every picture, and the files left out with reasons."""
 
     images: list[Tensor]
     captions: list[str]
@@ -44,9 +44,9 @@ class Dataset:
 
 
 def read_dataset(name: str, placeholder_token: str) -> Dataset:
-    """Everything in a folder, in an order that is the same on every system.
+    """Read a folder, in an order that is the same on every system.
 
-    What cannot be used is left out and told. Raises ValueError when nothing is left.
+    Files that cannot be used are left out and reported. Raises ValueError if nothing is left.
     """
     folder = dataset_folder(name)
     entries = list_entries(folder)
@@ -75,7 +75,7 @@ def read_dataset(name: str, placeholder_token: str) -> Dataset:
 
 
 def _read(entry: Entry) -> tuple[Tensor, Tensor]:
-    """IMAGE (1, h, w, 3) and its mask (h, w), white where nothing says otherwise."""
+    """IMAGE (1, h, w, 3) and its mask (h, w), white if there is none."""
     image, alpha = read_picture(entry.picture)
     height, width = image.shape[1:3]
     mask = torch.ones(height, width) if alpha is None else alpha
@@ -91,7 +91,7 @@ def _read(entry: Entry) -> tuple[Tensor, Tensor]:
 
 
 def _fitted(mask: Tensor, height: int, width: int) -> Tensor:
-    """A mask of another size, but the same aspect, at the picture's."""
+    """Resize a mask of the same aspect ratio to the picture's size."""
     tall, wide = mask.shape
     if (tall, wide) == (height, width):
         return mask
@@ -109,7 +109,7 @@ def _caption(path: Path, placeholder_token: str) -> str:
 
 
 def _decoded(path: Path) -> str:
-    """UTF-8 with or without a mark, UTF-16 with one, and else what the system writes."""
+    """UTF-8 with or without BOM, UTF-16 with BOM, else the system's encoding."""
     try:
         data = path.read_bytes()
     except OSError as error:

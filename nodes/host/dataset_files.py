@@ -1,7 +1,7 @@
 """Which files of a folder inside ComfyUI's `input` are pictures, captions and masks.
 
-`name.txt` is the caption of `name.jpg`, `name-masklabel.png` (OneTrainer) or `name_mask.png` its mask, and sub-folders
-called `10_name` (kohya) belong to the folder.
+`name.txt` is the caption of `name.jpg`. `name-masklabel.png` (OneTrainer) or `name_mask.png` is its mask. Pictures in
+sub-folders such as `10_name` (kohya) are included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MASK_ENDINGS = ("-masklabel", "_mask")
 OTHER_ENDINGS = ("-condlabel",)  # OneTrainer's: neither picture nor mask
 CAPTION_EXTENSIONS = (".txt", ".caption")
 KOHYA_FOLDER = re.compile(r"\d+_.+")
-DEEPEST, MOST_FOLDERS = 6, 2000  # of the list to choose from: `input` may hold a link to a whole disk
+DEEPEST, MOST_FOLDERS = 6, 2000  # limits of the list to choose from: `input` may contain a link to a whole disk
 
 
 class Entry(NamedTuple):
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
 
 def dataset_folders() -> list[str]:
-    """Folders inside `input`, with / between, to choose from. Linked folders are followed."""
+    """Paths of the folders inside `input`, with / as separator. Links are followed."""
     found: list[str] = []
     root = Path(folder_paths.get_input_directory())
     pending, seen = [(root, 0)], {os.path.realpath(root)}
@@ -55,15 +55,15 @@ def dataset_folders() -> list[str]:
 
 
 def dataset_folder(name: str) -> Path:
-    """The folder of that name. Raises ValueError when there is none, or when the name leads out of `input`.
+    """The folder of that name. Raises ValueError if it does not exist or is outside of `input`.
 
-    Names are judged by how they are spelled: a link inside `input` may lead elsewhere, as everywhere in ComfyUI.
+    Only the spelling of the path is checked. A link inside `input` may lead elsewhere, as everywhere in ComfyUI.
     """
     root = os.path.abspath(folder_paths.get_input_directory())
     missing = (
         f"There is no folder '{shown(name)}' inside {root}. Choose another one; press R in the browser to list it."
     )
-    for spelling in (name, name.replace("\\", "/")):  # the second: a workflow that was saved on Windows
+    for spelling in (name, name.replace("\\", "/")):  # the second for workflows saved on Windows
         if not name.strip() or "\0" in name or ".." in re.split(r"[\\/]", name) or os.path.isabs(spelling):
             raise ValueError(missing)
         path = os.path.abspath(os.path.join(root, spelling))
@@ -73,7 +73,7 @@ def dataset_folder(name: str) -> Path:
 
 
 def dataset_fingerprint(name: str) -> str:
-    """Changes with every file that counts: names and contents, not times."""
+    """A fingerprint of names and contents of all files that are used, without their times."""
     try:
         entries = list_entries(dataset_folder(name))
     except ValueError:
@@ -95,7 +95,7 @@ def dataset_fingerprint(name: str) -> str:
 
 
 def list_entries(folder: Path) -> list[Entry]:
-    """The pictures of a folder and of its kohya sub-folders, each with its caption and mask."""
+    """The pictures of a folder and its kohya sub-folders, with captions and masks."""
     entries = _entries_of(folder)
     for child in sorted(children(folder), key=lambda path: natural_order(path.name)):
         if KOHYA_FOLDER.fullmatch(child.name) and os.path.isdir(child):
@@ -104,7 +104,7 @@ def list_entries(folder: Path) -> list[Entry]:
 
 
 def natural_order(name: str) -> tuple:
-    """Sorts 2 before 10 and a beside A, the same on every system, however it spells accents."""
+    """Sort key: 2 before 10, upper and lower case together, and the same on every system."""
     plain = unicodedata.normalize("NFC", name)
     parts = re.split(r"([0-9]+)", plain.casefold())
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part], plain
@@ -140,7 +140,7 @@ def _folded(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Files of macOS and Windows, ._name.jpg among them, and what is hidden."""
+    """Whether a file is hidden, or one of macOS or Windows such as ._name.jpg."""
     return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
 
 

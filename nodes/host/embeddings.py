@@ -1,4 +1,4 @@
-"""The learned word as an embedding file of the host, for `embedding:name` in any prompt."""
+"""Save the token embedding as an embedding file, for `embedding:name` in any prompt."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _deletions: dict[Path, int] = {}
 
 
 def save_embedding(adapter: Adapter, name: str) -> Path:
-    """Write the learned word to ComfyUI's embeddings folder as `name`, which may lie in a sub-folder.
+    """Write the token embedding to ComfyUI's embeddings folder as `name`, which may contain a sub-folder.
 
-    Raises ValueError where `embedding:name` is an embedding that is not ours: it keeps its meaning.
+    Raises ValueError if `embedding:name` is a file that SA-Inject did not write.
     """
     path = embedding_path(name)
     tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in adapter.token_embedding.items()}
@@ -44,12 +44,12 @@ def save_embedding(adapter: Adapter, name: str) -> Path:
 
 
 def embedding_path(name: str) -> Path:
-    """Where an adapter's word goes: under the name that the adapter has in its own folder, sub-folder included."""
+    """The path of an adapter's embedding file: the adapter's name with its sub-folder."""
     return Path(folder_paths.get_folder_paths("embeddings")[0]) / f"{_inside(name)}{EXTENSION}"
 
 
 def times_deleted(name: str) -> int:
-    """How often a file that this process wrote was found to be gone. It is to be written again then."""
+    """How often files that this process wrote were found deleted. They are then written again."""
     path = embedding_path(name)
     if path in _written and not path.exists():
         _written.remove(path)
@@ -58,13 +58,13 @@ def times_deleted(name: str) -> int:
 
 
 def _inside(name: str) -> str:
-    """`toys/robot.safetensors` -> `toys/robot`, and never out of the folder, as the host resolves names."""
+    """`toys/robot.safetensors` -> `toys/robot`, never outside of the folder, as the host resolves names."""
     relative = os.path.relpath(os.path.join("/", name.replace("\\", "/").lstrip("/")), "/")
     return relative.removesuffix(EXTENSION)
 
 
 def _files_under(name: str) -> Iterator[Path]:
-    """Every file that `embedding:name` could mean to the host."""
+    """Every file that the host could find for `embedding:name`."""
     for folder in folder_paths.get_folder_paths("embeddings"):
         for extension in HOST_LOOKS_FOR:
             path = Path(folder) / f"{_inside(name)}{extension}"
@@ -77,7 +77,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _holds(path: Path, tensors: dict[str, Tensor]) -> bool:
-    """Whether the file is this very word, as versions wrote it that left no mark."""
+    """Whether the file holds this embedding, as written by versions without a format entry."""
     if path.suffix != EXTENSION or path.stat().st_size > 2**24:
         return False
     try:

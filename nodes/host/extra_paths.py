@@ -1,7 +1,7 @@
-"""What a user's extra_model_paths.yaml says and the host forgets: which folder is the default for a kind of model.
+"""Which folder the user's extra_model_paths.yaml makes the default for a kind of model.
 
-The host only puts a default in front of what is there. A pack that adds its own folder later cannot see from the list
-whether the first one was made the default.
+The host puts a default folder first in its list and does not store that it is the default. A pack that adds its own
+folder later cannot see it in the list.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def default_model_paths(kind: str) -> list[str]:
-    """The folders that the user made the default for a kind of model, in the order in which the host adds them."""
+    """The user's default folders for a kind of model, in the host's order."""
     found = []
     for file in _configuration_files():
         try:
@@ -44,5 +44,5 @@ def _defaults_in(file: Path, kind: str) -> Iterator[str]:
             continue
         base = os.path.expandvars(os.path.expanduser(section.get("base_path") or ""))
         for line in filter(None, section[kind].split("\n")):
-            # As the host joins them, so that it is the same folder to it; join ends with the last absolute part.
+            # Joined as the host does it, so that the paths are equal.
             yield os.path.normpath(os.path.join(file.resolve().parent, base, line))

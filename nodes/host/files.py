@@ -1,4 +1,4 @@
-"""Where adapters and learned words live in a ComfyUI installation."""
+"""The folder of the adapters in a ComfyUI installation."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ EXTENSION = ".safetensors"
 
 
 def register_folder() -> None:
-    """Tell ComfyUI about `models/sa_inject`. New adapters go there, unless the user made another folder the default."""
+    """Register `models/sa_inject`. New adapters go there, unless the user has set another default folder."""
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER), is_default=True)
     for path in default_model_paths(FOLDER):
         folder_paths.add_model_folder_path(FOLDER, path, is_default=True)
-    folder_paths.folder_names_and_paths[FOLDER][1].add(EXTENSION)  # a new name has none, which would list every file
+    folder_paths.folder_names_and_paths[FOLDER][1].add(EXTENSION)  # without it the host lists every file
 
 
 def adapter_names() -> list[str]:
     try:
         return folder_paths.get_filename_list(FOLDER)
-    except FileNotFoundError:  # a sub-folder that the host remembers was deleted
+    except FileNotFoundError:  # a sub-folder in the host's cache was deleted
         folder_paths.filename_list_cache.pop(FOLDER, None)
         return folder_paths.get_filename_list(FOLDER)
 
 
 def adapter_path(name: str) -> Path:
-    """Full path of a listed adapter. Raises FileNotFoundError when it is gone."""
+    """Full path of a listed adapter. Raises FileNotFoundError if it was deleted."""
     return Path(folder_paths.get_full_path_or_raise(FOLDER, name))
 
 
@@ -41,5 +41,5 @@ def read_adapter(name: str) -> Adapter:
 
 
 def adapter_folder() -> Path:
-    """Where new adapters go."""
+    """The folder for new adapters."""
     return Path(folder_paths.get_folder_paths(FOLDER)[0]).absolute()

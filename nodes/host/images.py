@@ -1,6 +1,6 @@
-"""ComfyUI's images, turned into what the rest of the pack works with, and checked on the way.
+"""Convert and check ComfyUI's images.
 
-ComfyUI hands over (b, h, w, c) in 0..1; below this file a picture is (1, 3, h, w), and a mask (h, w).
+ComfyUI's IMAGE is (b, h, w, c) in 0..1. In the rest of the pack a picture is (1, 3, h, w) and a mask (h, w).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .masks import cropped_mask, resized_mask
 log = logging.getLogger(__name__)
 
 Fit = Literal["crop", "pad", "stretch"]
-SIZE_MULTIPLE = 64  # pixels: sides are multiples of this, so that every level of a UNet has whole tokens
+SIZE_MULTIPLE = 64  # pixels; then every level of a UNet has whole tokens
 GREY = 0.5
 VAE_CURE = (
     "Start ComfyUI with --fp32-vae (or --bf16-vae), or connect a VAE that was fixed for float16, such as "
@@ -30,9 +30,8 @@ VAE_CURE = (
 def split_images(images: Sequence[Tensor], what: str) -> list[Tensor]:
     """Split batches and lists of IMAGE into single RGB pictures, float32. -> (1, 3, h, w) each
 
-    Alpha is composed onto grey, a single channel becomes RGB. On the CPU, where any size can be resized. Raises
-    ValueError, naming the picture, for one without pixels, with values that are not numbers, or with a number of
-    channels that no picture has.
+    Alpha is composed onto grey, and grey becomes RGB. The result is on the CPU, where any size can be resized. Raises
+    ValueError, with the picture's number, for no pixels, NaN or infinite values, or a wrong number of channels.
     """
     pictures = []
     for batch in images:
@@ -70,14 +69,14 @@ def fit_picture(picture: Tensor, mask: Tensor | None, resolution: int, fit: Fit)
 
 
 def bucket_size(height: int, width: int, resolution: int) -> tuple[int, int]:
-    """The size to train a picture at: about resolution^2 pixels, its own aspect, sides in steps of 64 pixels."""
+    """Training size of a picture: about resolution^2 pixels, its own aspect ratio, sides in steps of 64 pixels."""
     snap = min(SIZE_MULTIPLE, resolution)
     ratio = resolution / (height * width) ** 0.5
     return tuple(max(snap, round(side * ratio / snap) * snap) for side in (height, width))
 
 
 def cover(picture: Tensor, mask: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Resize a picture and its mask until they cover `size` (height, width), and cut the rest away evenly."""
+    """Resize a picture and its mask to cover `size` (height, width), then crop the centre."""
     height, width = size
     h, w = picture.shape[-2:]
     ratio = max(height / h, width / w)
@@ -107,7 +106,7 @@ def to_comfy(picture: Tensor) -> Tensor:
 def encode_picture(vae: Any, picture: Tensor, latent_channels: int | None = None) -> Tensor:
     """VAE latent of one picture, not yet scaled for a model. (1, 3, h, w) -> (1, c, h/8, w/8)
 
-    Raises ValueError when the VAE's latents are not what the model denoises, or no numbers.
+    Raises ValueError if the latents have another shape than the model's, or NaN or infinite values.
     """
     latent = vae.encode(to_comfy(picture))
     if latent.ndim != 4 or (latent_channels is not None and latent.shape[1] != latent_channels):
@@ -121,7 +120,7 @@ def encode_picture(vae: Any, picture: Tensor, latent_channels: int | None = None
 
 
 def decode_latents(vae: Any, latent: Tensor) -> Tensor:
-    """IMAGE (b, h, w, c) of latents. Where the VAE gives no numbers they become black, and the log says so."""
+    """IMAGE (b, h, w, c) of latents. NaN becomes black, and the log says so."""
     images = vae.decode(latent)
     if bool(images.isfinite().all()):
         return images
@@ -133,7 +132,7 @@ def decode_latents(vae: Any, latent: Tensor) -> Tensor:
 
 
 def vae_name(vae: Any) -> str:
-    """As users can tell it: the kind of network and its precision."""
+    """The VAE's kind of network and precision, for messages."""
     network = type(getattr(vae, "first_stage_model", vae)).__name__
     dtype = getattr(vae, "vae_dtype", None)
     return f"The connected VAE ({network}{'' if dtype is None else f' in {dtype}'.replace('torch.', '')})"

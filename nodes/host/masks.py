@@ -1,7 +1,7 @@
-"""ComfyUI's masks, one for each picture, and refused where they leave nothing of it.
+"""Convert and check ComfyUI's masks: one for each picture, white where the subject is.
 
-White is the subject. The host's own loaders give the opposite, white where a picture is transparent, and a plain mask
-of 64x64 pixels where there is no transparency at all.
+The host's loaders give inverted masks: white where a picture is transparent. For a picture without transparency they
+give a black mask of 64x64 pixels.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 
 HOST_PLACEHOLDER = (64, 64)  # the size of LoadImage's black mask for a picture without transparency
 LATENT_CELL = 8  # pixels
-LEAST_COVER = 0.1  # of the cell that a mask covers best; less is noise of a compressed file, or a stray dot
-SMALL_SHARE = 0.005  # of a picture: a subject that is smaller than this is learned badly
+LEAST_COVER = 0.1  # of the best covered cell; less is noise of a compressed file, or a single dot
+SMALL_SHARE = 0.005  # of a picture: smaller subjects are learned badly
 
 
 def split_masks(masks: Sequence[Tensor] | None, pictures: Sequence[Tensor], what: str) -> list[Tensor | None]:
-    """One mask a picture, white where the subject is, in 0..1; None where the whole picture counts. -> (h, w) each
+    """One mask (h, w) in 0..1 for each picture, white where the subject is. None: the whole picture counts.
 
-    One mask serves all pictures of its size. Raises ValueError for another count or size, and for a mask that leaves
-    nothing of its picture, naming both.
+    One mask alone serves all pictures of its size. Raises ValueError for another count or size, and for a mask that
+    leaves nothing of its picture.
     """
     if not masks:
         return [None] * len(pictures)
@@ -53,9 +53,9 @@ def split_masks(masks: Sequence[Tensor] | None, pictures: Sequence[Tensor], what
 
 
 def check_leaves_something(mask: Tensor | None, number: int, what: str, size: tuple[int, int] | None = None) -> None:
-    """Raise ValueError when a mask (h, w) leaves nothing, or next to nothing, of its picture.
+    """Raise ValueError if a mask (h, w) leaves nothing, or almost nothing, of its picture.
 
-    size: height and width that the picture was resized and cut to, with its mask.
+    size: height and width to which picture and mask were resized and cropped.
     """
     if mask is None:
         return

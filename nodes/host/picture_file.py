@@ -1,4 +1,4 @@
-"""One picture file of any kind that PIL reads, as people see it: upright, in sRGB, with its transparency as a mask."""
+"""Read one picture file: upright, in sRGB, with its transparency as a mask."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ EXTENSIONS = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .tga .ppm .pgm .pbm .jp2 .j2k .mpo "
     ".avif .heic .heif .hif .jxl".split()
 )
-UNSUPPORTED = frozenset(".dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .pef .psd .xcf .kra .svg".split())  # cameras, programs
-MOST_PIXELS = 178_956_970  # twice what PIL warns of; a file may be small and still claim any size
+UNSUPPORTED = frozenset(
+    ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .pef .psd .xcf .kra .svg".split()
+)  # raw files of cameras, project files of programs
+MOST_PIXELS = 178_956_970  # twice PIL's warning limit; a small file may claim any size
 LEAST_SIDE = 16  # pixels
 MOST_ASPECT = 20
-ENOUGH_PIXELS = 4096 * 4096  # larger pictures are made smaller: four times the largest training size
+ENOUGH_PIXELS = 4096 * 4096  # larger pictures are scaled down
 SIXTEEN_BIT = 65535.0
 
 
 class UnreadablePicture(ValueError):
-    """The file is no picture that can be used; the text says why, in half a sentence."""
+    """The file cannot be used. The text gives the reason, to be put behind the file's name."""
 
 
 def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:
-    """The first frame of a file as IMAGE (1, h, w, 3), and its alpha (h, w), both in 0..1; None where it is opaque.
+    """The first frame as IMAGE (1, h, w, 3) in 0..1, and its alpha (h, w), None if it is opaque.
 
     Transparent parts are composed onto grey. Raises UnreadablePicture.
     """
@@ -52,7 +54,7 @@ def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:
 
 
 def read_mask(path: Path) -> Tensor:
-    """A mask file (h, w) in 0..1: how bright it is; what is transparent in it is black. Raises UnreadablePicture."""
+    """A mask file as (h, w) in 0..1: its brightness. Transparent parts are black. Raises UnreadablePicture."""
     with _reasons(path):
         picture = _opened(path)
         if not _has_alpha(picture):
@@ -63,7 +65,7 @@ def read_mask(path: Path) -> Tensor:
 
 @contextlib.contextmanager
 def _reasons(path: Path) -> Iterator[None]:
-    """Say in half a sentence why a file cannot be used, whatever PIL says."""
+    """Turn PIL's exceptions into UnreadablePicture with a short reason."""
     suffix = path.suffix.lower()
     try:
         yield
@@ -77,12 +79,12 @@ def _reasons(path: Path) -> Iterator[None]:
         raise UnreadablePicture("it claims more pixels than any picture has: save it smaller") from None
     except MemoryError:
         raise UnreadablePicture("there is not enough memory for it") from None
-    except Exception as error:  # each of PIL's readers fails in its own way
+    except Exception as error:  # PIL's readers raise many kinds of exceptions
         raise UnreadablePicture(f"it is damaged ({error or type(error).__name__})") from error
 
 
 def _opened(path: Path) -> Image.Image:
-    """Decoded, upright, and not larger than is of use."""
+    """Decode, turn upright, and limit the size."""
     suffix = path.suffix.lower()
     if suffix in UNSUPPORTED:
         raise UnreadablePicture(f"{suffix[1:].upper()} is no finished picture: export it as PNG or JPEG")
@@ -118,7 +120,7 @@ def _check_size(width: int, height: int) -> None:
 
 @contextlib.contextmanager
 def _strictly() -> Iterator[None]:
-    """With a file that ends too early refused, whatever another pack has allowed for the whole process."""
+    """Refuse truncated files, even if another pack allows them for the whole process."""
     allowed, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
@@ -129,7 +131,7 @@ def _strictly() -> Iterator[None]:
 def _upright(file: Image.Image) -> Image.Image:
     try:
         picture = ImageOps.exif_transpose(file)
-    except Exception as error:  # damaged EXIF, in any of many ways; the pixels are good
+    except Exception as error:  # damaged EXIF; the pixels can be used
         log.debug("EXIF could not be read: %s", error)
         picture = file.copy()
     return file.copy() if picture is None else picture
@@ -157,7 +159,7 @@ def _rgb(picture: Image.Image, path: Path) -> Tensor:
 
 
 def _grey_of_many_bits(picture: Image.Image) -> Tensor:
-    """16-bit grey, and what scientific programs write: 32-bit integers and floats. (h, w) in 0..1"""
+    """16-bit grey, and 32-bit integers and floats of scientific programs. -> (h, w) in 0..1"""
     values = torch.from_numpy(np.asarray(picture, dtype=np.float32).copy()).nan_to_num(0.0)
     highest = values.amax().item()
     if picture.mode == "F":
@@ -168,7 +170,7 @@ def _grey_of_many_bits(picture: Image.Image) -> Tensor:
 
 
 def _in_srgb(picture: Image.Image, profile: bytes | None, path: Path) -> Image.Image:
-    """Colours as a screen shows them. A profile that cannot be used is told and ignored."""
+    """Convert to sRGB. A profile that cannot be used is logged and ignored."""
     if picture.mode == "LAB":
         return ImageCms.profileToProfile(
             picture, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
@@ -179,7 +181,7 @@ def _in_srgb(picture: Image.Image, profile: bytes | None, path: Path) -> Image.I
             converted = ImageCms.profileToProfile(picture, embedded, ImageCms.createProfile("sRGB"), outputMode="RGB")
             if converted is not None:
                 return converted
-        except Exception as error:  # no littlecms in this PIL, or a profile of another kind of colours
+        except Exception as error:  # no littlecms in this PIL, or a profile of another colour space
             log.info("The colour profile of %s could not be used: %s", shown(path.name), error)
     return picture.convert("RGB")
 
@@ -190,5 +192,5 @@ def _values(picture: Image.Image) -> Tensor:
 
 
 def shown(name: str) -> str:
-    """A file's name in a form that any log can hold; names on disk need not be text."""
+    """A file name that any log can show: names on disk need not be valid text."""
     return name.encode("utf-8", "replace").decode("utf-8")

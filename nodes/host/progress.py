@@ -1,4 +1,4 @@
-"""What the user sees on a node while it runs."""
+"""Texts and progress shown on a node while it runs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ...trainer.loop import Step
 
 log = logging.getLogger(__name__)
 
-SMOOTHING = 0.95  # of the shown loss: single steps of a diffusion loss say little
+SMOOTHING = 0.95  # of the shown loss, because single steps are noisy
 
 
 def show_on_node(text: str, node_id: str | None) -> None:
-    """Show a line of text at the foot of a node, if somebody is looking."""
+    """Show a line of text on a node, if a browser is connected."""
     if node_id is not None and getattr(PromptServer, "instance", None) is not None:
         PromptServer.instance.send_progress_text(text, node_id)
 
 
 def warn_on_node(said: str, node_id: str | None) -> None:
-    """Log a warning and show it on the node, there as a sentence: only the name of an input stays in lower case."""
+    """Log a warning and show it on the node. There it begins with a capital, unless with an input's name."""
     log.warning("SA-Inject: %s", said)
     is_input = "_" in said.partition(" ")[0]
     show_on_node(said if is_input else said[0].upper() + said[1:], node_id)

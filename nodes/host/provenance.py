@@ -1,4 +1,4 @@
-"""What an adapter file says of itself to other programs: modelspec entries, a thumbnail, and the workflow."""
+"""Metadata of an adapter file for other programs: modelspec entries, a thumbnail, and the workflow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODELSPEC_ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an adapter comes from: the graph, in the host's two forms, the pack's version, and a picture of it."""
+    """Where an adapter comes from: the graph in the host's two formats, the pack's version, and a picture."""
 
     prompt: Any
     extra_pnginfo: Any
@@ -36,7 +36,7 @@ class Provenance:
 
 
 def file_metadata(adapter: Adapter, title: str, provenance: Provenance) -> dict[str, str]:
-    """Entries for the file's header, beside those that the pack itself reads."""
+    """Entries for the file's header that the pack itself does not read."""
     info = adapter.info
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     metadata = {

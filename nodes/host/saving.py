@@ -1,4 +1,4 @@
-"""How an adapter gets a file in `models/sa_inject`: no file is replaced, none is written twice, and none is lost."""
+"""Save adapters in `models/sa_inject`: nothing is overwritten, nothing is saved twice, nothing is lost."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ CHUNK = 2**20
 
 
 class Saved(NamedTuple):
-    adapter: Adapter  # under the name of its file
-    text: str  # what is to be told of it, in a few words
+    adapter: Adapter  # with the name of its file
+    text: str  # short text for the node
 
 
 def wanted_path(file_name: str) -> Path:
-    """Where an adapter of that name goes if the name is free. Sub-folders are allowed, links among them.
+    """The path for an adapter of that name, if it is free. Sub-folders and links are allowed.
 
-    Raises ValueError for a name that is empty, leaves the adapter folder, or is impossible on some system.
+    Raises ValueError for a name that is empty, leaves the adapter folder, or is not valid on some system.
     """
     name = file_name.strip().replace("\\", "/")
     if name.lower().endswith(EXTENSION):
         name = name[: -len(EXTENSION)]
     parts = name.split("/")
-    # By its spelling and not by where it leads: a sub-folder may be a link to another disk.
+    # The spelling is checked, not the target: a sub-folder may be a link to another disk.
     if re.match("[A-Za-z]:", name) or any(part in ("", ".", "..") for part in parts):
         problem = f"is not a name inside the folder models/{FOLDER}"
     else:
@@ -56,15 +56,15 @@ def wanted_path(file_name: str) -> Path:
 
 
 def check_can_save(path: Path, layers: Sequence[SelfAttentionLayer] = (), rank: int = 0) -> None:
-    """Find out whether an adapter of that size can be written beside `path`, by writing as much. Nothing stays.
+    """Check that an adapter of that size can be written next to `path`, by writing and deleting a file.
 
-    Raises OSError, which says what to do.
+    Raises OSError with a message that says what to do.
     """
     size = adapter_bytes(layers, rank) + METADATA_BYTES
     made = _missing_folders(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # As `atomic_write` calls it, so that it is cleaned up after a crash.
+        # Named as in `atomic_write`, so that it is deleted after a crash.
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", suffix=".part") as file:
             for start in range(0, size, CHUNK):
                 file.write(os.urandom(min(CHUNK, size - start)))
@@ -79,14 +79,14 @@ def check_can_save(path: Path, layers: Sequence[SelfAttentionLayer] = (), rank: 
         for folder in made:
             try:
                 folder.rmdir()
-            except OSError:  # it never came to be, or somebody uses it already
+            except OSError:  # it was never created, or is already in use
                 break
 
 
 def save_new_adapter(adapter: Adapter, path: Path, provenance: Provenance) -> Saved:
-    """Save to `path`, or with a number added where that name is taken. A file that holds the adapter already is used.
+    """Save to `path`, with a number if the name is taken. A file that already holds this adapter is used.
 
-    The name is chosen and taken in one step, so that no file is replaced, whoever else writes there. Raises OSError.
+    The name is chosen and created in one step, so that no file is overwritten. Raises OSError.
     """
     for existing in _files_named(path):
         if holds_adapter(existing, adapter):
@@ -96,14 +96,14 @@ def save_new_adapter(adapter: Adapter, path: Path, provenance: Provenance) -> Sa
         try:
             save_adapter(adapter, free, file_metadata(adapter, free.stem, provenance), replace=False)
         except NameTakenError:
-            continue  # it came meanwhile
+            continue  # created meanwhile
         log.info("Saved adapter %s (%.1f MB).", free, free.stat().st_size / 1e6)
         return Saved(dataclasses.replace(adapter, name=free.stem), f"saved {free.name}")
     raise AssertionError("numbers never end")
 
 
 def save_or_rescue(adapter: Adapter, path: Path, provenance: Provenance) -> Saved:
-    """Save; where that fails, to the host's temporary folder, and say where. Never raises OSError."""
+    """Save. If that fails, save to the host's temporary folder and say where. Never raises OSError."""
     try:
         return save_new_adapter(adapter, path, provenance)
     except OSError as error:
@@ -124,7 +124,7 @@ def save_or_rescue(adapter: Adapter, path: Path, provenance: Provenance) -> Save
 
 
 def existing_files(file_name: str) -> list[tuple[str, int]]:
-    """The files that have the name, numbers included, with the time of their last change."""
+    """The files of that name, with any number, and the times of their last changes."""
     return [(path.name, path.stat().st_mtime_ns) for path in _files_named(wanted_path(file_name))]
 
 
@@ -135,7 +135,7 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 
 def _files_named(path: Path) -> list[Path]:
-    """What there is of `_numbered`, gaps allowed."""
+    """The existing files of `_numbered`, gaps allowed."""
     ours = re.compile(rf"{re.escape(path.stem)}(_\d{{5,}})?{re.escape(path.suffix)}")
     try:
         return sorted(file for file in path.parent.iterdir() if ours.fullmatch(file.name))
@@ -144,5 +144,5 @@ def _files_named(path: Path) -> list[Path]:
 
 
 def _missing_folders(folder: Path) -> list[Path]:
-    """Those on the way that do not exist, the deepest first."""
+    """The missing folders of a path, the deepest first."""
     return list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))

@@ -1,6 +1,6 @@
-"""The learned word inside ComfyUI's text encoders: found in prompts, and given its vectors.
+"""The placeholder token in ComfyUI's text encoders: it is found in prompts and replaced by its token embedding.
 
-One tokenizer serves training and sampling alike; how each encoder's tokens get the vectors is in word_tokens.py.
+Training and sampling use the same tokenizer. word_tokens.py puts the vectors among the tokens of each encoder.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ def _encoder_tokenizers(tokenizer: Any) -> dict[str, Any]:
 
 
 def clip_with_token(clip: Any, placeholder_token: str, vectors: Mapping[str, Tensor]) -> Any:
-    """Return a clone of a CLIP that reads `placeholder_token` as the learned vectors, {encoder: (n, width)}.
+    """Return a clone of a CLIP in which `placeholder_token` has these vectors, {encoder: (n, width)}.
 
-    The given CLIP, its tokenizer and its weights stay as they are. Raises ValueError when the text encoders and the
-    vectors do not belong together.
+    The given CLIP is not changed. Raises ValueError if the vectors do not fit the text encoders.
     """
     tokenizers = encoder_tokenizers(clip)
     if not tokenizers:
@@ -61,20 +60,20 @@ def clip_with_token(clip: Any, placeholder_token: str, vectors: Mapping[str, Ten
 
 
 class PlaceholderTokenizer:
-    """A ComfyUI tokenizer that knows one word more. Everything else is the wrapped tokenizer's."""
+    """A ComfyUI tokenizer with one more word. Everything else is passed on to the wrapped tokenizer."""
 
     def __init__(self, tokenizer: Any, placeholder_token: str, vectors: Mapping[str, Tensor]) -> None:
         self._tokenizer = copy.copy(_unwrapped(tokenizer))
-        # By their folded spelling, as they are matched: of two adapters with one word the later counts.
+        # By folded spelling. Of two adapters with the same word, the later one is used.
         self._words = {**getattr(tokenizer, "_words", {}), folded(placeholder_token): dict(vectors)}
-        self._reported: set[str] = set()  # texts of which the log has said that a word was not found
+        self._reported: set[str] = set()  # texts for which a missing word was already logged
         for attribute, inner in vars(self._tokenizer).items():
             if hasattr(inner, "_try_get_embedding"):
                 setattr(self._tokenizer, attribute, self._patch_tokenizer(inner))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_tokenizer" not in self.__dict__:
-            raise AttributeError(name)  # while it is being copied there is nothing to ask yet
+            raise AttributeError(name)  # during copying there are no attributes yet
         return getattr(self._tokenizer, name)
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
@@ -105,7 +104,7 @@ def _unwrapped(tokenizer: Any) -> Any:
 
 
 def _is_embedding(tokenizer: Any, name: str) -> bool:
-    """Whether the host reads the whole name as an embedding of its folders."""
+    """Whether the whole name is an embedding file of the host."""
     for inner in _encoder_tokenizers(tokenizer).values():
         if inner.embedding_directory is not None and name.split():
             embedding, *_, leftover = inner._try_get_embedding(name)
@@ -115,12 +114,12 @@ def _is_embedding(tokenizer: Any, name: str) -> bool:
 
 
 def finder(clip: Any, placeholder_token: str) -> Callable[[str], bool]:
-    """Whether a text holds the placeholder, as it will be found once the CLIP has learned it."""
+    """A function that says whether the placeholder token is found in a text."""
     return lambda text: bool(find_words(text, [placeholder_token], partial(_is_embedding, clip.tokenizer)))
 
 
 def warn_of_taken_word(clip: Any, placeholder_token: str, vectors: Mapping[str, Tensor]) -> str | None:
-    """Say so, in the log and as what is returned, when the CLIP reads the word as another adapter's."""
+    """Log and return a warning if the CLIP already has this word from another adapter."""
     known = getattr(clip.tokenizer, "_words", {}).get(folded(placeholder_token))
     if known is None or (known.keys() == vectors.keys() and all(torch.equal(known[k], vectors[k]) for k in known)):
         return None
@@ -133,7 +132,7 @@ def warn_of_taken_word(clip: Any, placeholder_token: str, vectors: Mapping[str, 
 
 
 def check_placeholder_token(clip: Any | None, placeholder_token: str) -> None:
-    """Refuse a word that cannot be learned safely, or not be found in a prompt. Raises ValueError with one that can."""
+    """Raise ValueError for a word that cannot be used. The message suggests one that can."""
     spelling = folded(placeholder_token)
     what_to_use = (
         f"The placeholder token is '{placeholder_token}'. Use one made-up word of letters, without spaces, commas, "
@@ -153,7 +152,7 @@ def check_placeholder_token(clip: Any | None, placeholder_token: str) -> None:
 
 
 def _breaks_the_prompt(word: str) -> bool:
-    """Whether a prompt with the word would be read in another way: by the host, or by its frontend."""
+    """Whether the word has a special meaning in prompts, for the host or its frontend."""
     if re.search(r"[\s():\\,{}|]|//|/\*", word) or word.startswith("embedding"):
         return True
     with contextlib.suppress(ValueError):
@@ -168,9 +167,9 @@ def _is_found(word: str) -> bool:
 
 
 def initial_token_embedding(clip: Any, class_word: str, count: int) -> dict[str, Tensor]:
-    """The embedding that the class word has now, the mean over its tokens, so many times: {encoder: (count, width)}.
+    """The mean embedding of the class word's tokens, repeated: {encoder: (count, width)}, float32.
 
-    In float32. Equal vectors part while they learn, for each has a place of its own in the text.
+    The vectors start equal. They become different in training, because each has its own position.
     """
     vectors = {}
     for name, tokenizer in encoder_tokenizers(clip).items():
@@ -184,14 +183,14 @@ def initial_token_embedding(clip: Any, class_word: str, count: int) -> dict[str,
 
 
 def encode_text(clip: Any, texts: Sequence[str]) -> TextConditioning:
-    """Encode texts, one row each, on an already loaded CLIP; gradients reach the learned word."""
+    """Encode texts, one row each, on a loaded CLIP. Gradients reach the token embedding."""
     tokens = [clip.tokenize(text) for text in texts]
     sizes = {tuple(tuple(map(len, chunks)) for chunks in of_text.values()) for of_text in tokens}
-    # Texts of one length are one batch: every weight is read, and cast if need be, once for all of them.
+    # Texts of one length form a batch, so that every weight is read and cast once.
     batches = [tokens] if len(sizes) == 1 else [[of_text] for of_text in tokens]
     found = [_encode_batch(clip, batch) for batch in batches]
     if not all(is_clip(tokenizer) for tokenizer in encoder_tokenizers(clip).values()):
-        # A language model's: it goes to a network that attends to text and picture together.
+        # From a language model, for a network with joint attention over text and picture.
         found = [text._replace(lengths=(text.cross_attn.shape[1],) * len(text.cross_attn)) for text in found]
     return stack_conditionings(found)
 
@@ -199,7 +198,7 @@ def encode_text(clip: Any, texts: Sequence[str]) -> TextConditioning:
 def _encode_batch(clip: Any, tokens: Sequence[Mapping[str, list]]) -> TextConditioning:
     """Texts that have equally many chunks.
 
-    ComfyUI takes the chunks of one long prompt, joins what they give, and returns the first one's pooled vector.
+    ComfyUI encodes the chunks of one long prompt, joins them, and returns the first chunk's pooled vector.
     """
     rows = len(tokens)
     stage = clip.cond_stage_model
@@ -223,7 +222,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _pooled_vectors(stage: Any) -> Iterator[list[Tensor]]:
-    """Collect what each text encoder inside `stage` pools of every chunk, (chunks, width)."""
+    """Collect the pooled vectors of each text encoder inside `stage`, (chunks, width)."""
     found: list[Tensor] = []
 
     def collect(module: Any, inputs: Any, outputs: tuple) -> None:

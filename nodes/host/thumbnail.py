@@ -1,4 +1,4 @@
-"""The thumbnail of an adapter file, made again by us: files come from strangers, and are not sent on as they are."""
+"""The thumbnail of an adapter file. It is decoded and encoded again, because files may come from strangers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 def thumbnail_of(metadata: dict[str, str], side: int = SIDE) -> bytes | None:
-    """The entry `modelspec.thumbnail` as WebP of at most `side` pixels; None where there is none that can be shown."""
+    """The entry `modelspec.thumbnail` as WebP of at most `side` pixels. None if there is none that can be decoded."""
     text = metadata.get("modelspec.thumbnail", "")
     if not text or len(text) > MOST_TEXT:
         return None
@@ -32,7 +32,7 @@ def _as_webp(data: bytes, side: int) -> bytes | None:
             if width * height > MOST_PIXELS:
                 return None
             small = ImageOps.exif_transpose(picture).convert("RGB")
-    except Exception:  # each of PIL's readers fails in its own way on a damaged file: there is no picture then
+    except Exception:  # PIL raises many kinds of exceptions for damaged files
         return None
     small.thumbnail((side, side))
     file = bytes_io.BytesIO()

@@ -1,8 +1,7 @@
-"""The learned word's vectors among the tokens of one text encoder.
+"""Put the vectors of a token embedding among the tokens of one text encoder.
 
-A marker stands for the word in the text. The tokenizers of CLIP read it as their own `embedding:` syntax. Those of
-language models would lose line breaks that way, and their templates have some: there it becomes vectors in place of
-token ids.
+In the text, a marker replaces the word. CLIP's tokenizers read it as their own `embedding:` syntax. With language
+models that syntax would lose the line breaks of their templates: there vectors replace the marker's token ids.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ SIGN = "\ue000"  # around a marker in a text for a language model: of Unicode's 
 
 
 def marked(number: int) -> str:
-    """What stands for a word in the text that a tokenizer is given."""
+    """The marker of a word in the text for a tokenizer."""
     return f" embedding:{MARKER}{number} "
 
 
 def with_vectors(inner: Any, vectors: Mapping[int, Tensor]) -> Any:
-    """A copy of one encoder's tokenizer that reads markers as vectors (n, width), by their numbers."""
+    """A copy of one encoder's tokenizer that replaces markers by vectors (n, width)."""
     return _by_embedding_syntax(inner, vectors) if is_clip(inner) else _by_token_ids(inner, vectors)
 
 
@@ -34,12 +33,12 @@ def is_clip(inner: Any) -> bool:
 
 
 def word_ids(inner: Any, word: str) -> list[int]:
-    """The vocabulary's numbers for a word as it stands inside a text."""
+    """The token ids of a word inside a text."""
     return token_ids(inner, word if is_clip(inner) or not word else f" {word}")
 
 
 def token_ids(inner: Any, text: str) -> list[int]:
-    """The vocabulary's numbers for a text, without the start and end tokens."""
+    """The token ids of a text, without start and end tokens."""
     ids = inner.tokenizer(text)["input_ids"][inner.tokens_start :]
     return ids[:-1] if inner.tokenizer_adds_end_token else ids
 
@@ -47,7 +46,7 @@ def token_ids(inner: Any, text: str) -> list[int]:
 def _by_embedding_syntax(inner: Any, vectors: Mapping[int, Tensor]) -> Any:
     original = copy.copy(inner)
     if original.embedding_directory is None:
-        original.embedding_directory = []  # None would switch the `embedding:` syntax off
+        original.embedding_directory = []  # None would disable the `embedding:` syntax
     patched, without_files = copy.copy(original), copy.copy(original)
     without_files.embedding_directory = []
     original_lookup = getattr(inner, "_sa_inject_original", original._try_get_embedding)
@@ -57,7 +56,7 @@ def _by_embedding_syntax(inner: Any, vectors: Mapping[int, Tensor]) -> Any:
         mark = name.split()[0] if name.split() else ""
         if mark not in names:
             return original_lookup(name)
-        # The host's answer for a name that no file has, whatever its length: without a look into the folders.
+        # The host's result for a name without a file, without searching the folders.
         return (names[mark], *type(inner)._try_get_embedding(without_files, name)[1:])
 
     patched._try_get_embedding = try_get_embedding
@@ -83,9 +82,9 @@ def _by_token_ids(inner: Any, vectors: Mapping[int, Tensor]) -> Any:
 
 
 class WordVocabulary:
-    """The vocabulary of a language model's tokenizer, with vectors where a learned word is signed.
+    """The tokenizer of a language model, with vectors in place of marked words.
 
-    The host asks it for the ids of a text, and takes vectors among them as it takes those of an embedding.
+    The host accepts vectors among the token ids, as for an embedding file.
     """
 
     def __init__(self, inner: Any, vectors: Mapping[int, Tensor]) -> None:
@@ -95,11 +94,11 @@ class WordVocabulary:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_inner" not in self.__dict__:
-            raise AttributeError(name)  # while it is being copied there is nothing to ask yet
+            raise AttributeError(name)  # during copying there are no attributes yet
         return getattr(self._inner.tokenizer, name)
 
     def __call__(self, text: str, *args: Any, **kwargs: Any) -> Any:
-        pieces = self._signed.split(text)  # of the text, and in every second place the number of a word
+        pieces = self._signed.split(text)  # texts, and at every second index the number of a word
         if len(pieces) == 1:
             return self._inner.tokenizer(text, *args, **kwargs)
         ids: list[int | Tensor] = []
@@ -107,7 +106,7 @@ class WordVocabulary:
             if place % 2:
                 ids += list(self._vectors[int(piece)])
             else:
-                # A blank before a word is a part of its first token, here as in the vocabulary.
+                # A space before a word is part of its first token.
                 ids += token_ids(self._inner, piece if place + 1 == len(pieces) else piece.removesuffix(" "))
         around = self._inner.tokenizer("")["input_ids"]
         start = self._inner.tokens_start

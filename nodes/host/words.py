@@ -1,4 +1,4 @@
-"""Where a learned word stands in a prompt: found however it is typed, never inside another word or a file's name."""
+"""Find words in a prompt, in any spelling, but not inside other words or file names."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-# Their words stand side by side without spaces, so that a letter beside the word is no part of it.
+# Scripts without spaces between words: a letter next to the word is not part of it.
 SCRIPTS_WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR"}
 DIGIT = "DIGIT"
 
-JOINERS = "\u00ad\u200d\u2060\ufeff"  # soft hyphen and others: invisible, and what is around them is one word
+JOINERS = "\u00ad\u200d\u2060\ufeff"  # soft hyphen and others: invisible, inside one word
 INVISIBLE = set(JOINERS + "\u200b\u200c") | {chr(code) for code in range(0xFE00, 0xFE10)}  # and variation selectors
-SECOND_HALVES = re.compile("[\u1160-\u11ff\uff9e\uff9f]")  # of Korean syllables and of kana: written after the first
+SECOND_HALVES = re.compile("[\u1160-\u11ff\uff9e\uff9f]")  # second parts of Korean syllables and of kana
 
-# The host ends a name at white space and unescaped parentheses, newer ones at [ and < too. People end it at a comma.
+# The host ends a name at white space and unescaped parentheses, newer ones also at [ and <. Users end it at a comma.
 _IN_NAME = r"(?:\\[()]|[^\s()])"
 _NAME = re.compile(rf"embedding:\s*{_IN_NAME}(?:(?![,\[<，、。；！？（）【】「」]){_IN_NAME})*", re.IGNORECASE)
 _WHOLE_NAME = re.compile(rf"embedding:\s*({_IN_NAME}+)", re.IGNORECASE)
-_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)  # other packs take it out of the prompt
+_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)  # other packs remove it from the prompt
 _WEIGHT = re.compile(r":[-+.\w]*$")
 
 
 class Found(NamedTuple):
-    """A word in a text: `text[start:end]` is how it is spelled there."""
+    """A word in a text, spelled `text[start:end]`."""
 
     start: int
     end: int
@@ -35,10 +35,10 @@ class Found(NamedTuple):
 def find_words(
     text: str, words: Iterable[str], is_embedding: Callable[[str], bool] = lambda name: False
 ) -> list[Found]:
-    """Find the words in a text, in any case, width and Unicode form; of two that begin at one place, the longer.
+    """Find words in a text, in any case, width and Unicode form. If two begin at one index, the longer one is found.
 
-    is_embedding: whether an embedding file has exactly this name. It is asked only about a name with a comma or a
-    bracket in front of a word.
+    is_embedding: whether an embedding file has exactly this name. It is called only for names with a comma or a
+    bracket before a word.
     """
     names = [found.span() for pattern in (_NAME, _TAG) for found in pattern.finditer(text)]
     whole_names = [(*found.span(), found[1]) for found in _WHOLE_NAME.finditer(text)]
@@ -53,7 +53,7 @@ def find_words(
 
 
 def hidden_words(text: str, words: Iterable[str], found: Sequence[Found]) -> list[str]:
-    """The words that were not found in a text although their letters are there, in no file's name."""
+    """Words that were not found although their letters are in the text, outside of file names."""
     missing = [word for word in words if word not in {one.word for one in found}]
     if not missing:
         return []
@@ -66,7 +66,7 @@ def hidden_words(text: str, words: Iterable[str], found: Sequence[Found]) -> lis
 
 
 def folded(text: str) -> str:
-    """How a text is compared: without case, width and what is invisible, accents in one form, dotless i as i."""
+    """The form in which texts are compared: no case, width, invisible letters; one form of accents; dotless i as i."""
     return "".join(_folded(cluster) for _, cluster in _clusters(text))
 
 
@@ -74,8 +74,8 @@ def _occurrences(text: str, words: Iterable[str]) -> list[Found]:
     spellings = sorted(((folded(word), word) for word in words), key=lambda spelling: -len(spelling[0]))
     clusters = _clusters(text)
     pieces = [_folded(cluster) for _, cluster in clusters]
-    ends: dict[int, int] = {}  # place in the folded text: the cluster that ends there
-    starts: list[int] = []  # cluster: where it starts in the folded text
+    ends: dict[int, int] = {}  # index in the folded text: the cluster that ends there
+    starts: list[int] = []  # for each cluster: its start in the folded text
     length = 0
     for number, piece in enumerate(pieces):
         starts.append(length)
@@ -101,7 +101,7 @@ def _occurrences(text: str, words: Iterable[str]) -> list[Found]:
 
 
 def _is_one_word(clusters: Sequence[tuple[int, str]], edge: int, step: int) -> bool:
-    """Whether the neighbour of a cluster, before it or after it, is a part of the same word."""
+    """Whether the next cluster, before or after, is part of the same word."""
     beside = edge + step
     while 0 <= beside < len(clusters) and clusters[beside][1] in JOINERS:
         beside += step
@@ -112,7 +112,7 @@ def _is_one_word(clusters: Sequence[tuple[int, str]], edge: int, step: int) -> b
 
 
 def _kind(cluster: str) -> str | None:
-    """DIGIT, or the script of a letter, such as LATIN; None for what is never a part of its neighbours' word."""
+    """DIGIT, or the script of a letter, such as LATIN. None for characters that separate words."""
     character = unicodedata.normalize("NFKC", cluster)[0]
     category = unicodedata.category(character)
     if category == "Nd":
@@ -124,7 +124,7 @@ def _kind(cluster: str) -> str | None:
 
 
 def _clusters(text: str) -> list[tuple[int, str]]:
-    """Every character together with the accents and other marks behind it, and where it stands."""
+    """Characters with their accents and other marks, and their indices."""
     firsts = [at for at, c in enumerate(text) if not at or not _belongs_to_the_one_before(c)]
     return [(start, text[start:end]) for start, end in pairwise([*firsts, len(text)])]
 
