@@ -1,4 +1,4 @@
-"""What the user plugs together: seven nodes, each a short recipe over `nodes/host`."""
+"""The nodes. Each is a short list of calls into `nodes/host`."""
 
 from .apply import ApplySelfAttnInjection
 from .dataset import LoadSAInjectDataset

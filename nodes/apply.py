@@ -1,4 +1,4 @@
-"""ApplySelfAttnInjection: a model that attends to an image prompt while it samples."""
+"""ApplySelfAttnInjection: let a model attend to an image prompt while it samples."""
 
 from __future__ import annotations
 

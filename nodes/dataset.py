@@ -1,4 +1,4 @@
-"""LoadSAInjectDataset: a folder of pictures becomes images, captions and masks to train on."""
+"""LoadSAInjectDataset: read a folder as images, captions and masks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class LoadSAInjectDataset(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder=None) -> bool | str:
-        """In the place of the host's own check, which calls every new folder 'not in list'."""
+        """Replaces the host's own check, which refuses new folders as 'not in list'."""
         if folder is None:  # it comes from another node
             return True
         try:

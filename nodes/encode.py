@@ -1,4 +1,4 @@
-"""EncodeImagePrompt: pictures become an image prompt."""
+"""EncodeImagePrompt: encode pictures as an image prompt."""
 
 from __future__ import annotations
 

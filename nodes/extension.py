@@ -1,4 +1,4 @@
-"""The pack as ComfyUI sees it."""
+"""The entry point of the pack for ComfyUI."""
 
 from comfy_api.latest import ComfyExtension, io
 

@@ -1,4 +1,4 @@
-"""SaveSAInjectAdapter: an adapter that is in the graph becomes a file."""
+"""SaveSAInjectAdapter: save an adapter of the graph as a file."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class SaveSAInjectAdapter(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file_name=None) -> bool | str:
-        """Refuse a name, or a folder, before anything runs: what comes before this node may take hours."""
-        if file_name is None:  # it comes from another node, and is not known yet
+        """Check name and folder before anything runs: earlier nodes may take hours."""
+        if file_name is None:  # it comes from another node and is not known yet
             return True
         try:
             check_can_save(wanted_path(file_name))
@@ -51,7 +51,7 @@ class SaveSAInjectAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file_name=None, **kwargs) -> str:
-        """Let a file that was deleted or changed be saved again."""
+        """Changes if the file was deleted or changed, so that it is saved again."""
         return "" if file_name is None else str(existing_files(file_name))
 
     @classmethod

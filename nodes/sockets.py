@@ -1,4 +1,4 @@
-"""The socket types of our own, and where our nodes stand in the menu."""
+"""Our socket types, and the nodes' category in the menu."""
 
 from comfy_api.latest import io
 

@@ -1,4 +1,4 @@
-"""TrainSAInjectAdapter: pictures of a subject become an adapter, in the graph, on the host's device."""
+"""TrainSAInjectAdapter: train an adapter on pictures of a subject."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**64 - 1,
-                    control_after_generate=False,  # a new seed at every queueing would train anew each time
+                    control_after_generate=False,  # a new seed at each queueing would train again
                     tooltip="Random seed of the training. The same seed and settings give the same adapter on "
                     "the same machine.",
                 ),
@@ -323,7 +323,7 @@ def _previews(model, clip, vae, adapter, subject, count, seed):
     if count == 0:
         return to_comfy(subject.pictures[0])
     picture, mask = fit_picture(subject.pictures[0], subject.masks[0], subject.resolution, "crop")
-    if mask is not None and not keeps_something(mask):  # the subject lies where the square was cut off
+    if mask is not None and not keeps_something(mask):  # the crop has cut off the subject
         picture, mask = fit_picture(subject.pictures[0], subject.masks[0], subject.resolution, "pad")
     prompt = ImagePrompt((ReferenceImage(encode_picture(vae, picture), mask),))
     return draw_previews(model, clip, vae, adapter, prompt, count, seed)

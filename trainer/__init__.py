@@ -1,1 +1,1 @@
-"""How an adapter is learned, given something that denoises. No ComfyUI in here."""
+"""Training of an adapter, given a denoiser. It does not know ComfyUI."""

@@ -1,4 +1,4 @@
-"""Pictures changed a little each time they come, so that their places, sides and colours are not learned."""
+"""Random crops and colours of training pictures, so that positions and colours are not learned."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LEAST_COVER = 0.1  # of one cell: a window that shows no more than that of the subject is not drawn
+LEAST_COVER = 0.1  # of one latent cell: crops that show less of the subject are not used
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def random_window(
     latent: Tensor, mask: Tensor | None, size: tuple[int, int], generator: torch.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """A part of a latent (1, c, h, w) and of its mask (h, w), of the given size, that shows some of the subject.
+    """A random crop of a latent (1, c, h, w) and its mask (h, w) that shows some of the subject.
 
-    Every place where it does is as likely as another. Where there is none, the middle.
+    All positions that do are equally likely. If there is none, the centre is used.
     """
     height, width = size
     rows, columns = latent.shape[-2] - height + 1, latent.shape[-1] - width + 1
@@ -33,7 +33,7 @@ def random_window(
 
 
 def jittered(picture: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """A picture (1, 3, h, w) in 0..1 in other colours: brightness, contrast and saturation by up to 1 +- amount."""
+    """Change brightness, contrast and saturation of a picture (1, 3, h, w) by factors of up to 1 +- amount."""
     brightness, contrast, saturation = (1 + amount * (2 * torch.rand(3, generator=generator) - 1)).tolist()
     picture = (picture * brightness).clamp(0, 1)
     grey = _luminance(picture)

@@ -1,4 +1,4 @@
-"""The average of what the steps came to, which is what is learned in the end."""
+"""The weighted average of the trainables over all steps: the result of a training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 class PolynomialAverage(AveragedModel):
     """Polynomial-decay averaging (Shamir and Zhang, 2013, section 4): step t counts about as t to that power.
 
-    With a high learning rate the steps go around what they look for, and their average is nearer to it than the last.
+    With a high learning rate the steps scatter around the optimum. Their average is closer to it than the last step.
     """
 
     def __init__(self, trainables: nn.ParameterList, power: float) -> None:

@@ -8,32 +8,32 @@ from dataclasses import dataclass, field
 from ..core.adapter import REFERENCE_MODES, ReferenceMode
 from .options import TrainOptions
 
-# The share of the sampling schedule before which there is no reference, neither in training nor in drawing: there the
-# layout is decided, which is the text's to say.
+# The fraction of the sampling schedule before which no reference is used, in training and in sampling. The layout is
+# decided there, and it should follow the text.
 REFERENCE_START = 0.3
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every number that a run depends on. Raises ValueError for one that cannot work."""
+    """The settings of a run. Raises ValueError for values that cannot work."""
 
     steps: int = 400
     batch_size: int = 1
     gradient_accumulation: int = 1  # batches per optimizer step
     lora_learning_rate: float = 1e-3
     token_learning_rate: float = 6e-3
-    token_vectors: int = 4  # the learned word's length in tokens
+    token_vectors: int = 4  # tokens of the placeholder token
     rank: int = 16
     alpha: float = 16.0
     reference_mode: ReferenceMode = "clean"
     seed: int = 0
-    reference_dropout: float = 0.1  # share of examples that see no reference, so that the word learns to stand alone
+    reference_dropout: float = 0.1  # fraction of examples without a reference, so that the token is trained alone too
     reference_start: float = REFERENCE_START
-    # What is learned is an average of the steps, in which each counts as its number to this power; None: the last one.
+    # Weight averaging: step t has weight t**average_power. None: use the last step.
     average_power: float | None = 4.0
-    weight_decay: float = 1e-2  # of the LoRA; the token has none, decay would pull it out of the vocabulary
+    weight_decay: float = 1e-2  # of the LoRA; for the token, decay would move it away from the vocabulary
     max_gradient_norm: float = 1.0
-    loss_scaling: bool = False  # for float16 compute, whose small gradients underflow
+    loss_scaling: bool = False  # for float16, in which small gradients underflow
     options: TrainOptions = field(default_factory=TrainOptions)
 
     def __post_init__(self) -> None:

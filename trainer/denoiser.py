@@ -1,4 +1,4 @@
-"""The seam between training and a model: all that the training loop ever asks of one."""
+"""The interface of a model for the training loop."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..core.injection import Reference
 from ..core.kv import BlockKey
 from ..core.lora import LoRADeltas
 
-References = Mapping[BlockKey, Reference]  # row-aligned: kv (b, m, heads*d)
+References = Mapping[BlockKey, Reference]  # one row for each example: kv (b, m, heads*d)
 
 
 class Denoiser(Protocol):
-    """A frozen diffusion model, seen from the training loop. Gradients reach the learned word and the deltas."""
+    """A frozen diffusion model for training. Gradients reach the token embedding and the LoRA deltas."""
 
-    sigmas: Tensor  # (t,) every noise level of the model's schedule, ascending
+    sigmas: Tensor  # (t,) all noise levels of the model's schedule, ascending
 
     def encode(self, captions: Sequence[str]) -> TextConditioning:
-        """Encode captions, one row each, with the learned word in them."""
+        """Encode captions with the token embedding, one row each."""
         ...
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -35,12 +35,12 @@ class Denoiser(Protocol):
     def read_reference(
         self, latent: Tensor, sigma: Tensor | None, text: TextConditioning, mask: Tensor | None, deltas: LoRADeltas
     ) -> References:
-        """Run the reference pass on latents (b, c, h, w), at sigma (b,) or free of noise when None.
+        """Run the reference pass on latents (b, c, h, w), at sigma (b,), or without noise if None.
 
-        mask (b, h, w) in 0..1 hides reference tokens. Gradients reach the deltas, and nothing before them.
+        mask (b, h, w) in 0..1 removes reference tokens. Gradients reach the deltas only.
         """
         ...
 
     def denoise(self, noisy: Tensor, sigma: Tensor, text: TextConditioning, references: References | None) -> Tensor:
-        """Predict the clean latents, float32, attending to the references where there are any."""
+        """Predict the clean latents, float32, with the references if there are any."""
         ...

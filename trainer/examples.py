@@ -1,4 +1,4 @@
-"""What is learned from: latents with captions, and which picture may serve as whose image prompt."""
+"""Training examples: latents with captions, and the choice of a reference for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .augment import random_window
 
 
 class Version(NamedTuple):
-    """A picture as it may come, too: latent (1, c, h, w), mask (h, w). A larger one comes as a part of itself."""
+    """A variant of a picture: latent (1, c, h, w), mask (h, w). A larger one is cropped."""
 
     latent: Tensor
     mask: Tensor | None
@@ -24,8 +24,8 @@ class Version(NamedTuple):
 class Example:
     """One training picture: latent (1, c, h, w) scaled as the model wants it, mask (h, w) in 0..1 in latent cells.
 
-    Every time it comes, one of its captions is drawn, and one of the versions for what it comes as, where there are
-    any. Examples of the same `picture` show the same thing, under other masks or saved in another way.
+    Each time it is used, one of its captions is chosen at random, and one of its versions if there are any. Examples
+    with the same `picture` are one picture under different masks, or saved in different files.
     """
 
     latent: Tensor
@@ -36,7 +36,7 @@ class Example:
     as_reference: tuple[Version, ...] = ()
 
     def drawn(self, versions: Sequence[Version], generator: torch.Generator) -> Example:
-        """With the latent and the mask of one of these versions; itself where there are none."""
+        """With the latent and the mask of one of these versions. Unchanged if there are none."""
         if not versions:
             return self
         latent, mask = choice(versions, generator)
@@ -45,7 +45,7 @@ class Example:
 
 
 class Pair(NamedTuple):
-    """A picture to denoise, and another one of the same subject that is its image prompt (None: dropped out)."""
+    """A picture to denoise and a reference of the same subject (None: dropped out)."""
 
     target: Example
     caption: str
@@ -54,11 +54,11 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Pictures of one subject. `views` are augmented versions, needed when there is no other picture.
+    """Pictures of one subject. `views` are augmented versions, needed if there is no other picture.
 
-    `class_pictures` show others of its kind, under captions without the learned word.
+    `class_pictures` show others of its kind, with captions without the placeholder token.
 
-    The image prompt is never the picture that is denoised: identical pairs teach the model to copy.
+    The reference is never the picture that is denoised: identical pairs teach the model to copy.
     """
 
     examples: Sequence[Example]
@@ -72,7 +72,7 @@ class TrainingSet:
             raise ValueError("One picture alone needs augmented views to serve as image prompts.")
 
     def others(self, index: int) -> list[Example]:
-        """Examples that may be the image prompt of this one: those of other pictures."""
+        """Examples that may be the reference of this one: those of other pictures."""
         picture = self.examples[index].picture
         rest = [*self.examples[:index], *self.examples[index + 1 :]]
         return [example for example in rest if picture is None or example.picture != picture]
@@ -82,7 +82,7 @@ class TrainingSet:
 
 
 class PairStream(Iterator[Pair]):
-    """Pairs without end, every picture once before any comes again."""
+    """An endless stream of pairs. Every picture is used once before any is repeated."""
 
     def __init__(self, data: TrainingSet, reference_dropout: float, generator: torch.Generator) -> None:
         self.waiting: list[int] = []  # places of the pictures that have still to come before all begin again
@@ -109,7 +109,7 @@ def choice(options: Sequence, generator: torch.Generator):
 
 
 def group_by_shape(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Places in a batch of pairs that can be stacked: equal sizes of target and of reference."""
+    """Indices of pairs that can be stacked: equal sizes of targets and of references."""
     groups: dict[tuple, list[int]] = {}
     for place, pair in enumerate(pairs):
         reference = None if pair.reference is None else pair.reference.latent.shape

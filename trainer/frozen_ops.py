@@ -1,7 +1,7 @@
-"""Operations of a frozen network that keep little for the backward pass, and give the results that torch's own give.
+"""Operations of a frozen network that store little for the backward pass, with the same results as torch's.
 
-Torch keeps what the gradient of every argument could need. Of a frozen layer only the gradient of its input is asked
-for; that takes the weight, which is there anyway.
+Torch stores what the gradients of all arguments need. In a frozen layer only the gradient of the input is needed. That
+takes the weight alone, which is in memory anyway.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch.nn.grad import conv2d_input
 
 
 class CastBuffer:
-    """Casts one weight after the other into the same memory: the next cast overwrites the last.
+    """Casts weights into one piece of memory. Each cast overwrites the last.
 
-    Fresh memory for each would come to lie between the tensors that are kept, and leave holes that fit nothing.
+    New memory for each cast would fragment the memory between stored tensors.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
     def cast(self, weight: Tensor, like: Tensor) -> Tensor:
-        """The weight in the type of `like`; itself when it has that type."""
+        """The weight in the type of `like`. Not copied if it has that type."""
         if weight.dtype == like.dtype:
             return weight
         memory = self._memory
@@ -35,9 +35,9 @@ class CastBuffer:
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBuffer) -> Tensor:
-    """F.linear in the type of x, for frozen weights of any. x (..., in), weight (out, in) -> (..., out)
+    """F.linear in the type of x, for frozen weights of any type. x (..., in), weight (out, in) -> (..., out)
 
-    Nothing is kept but the weight as it is stored.
+    Only the weight is stored for the backward pass, without a copy.
     """
     return _Linear.apply(x, weight, bias, buffer)
 
@@ -45,15 +45,15 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBu
 def frozen_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBuffer, stride: Any, padding: Any, *settings: Any
 ) -> Tensor:
-    """F.conv2d in the type of x, for frozen weights of any; `settings` are dilation and groups. (b, c, h, w)
+    """F.conv2d in the type of x, for frozen weights of any type. `settings`: dilation and groups. (b, c, h, w)
 
-    Nothing is kept but the weight as it is stored.
+    Only the weight is stored for the backward pass, without a copy.
     """
     return _Convolution.apply(x, weight, bias, buffer, (stride, padding, *settings))
 
 
 def recompute(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """run(x), of which nothing is kept but x. `run` must be a frozen function: nothing but x gets a gradient."""
+    """run(x), storing only x. `run` must be a frozen function: only x gets a gradient."""
     return _Recomputed.apply(run, x)
 
 

@@ -1,4 +1,4 @@
-"""The losses of one step: of noised pairs, and of what a training may keep beside them."""
+"""The losses of one step: denoising, and prior preservation."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .weighting import min_snr_weight, signal_to_noise, with_background
 
 
 class Loss(NamedTuple):
-    """A mean over rows, (), and whether the next loss's graph shares something with this one's."""
+    """A mean over rows, (), and whether the next loss shares a part of this one's graph."""
 
     value: Tensor
     shares_its_graph: bool = False
 
 
 class PairLosses:
-    """`trains_token_embedding` is whether captions have to be encoded anew each time."""
+    """`trains_token_embedding`: captions are encoded again in each step."""
 
     def __init__(
         self,
@@ -45,12 +45,12 @@ class PairLosses:
         self._config = config
         self._device = device
         self._compute_dtype = compute_dtype
-        self._texts: dict[str, TextConditioning] = {}  # of captions, where the word does not learn
+        self._texts: dict[str, TextConditioning] = {}  # by caption, if the token embedding is frozen
         with torch.no_grad():
             self.reference_text = denoiser.encode([reference_caption])
 
     def of_pairs(self, part: NoisedPairs) -> Iterator[Loss]:
-        """The model's own loss; and, where the class is kept without pictures of it, how far its drawing has moved."""
+        """The model's own loss, and the prior preservation loss if there are no class pictures."""
         latent, noisy = self._noised_targets(part)
         references = self._read_references(part)
         keeps_class = self._uses_frozen_prior and references is not None
@@ -104,7 +104,7 @@ class PairLosses:
         return min_snr_weight(signal_to_noise(self._denoiser, sigma), output_scale, gamma)
 
     def _encode_captions(self, captions: Sequence[str]) -> TextConditioning:
-        """Captions as the text encoder reads them, a row each; where the word does not learn, each only once."""
+        """Encode captions, one row each. With a frozen token embedding, each caption is encoded once."""
         if self.trains_token_embedding:
             return self._denoiser.encode(captions)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Pairs of one shape, noised: what one denoising call of the training gets."""
+"""Noised pairs of one shape: the input of one denoising call in training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .examples import Example, Pair
 
 
 class NoisedPairs(NamedTuple):
-    """Pairs with their noise levels (b,) and noises (b, c, h, w); a reference that is read clean has no noise."""
+    """Pairs with noise levels (b,) and noises (b, c, h, w). A clean reference has no noise."""
 
     pairs: Sequence[Pair]
     sigma: Tensor
@@ -21,7 +21,7 @@ class NoisedPairs(NamedTuple):
     reference_noise: Tensor | None
 
     def rows(self, places: Sequence[int]) -> NoisedPairs:
-        """Some of them, at their own noise."""
+        """Select rows with their noise."""
         if list(places) == list(range(len(self.pairs))):
             return self
         places = list(places)
@@ -30,10 +30,10 @@ class NoisedPairs(NamedTuple):
 
 
 def noised_pairs(pairs: Sequence[Pair], sigma: Tensor, mode: ReferenceMode, generator: torch.Generator) -> NoisedPairs:
-    """Draw the noise of pairs that have one shape, whoever computes them: for the targets, then for the references."""
+    """Draw the noise of pairs of one shape: of the targets, then of the references."""
     noise = _noise([pair.target for pair in pairs], generator)
     references = [pair.reference for pair in pairs if pair.reference is not None]
-    # Noise of its own: shared noise would tell the model where the reference's details go.
+    # Independent noise: shared noise would reveal where the reference's details belong.
     reference_noise = _noise(references, generator) if references and mode == "noised" else None
     return NoisedPairs(pairs, sigma, noise, reference_noise)
 
@@ -43,7 +43,7 @@ def stack_latents(examples: Sequence[Example], device: torch.device) -> Tensor:
 
 
 def stack_masks(examples: Sequence[Example], device: torch.device) -> Tensor | None:
-    """Masks where there are any, ones for the pictures without. -> (b, h, w) or None"""
+    """Stack masks, with ones for pictures without. None if no picture has one. -> (b, h, w)"""
     if all(example.mask is None for example in examples):
         return None
     masks = [torch.ones(example.latent.shape[-2:]) if example.mask is None else example.mask for example in examples]

@@ -1,4 +1,4 @@
-"""What changes the trainables by their gradients, and how its learning rates go."""
+"""Optimizers and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRODIGY_COMMAND = "pip install prodigyopt"
 
 
 def available_optimizers() -> list[str]:
-    """Those that can be used here: Prodigy is a package of its own."""
+    """Optimizers that can be used here. Prodigy needs its own package."""
     try:
         importlib.import_module("prodigyopt")
     except ImportError:
@@ -27,7 +27,7 @@ def available_optimizers() -> list[str]:
 
 
 def check_optimizer(name: str) -> None:
-    """Raise ValueError, with what to do, for an optimizer that cannot be used here."""
+    """Raise ValueError, with advice, for an optimizer that cannot be used here."""
     if name not in available_optimizers():
         raise ValueError(
             f"The optimizer '{name}' is not installed. Run '{PRODIGY_COMMAND}' in the Python environment of ComfyUI "
@@ -36,11 +36,11 @@ def check_optimizer(name: str) -> None:
 
 
 def build_optimizer(config: TrainConfig, lora: Sequence[nn.Parameter], tokens: Sequence[nn.Parameter]) -> Optimizer:
-    """An optimizer with two groups: the LoRA's parameters, and the learned word's.
+    """An optimizer with two groups: the parameters of the LoRA and of the token embedding.
 
-    Prodigy (Mishchenko and Defazio, 2023) estimates one learning rate for both, so of ours only the zeros count: they
-    freeze their group. It is set up as its authors advise for diffusion models. Its safeguard is for a warm-up alone:
-    otherwise it keeps the rate near its first value, which is far too small, for a hundred steps.
+    Prodigy (Mishchenko and Defazio, 2023) estimates one learning rate for both. Of our learning rates only zeros count:
+    they freeze their group. The settings are those that its authors advise for diffusion models. `safeguard_warmup` is
+    used with a warm-up only: otherwise the rate stays near its far too small first value for a hundred steps.
     """
     groups = [
         {"params": list(lora), "lr": config.lora_learning_rate, "weight_decay": config.weight_decay},
@@ -58,7 +58,7 @@ def build_optimizer(config: TrainConfig, lora: Sequence[nn.Parameter], tokens: S
 
 
 def build_schedule(optimizer: Optimizer, config: TrainConfig) -> LambdaLR | None:
-    """What multiplies the learning rates before each step; None where they stay as they are."""
+    """The schedule of the learning rates. None if they are constant."""
     chosen = config.options
     if chosen.schedule == "constant" and chosen.warmup_steps == 0:
         return None
@@ -69,7 +69,7 @@ def build_schedule(optimizer: Optimizer, config: TrainConfig) -> LambdaLR | None
 
 
 def learning_rate_factor(done: int, steps: int, schedule: options.Schedule, warmup: int) -> float:
-    """Of the step after `done` ones: rises evenly for `warmup` steps, then stays, or falls towards 0 until the end."""
+    """The factor after `done` steps: rises linearly for `warmup` steps, then is constant or decays towards 0."""
     if done < warmup:
         return (done + 1) / warmup
     progress = min(1.0, (done - warmup) / max(1, steps - warmup))  # from 0 to below 1

@@ -1,4 +1,4 @@
-"""What a training can do beyond the method itself. Every default leaves the run as the method alone has it."""
+"""Optional parts of a training. All of them are off by default."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ AUGMENTATIONS = ("random_crops", "color_jitter")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Optional parts of a run. Raises ValueError for a value that cannot work."""
+    """Optional parts of a run. Raises ValueError for values that cannot work."""
 
     optimizer: Optimizer = "adamw"
     schedule: Schedule = "constant"  # of the learning rates, over all steps
-    warmup_steps: int = 0  # in which the learning rates rise to their value
-    prior_weight: float = 0.0  # of the loss that keeps the class as the frozen model has it
-    caption_dropout: float = 0.0  # share of examples whose caption is empty
-    horizontal_flips: bool = False  # half of all targets, and of all image prompts, are mirrored
-    random_crops: float = 0.0  # share of each side that a target leaves out, at a place drawn anew each time
-    color_jitter: float = 0.0  # how far brightness, contrast and saturation of an image prompt may change
-    background_weight: float = 0.0  # of what lies outside the mask; 1: as much as what lies inside
+    warmup_steps: int = 0  # steps in which the learning rates rise to their values
+    prior_weight: float = 0.0  # of the prior preservation loss
+    caption_dropout: float = 0.0  # fraction of examples with an empty caption
+    horizontal_flips: bool = False  # half of all targets and references are mirrored
+    random_crops: float = 0.0  # fraction of each side that is cropped from a target, at a random position
+    color_jitter: float = 0.0  # range of changes to brightness, contrast and saturation of a reference
+    background_weight: float = 0.0  # loss weight outside of the mask; 1: the same as inside
     min_snr_gamma: float = 0.0  # 0: off
-    keep_token_norm: bool = False  # vectors of the learned word keep the length that they begin with
-    token_freeze_after: float = 1.0  # share of the steps after which the word does not change any more
+    keep_token_norm: bool = False  # token vectors keep their initial norm
+    token_freeze_after: float = 1.0  # fraction of the steps after which the token embedding is frozen
 
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -51,5 +51,5 @@ class TrainOptions:
 
     @property
     def depends_on_steps(self) -> bool:
-        """Whether the number of steps changes what each of them does."""
+        """Whether a step depends on the total number of steps."""
         return self.schedule != "constant" or self.token_freeze_after < 1

@@ -1,7 +1,7 @@
-"""Prior preservation: what is drawn under the class word alone stays as the frozen model draws it.
+"""Prior preservation: pictures of the class word alone stay as the frozen model draws them.
 
-Without the word and without an image prompt the model is frozen, and nothing could change. So both losses are asked
-with an image prompt of the subject: beside the class word alone it must change nothing.
+Without the placeholder token and without a reference, the model is frozen and nothing could change. So both losses use
+a reference of the subject: with the class word alone it must change nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from .objective import prediction_loss
 
 
 class ClassPairs(Iterator[Pair]):
-    """Pictures of the class without end, with a picture of the subject as image prompt (DreamBooth, Ruiz et al., 2023,
-    section 3.2, whose class pictures have no image prompt)."""
+    """An endless stream of class pictures, each with a picture of the subject as reference.
+
+    Class pictures as in DreamBooth (Ruiz et al., 2023, section 3.2), where there is no reference.
+    """
 
     def __init__(self, data: TrainingSet, generator: torch.Generator) -> None:
         self._data = data
@@ -41,9 +43,9 @@ def frozen_prediction_loss(
     references: References,
     output_scale: Tensor,
 ) -> Tensor:
-    """How far an image prompt moves the prediction under the class word from the frozen model's own. -> (b,)
+    """Squared distance of predictions under the class word with and without a reference. -> (b,)
 
-    noisy (b, c, h, w) is the latent of the ordinary loss, so that no class pictures are needed.
+    noisy (b, c, h, w) is the latent of the ordinary loss, so no class pictures are needed.
     """
     with torch.no_grad():
         frozen = denoiser.denoise(noisy, sigma, class_text, None)

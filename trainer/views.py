@@ -1,4 +1,4 @@
-"""Augmented views of a single picture, so that it can be an image prompt for itself without being copied."""
+"""Augmented views of a single picture, so that it can be its own reference without being copied."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GREY = 0.5
 def augmented_views(
     picture: Tensor, mask: Tensor | None, count: int, generator: torch.Generator
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Flip, scale, move and, where a mask tells subject from background, change the background.
+    """Flip, scale and move. If there is a mask, also change the background.
 
     picture (1, 3, h, w) in 0..1, mask (h, w) in 0..1 -> `count` of the same sizes
     """

@@ -1,4 +1,4 @@
-"""How much each noise level, and each part of a picture, counts in the loss."""
+"""Loss weights of noise levels and of parts of a picture."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def signal_to_noise(denoiser: Denoiser, sigma: Tensor) -> Tensor:
 
 
 def with_background(mask: Tensor | None, weight: float) -> Tensor | None:
-    """A mask in 0..1 in which what it hides counts `weight`."""
+    """A mask in 0..1 whose masked-out parts have this weight."""
     if mask is None or weight == 0:
         return mask
     return mask + weight * (1 - mask)

@@ -1,4 +1,4 @@
-"""Several processes that take each step together: each computes some rows of the batch, and their gradients add up."""
+"""Data-parallel training: each process computes some rows of a batch, and the gradients are summed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 
 class Workers(Protocol):
-    """The processes of one training, seen from one of them."""
+    """The processes of one training, as seen by one of them."""
 
     rank: int  # of this process, from 0
     count: int
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of what all processes give, the same in each. Every process must call it."""
+        """The sum over all processes. Every process must call it."""
         ...
 
 
 class Alone:
-    """One process, which computes everything."""
+    """A single process."""
 
     rank = 0
     count = 1
@@ -31,9 +31,9 @@ class Alone:
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], loss: float, workers: Workers) -> float:
-    """Let every process hold the gradients of all, and return the loss of all.
+    """Sum gradients over all processes, and return the summed loss.
 
-    A parameter that has a gradient in no process keeps none.
+    A parameter without a gradient in any process keeps none.
     """
     if workers.count == 1:
         return loss

@@ -1,1 +1,1 @@
-"""Training an adapter on a model of the host."""
+"""Train an adapter on a ComfyUI model."""

@@ -1,7 +1,7 @@
-"""Which trainings are the same: a fingerprint of everything that the training loop is given, by value.
+"""A fingerprint of a training: a hash of everything that the training loop is given, by value.
 
-Inputs are hashed and not what is computed from them, wherever another device computes a few last bits differently: a
-training that ran out of memory goes on when ComfyUI is started with other memory settings.
+Inputs are hashed rather than values computed from them, which differ in the last bits on another device. So a training
+that ran out of memory can be resumed after a restart with other memory settings.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ....trainer.options import TrainOptions
 from ..networks.unet import clean_reference_sigma
 from .plain_weights import ORIGINAL
 
-FORMAT = 2  # raised when the same inputs train differently, or a kept file is written differently
+FORMAT = 2  # increased if the same inputs train differently, or if the kept files change
 DIGITS = 16
-# A weight is known by so many of its values, evenly spread: enough to see another model or a merge, and little enough
-# to read a whole SDXL model in a fraction of a second. What else comes as a tensor is mostly smaller.
+# The number of values that are hashed of each weight, evenly spread. It is enough to see another model or a merge, and
+# small enough to read SDXL in a fraction of a second. Other tensors are mostly smaller.
 WEIGHT_SAMPLES = 128
 SAMPLES = 4096
-DEPTH = 12  # how far objects of other packs are looked into
-PROBES = 8  # noise levels at which the sampling is tried
+DEPTH = 12  # depth to which objects of other packs are hashed
+PROBES = 8  # noise levels at which the model sampling is evaluated
 
 
 @torch.inference_mode()
@@ -44,10 +44,10 @@ def training_fingerprint(
     dtype: torch.dtype,
     names: Mapping[str, str],
 ) -> str:
-    """Hexadecimal digits that are the same for two trainings if, and only if, what their steps are given is.
+    """A hexadecimal hash. It is equal for two trainings if, and only if, their steps get the same inputs.
 
-    patcher, clip: loaded, the latter with the learned word as it is before the first step.
-    names: what the finished adapter says of itself.
+    patcher, clip: loaded; the CLIP has the token embedding from before the first step.
+    names: metadata of the finished adapter.
     """
     settings = _settings(config)
     digest = Digest()
@@ -62,29 +62,29 @@ def training_fingerprint(
     digest.add([clip.tokenize(reference_caption), clip.layer_idx])
     for values in _sampling_at_probes(patcher.get_model_object("model_sampling")):
         digest.add_whole(values)
-    _add_model(digest, patcher, ("model_sampling", "manual_cast_dtype"))  # which are in there in other words
+    _add_model(digest, patcher, ("model_sampling", "manual_cast_dtype"))  # which are already hashed in another form
     _add_model(digest, clip.patcher, _unused_projections(clip, patcher.model))
     return digest.hexdigest()
 
 
 class Digest:
-    """A hash of values of many kinds: numbers and texts, containers, tensors, functions, objects of other packs."""
+    """A hash of values: numbers, texts, containers, tensors, functions, objects of other packs."""
 
     def __init__(self, objects: dict[int, tuple[str, Any]] | None = None) -> None:
         self._hash = hashlib.sha256()
-        # What objects came to, by their id, which is theirs for as long as they live.
+        # Hashes of objects by id, which is valid for as long as they exist.
         self._objects = {} if objects is None else objects
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()[:DIGITS]
 
     def add_whole(self, tensor: Tensor) -> None:
-        """A tensor with all its values."""
+        """Add a tensor with all its values."""
         self._say("whole", tensor.dtype, tuple(tensor.shape))
         self._hash.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
 
     def add(self, value: Any, depth: int = DEPTH) -> None:
-        """A value, whatever it is. An object counts by its class and attributes, a function by its code."""
+        """Add any value. An object is hashed by class and attributes, a function by its code."""
         if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.Size):
             self._say(type(value).__name__, value)
         elif isinstance(value, Enum):
@@ -144,7 +144,7 @@ class Digest:
 
 
 def samples(tensor: Tensor, count: int) -> Tensor:
-    """About so many values of a tensor, evenly spread, all of a small one; float32, on its device. -> (n,)"""
+    """About `count` evenly spread values of a tensor, or all of a small one; float32, on its device. -> (n,)"""
     if tensor.is_meta:
         return torch.zeros(0)
     plain = tensor.detach()
@@ -153,15 +153,15 @@ def samples(tensor: Tensor, count: int) -> Tensor:
     flat = plain.flatten()
     if len(flat) > count:
         step = -(-len(flat) // count)
-        flat = flat[:: step | 1]  # odd, so that it does not stay in a few columns of a matrix
+        flat = flat[:: step | 1]  # odd, so that not only a few columns of a matrix are used
     return torch.view_as_real(flat).flatten().float() if flat.is_complex() else flat.float()
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """What the steps are told. An option that is off is not told, so that later options make no other training."""
+    """The settings of the steps. Options that are off are left out, so that new options keep old fingerprints."""
     settings = dataclasses.asdict(config)
     if not config.options.depends_on_steps:
-        del settings["steps"]  # at how many steps a training ends changes none of them
+        del settings["steps"]  # the total number of steps changes no single step
     usual = dataclasses.asdict(TrainOptions())
     chosen = {name: value for name, value in settings.pop("options").items() if value != usual[name]}
     return {**settings, **chosen}
@@ -186,7 +186,7 @@ def _add_picture(digest: Digest, latent: Tensor, mask: Tensor | None) -> None:
 
 
 def _add_model(digest: Digest, patcher: Any, skipped: tuple[str, ...]) -> None:
-    """The weights as they are without patches, and the patches, whether they are applied to them or on the fly."""
+    """Hash the weights without patches, and the patches, whether they are already applied or not."""
     weights = _weights(patcher, skipped)
     digest.add({name: tuple(weight.shape) for name, weight in weights.items()})
     digest.add_whole(_samples_of_each(weights))
@@ -197,7 +197,7 @@ def _add_model(digest: Digest, patcher: Any, skipped: tuple[str, ...]) -> None:
 
 
 def _samples_of_each(weights: Mapping[str, Tensor]) -> Tensor:
-    """Samples of weights that may be on different devices; those of one are joined there, to be moved in one go."""
+    """Samples of weights on several devices. They are joined on each device and moved together."""
     found = {name: samples(weight, WEIGHT_SAMPLES) for name, weight in weights.items()}
     by_device: dict[torch.device, list[str]] = {}
     for name, values in found.items():
@@ -216,14 +216,14 @@ def _weights(patcher: Any, skipped: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _unused_projections(clip: Any, base: Any) -> tuple[str, ...]:
-    """Weights of text encoders that no model reads: few checkpoints bring them, and then they are undefined memory."""
+    """Weights of text encoders that are not used. Many checkpoints lack them; then they are uninitialised memory."""
     read = ("clip_g",) if getattr(base, "adm_channels", 0) else ()
     names = (name for name, _ in clip.cond_stage_model.named_parameters() if "text_projection" in name)
     return tuple(name for name in names if not name.startswith(read))
 
 
 def _sampling_at_probes(sampling: Any) -> Iterator[Tensor]:
-    """What the sampling makes of given values: two classes that compute the same are the same."""
+    """Results of the model sampling for given values. So two classes with the same results are equal."""
     sigmas = sampling.sigmas
     yield sigmas
     yield torch.tensor(clean_reference_sigma(sampling))
@@ -237,14 +237,14 @@ def _sampling_at_probes(sampling: Any) -> Iterator[Tensor]:
 
 
 def _name(key: Any) -> str:
-    """A key in words that are the same in another process."""
+    """A key as text that is the same in another process."""
     return repr(key) if isinstance(key, str | int | float | tuple | Enum) else type(key).__qualname__
 
 
 def _content(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # not filled yet
+    except ValueError:  # empty cell
         return None
 
 

@@ -1,8 +1,7 @@
-"""Weights that stay where they are for the length of a training, on hosts that load each one when it is used.
+"""Keep weights in memory during a training, on hosts that load each weight when it is used.
 
-With dynamic memory ComfyUI leaves a model's weights where the file put them, and casts each into memory that other
-weights use again a moment later. Autograd must not keep views of such memory: the gradient would be computed with
-whatever lies there by then.
+With dynamic memory, ComfyUI casts each weight into memory that other weights reuse soon after. Autograd must not keep
+views of such memory: the gradient would be computed with overwritten values.
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What the host hangs on a module whose weights it casts itself: without it, they are read as they are.
+# An attribute of modules whose weights the host casts. Without it, the weights are used as they are.
 OF_DYNAMIC_MODULES = ("_v", "_prefetch")
-ORIGINAL = "_sa_inject_original"  # on a plain weight: the one that it stands for, without patches
+ORIGINAL = "_sa_inject_original"  # on a plain weight: the original one, without patches
 
 
 def is_dynamic(patcher: Any) -> bool:
-    """Whether the host loads each weight of this model when it is used."""
+    """Whether the host loads the weights of this model one by one, when they are used."""
     return bool(getattr(patcher, "is_dynamic", lambda: False)())
 
 
 @contextlib.contextmanager
 def plain_weights(*patchers: Any) -> Iterator[None]:
-    """Give the modules of dynamic models weights of their own on the device, with the patches in them.
+    """Give the modules of dynamic models their own weights on the device, with patches applied.
 
-    To be used outside inference mode, with the models loaded. Takes as much memory as a full load does, and reads no
-    file again. Afterwards every weight is the object that it was. Other models are left alone.
+    Use it outside of inference mode, with the models loaded. It takes as much memory as a full load and reads no file.
+    Afterwards every weight is the same object as before. Other models are not changed.
     """
     with contextlib.ExitStack() as undo:
         for patcher in patchers:
@@ -62,7 +61,7 @@ def _plain_weights(patcher: Any) -> Iterator[None]:
 
 def _plain(patcher: Any, module: nn.Module, name: str, key: str, weight: nn.Parameter) -> nn.Parameter:
     original = patcher.backup[key].weight if key in patcher.backup else weight
-    # First the model's precision and then the patches, as in an ordinary load.
+    # The model's precision first, then the patches, as in an ordinary load.
     module._parameters[name] = _parameter(_moved(module, name, original, patcher.load_device))
     if key in patcher.patches:
         patched = patcher.patch_weight_to_device(key, device_to=patcher.load_device, return_weight=True)
@@ -74,8 +73,8 @@ def _plain(patcher: Any, module: nn.Module, name: str, key: str, weight: nn.Para
 
 
 def _moved(module: nn.Module, name: str, weight: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, in the precision that the host chose for the model, whatever the file has."""
-    if weight.is_meta:  # the file has none, and the host computes with zeros
+    """A copy on the device, in the precision that the host chose for the model."""
+    if weight.is_meta:  # missing in the file: the host uses zeros
         return torch.zeros(weight.shape, dtype=weight.dtype, device=device)
     is_quantized = type(weight) not in (Tensor, nn.Parameter)
     dtype = None if is_quantized else getattr(module, f"{name}_comfy_model_dtype", None)

@@ -1,7 +1,7 @@
-"""The layers of ComfyUI's text encoders that cannot be backpropagated through as they are, out of place.
+"""Out-of-place versions of ComfyUI's text encoder layers, for the backward pass.
 
-They add to their input in place, or into it. Here each has a forward of its own that gives the same numbers. What the
-layers compute is in a precision that is chosen; the sum that runs through all of them stays in float32.
+ComfyUI's layers add to their input in place. Here each has another forward with the same result. The layers compute in
+a given precision; the residual sum stays in float32.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ....trainer.frozen_ops import recompute
 
 
 def out_of_place(layer: Any, dtype: torch.dtype, checkpointing: bool) -> Callable[..., Any] | None:
-    """What a layer is to compute in training, called as `forward` is; None where it can stay as it is.
+    """The forward of a layer in training. None if the layer can be used as it is.
 
-    checkpointing: keep the input of the layer alone, and compute it once more in the backward pass.
+    checkpointing: store only the layer's input, and recompute the rest in the backward pass.
     """
     kind = next((kind for kind in FORWARDS if isinstance(layer, kind)), None)
     if kind is None or type(layer).forward is not kind.forward:

@@ -1,1 +1,1 @@
-"""The networks that an adapter can be trained for."""
+"""One file for each kind of network that an adapter can be trained for."""

@@ -1,4 +1,4 @@
-"""Which kind of network a listed checkpoint is, from its header: no number of it is read."""
+"""Find the architecture of a listed checkpoint from its header, without reading tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _kinds: dict[Path, tuple[tuple[int, int], str | None]] = {}
 
 
 def architecture_of(folder: str, name: str) -> str | None:
-    """The architecture in an adapter's words ("SD1.x"); None for what is not listed, no safetensors, or unknown."""
+    """The architecture, such as "SD1.x". None if the file is not listed, no safetensors file, or unknown."""
     if folder not in FOLDERS or not name.endswith(".safetensors") or name not in folder_paths.get_filename_list(folder):
         return None
     try:
@@ -45,7 +45,7 @@ def _architecture(path: Path) -> str | None:
 
 
 def _shapes(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the file, without its numbers."""
+    """All tensors of the file on `meta`, without values."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > MOST_HEADER:
