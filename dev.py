@@ -50,6 +50,7 @@ HOST_VERSION = "0.3.75"
 
 DEMO = ROOT / ".demo"
 DEMO_SUBJECT = ROOT / "demo" / "subjects" / "robot"
+DEMO_PACKS = ROOT / "demo" / "packs"  # opens the demo's workflow in the browser
 DEMO_MODELS = DEMO / "models"
 DEMO_CHECKPOINT = DEMO_MODELS / "checkpoints" / "sa-inject-demo.safetensors"
 
@@ -374,6 +375,7 @@ def serve(arguments: list[str]) -> int:
     # JSON is YAML. The host's own models folder is left alone.
     paths = DEMO_MODELS / "paths.yaml"
     folders = {name: name for name in ("checkpoints", "sa_inject", "embeddings")}
+    folders["custom_nodes"] = str(DEMO_PACKS)
     paths.write_text(json.dumps({"sa-inject-demo": {"base_path": str(DEMO_MODELS), **folders}}))
     options = ["--extra-model-paths-config", str(paths)]
     if host == HOST:  # a checkout of the user's keeps its own pictures
@@ -382,6 +384,10 @@ def serve(arguments: list[str]) -> int:
     if "--cpu" not in arguments and not has_accelerator(python):
         options.append("--cpu")
     print("ComfyUI says below which address to open in a browser. Ctrl-C stops it.", flush=True)
+    if host == HOST:
+        print("The page opens with a workflow that is ready: press Run. It trains on a robot and draws it.", flush=True)
+    else:
+        print("The page opens with a workflow: choose a folder of pictures inside your input folder, and press Run.")
     try:
         return run([python, "main.py", *options, *arguments], host, cwd=host)
     except KeyboardInterrupt:

@@ -32,21 +32,11 @@ INPUT_FOLDER = "sa-inject-demo"
 WORKFLOW = ROOT / "workflows" / "train_then_apply.json"
 SHEET = BASE / "sheet.png"
 
-PLACEHOLDER, CLASS_WORD = "sainj", "toy"
-SIDE = 128
-TRAINING = {
-    "resolution": SIDE,
-    "steps": 100,
-    "batch_size": 2,
-    "lora_learning_rate": 3e-3,
-    "token_learning_rate": 6e-3,
-    "placeholder_token": PLACEHOLDER,
-    "class_word": CLASS_WORD,
-    "file_name": "robot",
-    "previews": 0,
-}
-SAMPLING = {"steps": 20, "cfg": 3.0, "seed": 7}
-PICTURES_PER_PROMPT = 2
+SETTINGS: dict[str, dict] = json.loads(
+    (ROOT / "demo" / "packs" / "sa_inject_demo" / "web" / "settings.json").read_text(encoding="utf-8")
+)  # the same as `dev.py serve` opens with
+TRAINING, SAMPLING = SETTINGS["TrainSAInjectAdapter"], SETTINGS["KSampler"]
+PLACEHOLDER, CLASS_WORD, SIDE = (TRAINING[name] for name in ("placeholder_token", "class_word", "resolution"))
 PROMPTS = (
     "a large {} on the left, red background",
     "a small {} on the right, purple background",
@@ -74,23 +64,14 @@ def main() -> None:
     log.info("The sheet:   %s", SHEET)
     log.info("The adapter: %s (%.1f MB)", newest, newest.stat().st_size / 1e6)
     log.info("Done in %.0f s.", time.monotonic() - started)
-    log.info("To see the same graph in a browser: python dev.py serve, open the address that it prints, and choose")
-    log.info("Workflow > Browse Templates > sa-inject > train_then_apply. Or drop the adapter file on the canvas.")
+    log.info("To see the same graph in a browser: python dev.py serve, open the address that it prints, and press Run.")
 
 
 def demo_graph(client: HostClient) -> Graph:
     """The shipped workflow with the demo's settings in it, in the form that `/prompt` wants."""
     graph = workflow_to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), client.object_info())
-    settings = {
-        "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT.name},
-        "LoadSAInjectDataset": {"folder": INPUT_FOLDER, "placeholder_token": PLACEHOLDER},
-        "TrainSAInjectAdapter": TRAINING,
-        "EncodeImagePrompt": {"resolution": SIDE},
-        "EmptyLatentImage": {"width": SIDE, "height": SIDE, "batch_size": PICTURES_PER_PROMPT},
-        "KSampler": SAMPLING,
-    }
     for node in graph.values():
-        node["inputs"].update(settings.get(node["class_type"], {}))
+        node["inputs"].update(SETTINGS.get(node["class_type"], {}))
     return graph
 
 

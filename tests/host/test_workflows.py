@@ -66,7 +66,14 @@ def trained(server, subject_folder) -> tuple[str, dict]:
 
 
 def test_every_workflow_has_a_thumbnail_that_the_frontend_shows():
-    assert {path.stem for path in WORKFLOWS} == {"train", "apply", "train_then_apply", "two_subjects"}
+    assert {path.stem for path in WORKFLOWS} == {
+        "apply",
+        "sdxl",
+        "train",
+        "train_further",
+        "train_then_apply",
+        "two_subjects",
+    }
     for path in WORKFLOWS:
         with Image.open(path.with_suffix(".jpg")) as picture:
             assert picture.format == "JPEG"
@@ -90,8 +97,57 @@ def test_no_node_of_a_workflow_covers_another(path):
             assert beside, f"'{name}' and '{other}' overlap"
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_groups_hold_every_node_in_the_order_of_work(path):
+    workflow = load(path)
+    groups = [(group["title"], *group["bounding"]) for group in workflow["groups"]]
+    assert [title.split(".")[0] for title, *_ in groups] == [str(number + 1) for number in range(len(groups))]
+    assert [x for _, x, *_ in groups] == sorted(x for _, x, *_ in groups)
+    for name, left, top, right, bottom in boxes_of(workflow):
+        homes = [
+            title
+            for title, x, y, wide, tall in groups
+            if x <= left and right <= x + wide and y <= top and bottom <= y + tall
+        ]
+        assert len(homes) == 1, f"'{name}' lies in {homes}"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_no_workflow_names_a_model_that_is_missing(path):
+    chosen = {
+        name: value
+        for node in load(path)["nodes"]
+        for name, value in zip(widget_names(node), node.get("widgets_values") or [], strict=False)
+        if name in ("ckpt_name", "adapter_name")
+    }
+    assert chosen and set(chosen.values()) == {""}
+
+
+def widget_names(node: dict) -> list[str]:
+    return [slot["name"] for slot in node.get("inputs", []) if "widget" in slot]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_app_mode_offers_inputs_and_results_that_exist(path):
+    workflow = load(path)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    app = workflow["extra"]["linearData"]
+    for number, name in app["inputs"]:
+        assert name in widget_names(nodes[number])
+    assert app["outputs"] and {nodes[number]["type"] for number in app["outputs"]} <= {"SaveImage", "PreviewImage"}
+
+
+def test_sdxl_workflow_has_sizes_of_its_own():
+    sizes = [
+        node["widgets_values"]
+        for node in load(ROOT / "workflows" / "sdxl.json")["nodes"]
+        if node["type"] in ("EmptyLatentImage", "EncodeImagePrompt", "TrainSAInjectAdapter")
+    ]
+    assert all(1024 in values and 512 not in values for values in sizes) and len(sizes) == 3
+
+
 def test_training_workflows_hand_captions_and_masks_of_a_folder_to_the_training(client):
-    for name in ("train", "train_then_apply"):
+    for name in ("train", "train_further", "train_then_apply", "sdxl"):
         graph = workflow_to_prompt(load(ROOT / "workflows" / f"{name}.json"), client.object_info())
         (dataset,) = (number for number, node in graph.items() if node["class_type"] == "LoadSAInjectDataset")
         (train,) = (node["inputs"] for node in graph.values() if node["class_type"] == "TrainSAInjectAdapter")
@@ -122,7 +178,7 @@ def test_previews_are_sampled_as_the_workflows_sample(comfy_host, pack_nodes, cl
         for node in workflow_to_prompt(load(path), client.object_info()).values()
         if node["class_type"] == "KSampler"
     ]
-    assert len(samplers) == 4
+    assert len(samplers) == 6
     for name, usual in (
         ("steps", preview.STEPS),
         ("cfg", preview.GUIDANCE),

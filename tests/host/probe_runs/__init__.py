@@ -29,6 +29,14 @@ async def send(request):
     return web.json_response({})
 
 
+@routes.post("/probe/text")
+async def text(request):
+    """A line of text at the foot of a node, as nodes of ours show it."""
+    body = await request.json()
+    PromptServer.instance.send_progress_text(body["text"], body["node"])
+    return web.json_response({})
+
+
 @routes.get("/probe/asked")
 async def get_asked(request):
     return web.json_response(asked)
