@@ -229,18 +229,19 @@ def control_net(model):
         return comfy.controlnet.load_controlnet_state_dict(weights)
 
 
-def test_control_net_stays_and_its_picture_is_not_given_to_the_reference(comfy_host, model, ours, log, control_net):
-    def controlled(strength: float) -> dict[str, Any]:
-        texts = {"positive": conditioning(model, 11), "negative": conditioning(model, 22)}
-        if strength == 0:
-            return texts
-        hint = random(1, 64, 64, 3).sigmoid()
-        outputs = comfy_host.execute(
-            "ControlNetApplyAdvanced", **texts, control_net=control_net, image=hint, strength=strength
-        )
-        return dict(zip(texts, outputs, strict=True))
+def controlled(comfy_host: Any, model: Any, control_net: Any, strength: float) -> dict[str, Any]:
+    texts = {"positive": conditioning(model, 11), "negative": conditioning(model, 22)}
+    if strength == 0:
+        return texts
+    hint = random(1, 64, 64, 3).sigmoid()
+    outputs = comfy_host.execute(
+        "ControlNetApplyAdvanced", **texts, control_net=control_net, image=hint, strength=strength
+    )
+    return dict(zip(texts, outputs, strict=True))
 
-    with_control, without = controlled(1.0), controlled(0.0)
+
+def test_control_net_stays_and_its_picture_is_not_given_to_the_reference(comfy_host, model, ours, log, control_net):
+    with_control, without = (controlled(comfy_host, model, control_net, strength) for strength in (1.0, 0.0))
     plain, alone = (sample(comfy_host, model, **inputs) for inputs in (without, with_control))
     mine, both = (sample(comfy_host, ours(model), **inputs) for inputs in (without, with_control))
     assert both.isfinite().all()
@@ -254,6 +255,17 @@ def test_control_net_stays_and_its_picture_is_not_given_to_the_reference(comfy_h
     ]
     assert torch.equal(*last)
     assert log() == []
+
+
+def test_control_net_keeps_a_noised_reference_out_of_the_call_that_draws(comfy_host, model, control_net):
+    """What it adds has as many rows as the drawing; the host leaves it away where they do not agree."""
+    inputs, adapter = controlled(comfy_host, model, control_net, 1.0), make_adapter(model, "noised")
+    watched = model.clone()
+    watched.set_model_attn2_output_patch(lambda out, options: out)  # keeps the pictures out as well
+    found, apart = (sample(comfy_host, apply(comfy_host, given, adapter), **inputs) for given in (model, watched))
+    assert relative_error(found, apart) < 1e-4
+    plain = sample(comfy_host, apply(comfy_host, model, adapter), **controlled(comfy_host, model, control_net, 0.0))
+    assert relative_error(found, plain) > VISIBLE
 
 
 @pytest.mark.parametrize("depth", [-1, 0], ids=["key of the block", "key with the depth"])
