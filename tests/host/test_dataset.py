@@ -191,6 +191,16 @@ def test_every_kind_of_picture_shows_the_same_ramp(folder, load, name):
     assert (image[0] - expected[..., None]).abs().max() < 0.03 and (mask == 1).all()
 
 
+@pytest.mark.parametrize("name", ["dark.png", "dark.tif", "dark float.tif"])
+def test_dark_picture_of_many_bits_stays_dark(folder, load, name):
+    """Its brightest pixel is no white."""
+    dark = RAMP.astype(np.float32) / 255 * 0.25
+    pixels = dark if "float" in name else (dark * 65535).astype(np.uint16)
+    Image.fromarray(pixels).save(folder / name)
+    (image,), _, _ = load()
+    assert (image[0] - torch.from_numpy(dark)[..., None]).abs().max() < 0.01
+
+
 def test_one_bit_picture_is_black_and_white(folder, load):
     half_mask().convert("1").save(folder / "a.png")
     (image,), _, _ = load()

@@ -644,6 +644,14 @@ def test_loss_map_is_what_the_hosts_graph_node_draws(comfy_host, trained):
 def test_previews_are_drawn_with_the_adapter_or_not_at_all(sd15, trained, run, monkeypatch):
     assert torch.equal(trained.previews, pictures(3)[:1])
     monkeypatch.setattr("sa_inject.nodes.host.drawing.preview.STEPS", 2)
-    previews = run(sd15, previews=2).previews
-    assert previews.shape == (2, 64, 64, 3) and previews.isfinite().all()
-    assert not torch.equal(previews[0], previews[1])
+    found = run(sd15, previews=2, seed=7)
+    assert found.previews.shape == (2, 64, 64, 3) and found.previews.isfinite().all()
+    assert not torch.equal(found.previews[0], found.previews[1])
+
+    from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage
+    from sa_inject.nodes.host.drawing.preview import draw_previews
+
+    with torch.inference_mode():
+        prompt = ImagePrompt((ReferenceImage(sd15.vae.encode(pictures(1))),))
+        again, other = (draw_previews(*sd15, found.adapter, prompt, 2, seed) for seed in (7, 8))
+    assert torch.allclose(again, found.previews, atol=1e-4) and not torch.allclose(other, found.previews, atol=1e-2)
