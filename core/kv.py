@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class BlockKey(NamedTuple):
-    """Address of one transformer block, as ComfyUI's patches spell it."""
+    """Address of one transformer block: of a UNet's in the words of ComfyUI's patches, else by the list it is in."""
 
-    stage: str  # "input", "middle" or "output"
+    stage: str  # "input", "middle" or "output"; or the list's name, such as "layers" or "double_blocks"
     index: int  # place in that stage's list of blocks
-    depth: int  # place in the spatial transformer
+    depth: int = 0  # place in the spatial transformer of a UNet's block
 
     def __str__(self) -> str:
         return f"{self.stage} {self.index}.{self.depth}"

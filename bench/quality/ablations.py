@@ -8,25 +8,26 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sa_inject.core.attention import Attention, differentiable_attention
+from sa_inject.core.attention import differentiable_attention
 from sa_inject.core.image_prompt import TextConditioning
 from sa_inject.core.injection import Reference
-from sa_inject.core.kv import KV, BlockKey
+from sa_inject.core.kv import KV
 from sa_inject.core.lora import LoRADeltas
-from sa_inject.core.reference import ReferencePassHooks, block_key
+from sa_inject.core.reference import KVRecorder
+from sa_inject.core.site import Site
 from sa_inject.nodes.host.drawing.reference_pass import reference_inputs
 from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.networks.unet import clean_reference_sigma
 from sa_inject.trainer.config import REFERENCE_START
 from sa_inject.trainer.examples import Pair, PairStream, TrainingSet
 
-from .adapted import RECORDER, Replacements, WholePass, lora_on_both, replaced, whole_lora_for
+from .adapted import ADAPTED_OUTPUT, RECORDER, Replacements, WholePass, lora_on_both, replaced, whole_lora_for
 from .learn import TrainingSetup, training_setup, with_word
 from .methods import PLACEHOLDER, TrainedModel, TrainingTask, learned_adapter, ours, ours_noised, trained_model
 from .subjects import Subject, make_subject
@@ -114,37 +115,33 @@ def with_pairs(change: Callable[[Pair], Pair]) -> Callable[[TrainingSetup], None
 class BaseProjections(WholePass):
     """Hands over what the frozen weights project, from hidden states that the LoRA has changed (as BootPIG tried)."""
 
-    def project_keys_values(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
-        return KV(k, v)
+    def project_keys_values(self, site: Site) -> KV:
+        return KV(site.k, site.v)
 
 
-class WholeValues(ReferencePassHooks):
+class WholeValues(KVRecorder):
     """Hands over values of the frozen weights and the LoRA together: untrained, they are not silent."""
 
-    def project_keys_values(self, k: Tensor, v: Tensor, hidden: Tensor, key: BlockKey) -> KV:
-        return KV(k + self._deltas[key, "to_k"](hidden), v + self._deltas[key, "to_v"](hidden))
+    def project_keys_values(self, site: Site) -> KV:
+        projected = super().project_keys_values(site)
+        return projected._replace(v=site.v + projected.v)
 
 
-class ConcatenatedInTraining:
-    """One softmax over own and reference tokens, in place of denoiser._Injected."""
-
-    def __init__(self, references: Any) -> None:
-        self._references = references
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        return in_one_softmax(q, KV(k, v), [self._references[block_key(extra_options)]], extra_options["n_heads"])
-
-
-def concatenated(q: Tensor, k: Tensor, v: Tensor, given: Any, heads: int, attend: Attention) -> Tensor:
-    """The same while sampling, in place of injected.attend_and_inject."""
-    out = attend(q, k, v, heads)
-    for rows, references in given:
-        if references:
-            out[rows] = in_one_softmax(q[rows], KV(k[rows], v[rows]), references, heads)
+def concatenated(site: Site, references: Sequence[Reference]) -> Tensor:
+    """One softmax over own and reference tokens, in place of core's inject. The rows of all references are the same."""
+    rows = {id(reference.rows): reference.rows for reference in references}
+    assert len(rows) <= 1, "subjects in rows of their own are not concatenated"
+    if not references:
+        return site.self_attention()
+    (rows,) = rows.values()
+    if rows is None:
+        return in_one_softmax(site.q, KV(site.k, site.v), references, site.heads)
+    out = site.self_attention()
+    out[rows] = in_one_softmax(site.q[rows], KV(site.k[rows], site.v[rows]), references, site.heads)
     return out
 
 
-def in_one_softmax(q: Tensor, own: KV, references: list[Reference], heads: int) -> Tensor:
+def in_one_softmax(q: Tensor, own: KV, references: Sequence[Reference], heads: int) -> Tensor:
     """Tokens of a reference weigh together as much as our own do, however many pictures they come from."""
     keys, values, biases = [own.k], [own.v], [q.new_zeros(own.k.shape[1])]
     for reference in references:
@@ -380,15 +377,13 @@ ABLATIONS: dict[str, Callable[[TrainingTask], TrainedModel]] = {
 }
 
 # What has to be in place while teaching and while drawing.
-CONCATENATED: Replacements = (
-    ((f"{HOST}.learning.denoiser._Injected",), ConcatenatedInTraining),
-    ((f"{HOST}.drawing.injected.attend_and_inject",), concatenated),
-)
+CONCATENATED: Replacements = (((f"{HOST}.learning.denoiser.inject", f"{HOST}.drawing.injected.inject"), concatenated),)
+WHOLE_PASS: Replacements = ((RECORDER, WholePass), ADAPTED_OUTPUT)
 REPLACED: dict[str, Replacements] = {
-    "LoRA in the whole pass": ((RECORDER, WholePass),),
-    "LoRA in the whole pass, noised": ((RECORDER, WholePass), (MAY_JOIN, lambda *_: False)),
-    "K and V, in the whole pass": ((RECORDER, WholePass),),
-    "projected by the base": ((RECORDER, BaseProjections), *CONCATENATED),
+    "LoRA in the whole pass": WHOLE_PASS,
+    "LoRA in the whole pass, noised": (*WHOLE_PASS, (MAY_JOIN, lambda *_: False)),
+    "K and V, in the whole pass": WHOLE_PASS,
+    "projected by the base": ((RECORDER, BaseProjections), ADAPTED_OUTPUT, *CONCATENATED),
     "concatenated": ((RECORDER, WholeValues), *CONCATENATED),
     "no LoRA": ((RECORDER, WholeValues), *CONCATENATED),
     "whole values, added": ((RECORDER, WholeValues),),

@@ -6,31 +6,37 @@ Import only once the host is started.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from sa_inject.core.attention import Attention, differentiable_attention
 from sa_inject.core.injection import inject
+from sa_inject.core.kv import BlockKey
 from sa_inject.core.lora import LoRADeltas, SelfAttentionLoRA
-from sa_inject.core.reference import HIDDEN_STATES_KEY, ReferencePassHooks, block_key
+from sa_inject.core.reference import KVRecorder
+from sa_inject.core.site import AtSite, Site
 from sa_inject.nodes.host.learning.autograd import differentiable_options
 from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.networks.unet import model_conditions
+from sa_inject.nodes.host.networks.unet_sites import attending
 
 from .learn import TrainingSetup, training_setup, with_word
 from .methods import PLACEHOLDER, TrainedModel, TrainingTask, trained_model
 
-ATTENDED = "bench_attended"
 Replacements = tuple[tuple[tuple[str, ...], Any], ...]
 HOST = "sa_inject.nodes.host"
 RECORDER = (
-    f"{HOST}.drawing.reference_pass.ReferencePassHooks",
-    f"{HOST}.learning.denoiser.ReferencePassHooks",
+    f"{HOST}.drawing.reference_pass.KVRecorder",
+    f"{HOST}.learning.denoiser.KVRecorder",
+)
+ATTENDING = (
+    f"{HOST}.drawing.reference_call.attending",
+    f"{HOST}.learning.denoiser.attending",
 )
 
 
@@ -48,45 +54,53 @@ class WholeLoRA(SelfAttentionLoRA):
     projections = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-class WholePass(ReferencePassHooks):
+class WholePass(KVRecorder):
     """Adapts what a layer passes on to the next as well: by `own`, or else by what adapts the keys and values."""
 
     def __init__(
-        self,
-        wanted: Any,
-        last: Any,
-        deltas: LoRADeltas,
-        attend: Attention,
-        stop_early: bool = True,
-        own: LoRADeltas | None = None,
-        **more: Any,
+        self, wanted: Collection[BlockKey], deltas: LoRADeltas, *, own: LoRADeltas | None = None, **more: Any
     ) -> None:
-        super().__init__(wanted, last, deltas, attend, stop_early, **more)
+        super().__init__(wanted, deltas, **more)
         self._own = deltas if own is None else own
+        self._attended: dict[BlockKey, Tensor] = {}  # what the output projection of a layer is about to read
 
-    def transformer_options(self, blocks: Any) -> dict[str, Any]:
-        options = super().transformer_options(blocks)
-        options["patches"]["attn1_output_patch"] = [self._adapt_output]
-        return options
-
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        self._record(k, v, extra_options)
-        projected = {"to_q": q, "to_k": k, "to_v": v}
+    def at(self, site: Site) -> Tensor:
+        self.record(site)
         q, k, v = (
-            self._adapted(x, extra_options[HIDDEN_STATES_KEY], name, extra_options) for name, x in projected.items()
+            self._adapted(x, site.hidden, name, site.key)
+            for name, x in (("to_q", site.q), ("to_k", site.k), ("to_v", site.v))
         )
-        attended = extra_options[ATTENDED] = self._attend_to(q, k, v, extra_options)
+        attended = self._attended[site.key] = self._attend(dataclasses.replace(site, q=q, k=k, v=v))
         return attended
 
-    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        return self._attend(q, k, v, extra_options["n_heads"])
+    def _attend(self, site: Site) -> Tensor:
+        return site.self_attention()
 
-    def _adapt_output(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        return self._adapted(out, extra_options[ATTENDED], "to_out.0", extra_options)
+    def adapt_output(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        """An attn1_output_patch."""
+        (stage, index), depth = extra_options["block"], extra_options["block_index"]
+        key = BlockKey(stage, index, depth)
+        return self._adapted(out, self._attended.pop(key), "to_out.0", key)
 
-    def _adapted(self, projected: Tensor, x: Tensor, projection: str, extra_options: dict[str, Any]) -> Tensor:
-        delta = self._own.get((block_key(extra_options), projection))
+    def _adapted(self, projected: Tensor, x: Tensor | None, projection: str, key: BlockKey) -> Tensor:
+        delta = self._own.get((key, projection))
         return projected if delta is None else projected + delta(x)
+
+
+@contextlib.contextmanager
+def attending_with_adapted_output(
+    network: Any, options: dict[str, Any], at: AtSite, blocks: Collection[BlockKey], **more: Any
+) -> Iterator[dict[str, Any]]:
+    """In place of the pack's own: a recorder of a whole pass changes the output of every layer, too."""
+    recorder = getattr(at, "__self__", None)
+    with attending(network, options, at, blocks, **more) as options:
+        if isinstance(recorder, WholePass):
+            patches = {**options["patches"], "attn1_output_patch": [recorder.adapt_output]}
+            options = {**options, "patches": patches}
+        yield options
+
+
+ADAPTED_OUTPUT = (ATTENDING, attending_with_adapted_output)
 
 
 def whole_lora_for(setup: TrainingSetup) -> WholeLoRA:
@@ -104,29 +118,26 @@ class AdaptedUnet(ComfyDenoiser):
 
     def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: LoRADeltas) -> Any:
         own = self.own.deltas(latent.device, torch.float32)
-        with replaced((RECORDER, functools.partial(WholePass, own=own))):
+        with replaced((RECORDER, functools.partial(WholePass, own=own)), ADAPTED_OUTPUT):
             return super().read_reference(latent, sigma, text, mask, deltas)
 
     def denoise(self, noisy: Tensor, sigma: Tensor, text: Any, references: Any) -> Tensor:
-        recorder = _Injecting(self._blocks[-1], self.own.deltas(noisy.device, torch.float32), references)
-        options = {**differentiable_options(), **recorder.transformer_options(self._blocks)}
+        recorder = _Injecting(self.own.deltas(noisy.device, torch.float32), references)
         conditions = model_conditions(self._base, noisy, text)
-        return self._base.apply_model(noisy, sigma, transformer_options=options, **conditions)
+        network, given = self._base.diffusion_model, differentiable_options()
+        with attending_with_adapted_output(network, given, recorder.at, self._blocks, keeps_hidden=True) as options:
+            return self._base.apply_model(noisy, sigma, transformer_options=options, **conditions)
 
 
 class _Injecting(WholePass):
     """Adapts every self-attention of a whole UNet call, and injects where there is something to inject."""
 
-    def __init__(self, last: Any, own: LoRADeltas, references: Any) -> None:
-        super().__init__((), last, {}, differentiable_attention, stop_early=False, own=own)
+    def __init__(self, own: LoRADeltas, references: Any) -> None:
+        super().__init__((), {}, own=own)
         self._references = references
 
-    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        attended = super()._attend_to(q, k, v, extra_options)
-        if self._references is None:
-            return attended
-        reference = self._references[block_key(extra_options)]
-        return inject(attended, q, [reference], extra_options["n_heads"], differentiable_attention)
+    def _attend(self, site: Site) -> Tensor:
+        return inject(site, [] if self._references is None else [self._references[site.key]])
 
 
 def lora_on_both(task: TrainingTask, **changes: Any) -> TrainedModel:

@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sa_inject.core.attention import differentiable_attention
-from sa_inject.core.kv import BlockKey
+from sa_inject.core.injection import Reference, inject
+from sa_inject.core.kv import KV, BlockKey
 from sa_inject.core.lora import SelfAttentionLoRA
 from sa_inject.core.masks import token_mask
-from sa_inject.core.reference import ReferencePassHooks, block_key, run_reference_pass
+from sa_inject.core.reference import KVRecorder, run_reference_pass
+from sa_inject.core.site import Site
+from sa_inject.nodes.host.networks.unet_sites import attending
 
 from ..scenes import RANK, TEXT_TOKENS, Scene, quarter_mask
 
@@ -57,12 +60,9 @@ class Limit:
         lora = SelfAttentionLoRA(self._layers, RANK, float(RANK), torch.Generator())
         deltas = lora.deltas(torch.device("meta"), torch.float32)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, *_: Any, **__: Any) -> Tensor:
-            return differentiable_attention(q, k, v, heads)
-
-        recorder = ReferencePassHooks(self._blocks, self._blocks[-1], deltas, attend)
-        options = recorder.transformer_options(self._blocks)
-        count = self._count(lambda: run_reference_pass(lambda: self._call(1, options), recorder))
+        recorder = KVRecorder(self._blocks, deltas, stop_at=self._blocks[-1])
+        with attending(self._unet, {}, recorder.at, self._blocks, keeps_hidden=True) as options:
+            count = self._count(lambda: run_reference_pass(lambda: self._call(1, options), recorder))
         return count, {key: (recorded.height, recorded.width) for key, recorded in recorder.bank.items()}
 
     def tokens(self, masked: bool) -> dict[BlockKey, int]:
@@ -82,9 +82,14 @@ class Limit:
         key = shape[:3]  # how often the reference is read changes nothing here
         if key not in self._injected:
             tokens = {block: shape.references * count for block, count in self.tokens(shape.masked).items()}
-            inject = _Injected(tokens, rows=2 if shape.apply_to == "both" else 1)
-            options = {"patches_replace": {"attn1": dict.fromkeys(self._blocks, inject)}}
-            self._injected[key] = self._count(lambda: self._call(2, options))
+            rows = slice(0, 2 if shape.apply_to == "both" else 1)
+
+            def at(site: Site) -> Tensor:
+                empty = site.k.new_empty(1, tokens[site.key], site.k.shape[-1])
+                return inject(site, [Reference(KV(empty, empty), rows=rows)])
+
+            with attending(self._unet, {}, at, self._blocks) as options:
+                self._injected[key] = self._count(lambda: self._call(2, options))
         return self._injected[key]
 
     def ratio(self, shape: Shape, steps: int) -> float:
@@ -119,18 +124,3 @@ class Limit:
 
 def _attend(original: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *_: Any, **__: Any) -> Tensor:
     return differentiable_attention(q, k, v, heads)
-
-
-class _Injected:
-    """Self-attention whose first `rows` rows attend to so many tokens more."""
-
-    def __init__(self, tokens: dict[BlockKey, int], rows: int) -> None:
-        self._tokens = tokens
-        self._rows = rows
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        heads = options["n_heads"]
-        out = differentiable_attention(q, k, v, heads)
-        more = k.new_empty(self._rows, self._tokens[block_key(options)], k.shape[-1])
-        out[: self._rows] += differentiable_attention(q[: self._rows], more, more, heads)
-        return out

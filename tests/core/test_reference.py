@@ -12,14 +12,14 @@ from sa_inject.core.kv import KV, BlockKey
 from sa_inject.core.layers import self_attention_layers
 from sa_inject.core.lora import SelfAttentionLoRA
 from sa_inject.core.reference import (
+    KVRecorder,
     ReferenceKV,
     ReferencePassComplete,
-    ReferencePassHooks,
-    block_key,
     run_reference_pass,
     select_tokens,
 )
 from tests.core.tiny_adapter import merged, random_lora
+from tests.tiny_sites import options_at_sites
 from tests.tiny_unet import CONTEXT_DIM, TinyUNet
 
 LAYERS = self_attention_layers(TinyUNet())
@@ -32,13 +32,13 @@ def unet_inputs() -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([0.0, 400.0]), torch.randn(2, 5, CONTEXT_DIM, generator=generator)
 
 
-def recorder_for(lora: SelfAttentionLoRA, wanted=BLOCKS, **changes) -> ReferencePassHooks:
-    arguments = {"last": wanted[-1], "attend": differentiable_attention} | changes
-    return ReferencePassHooks(wanted, deltas=lora.deltas(torch.device("cpu"), torch.float32), **arguments)
+def recorder_for(lora: SelfAttentionLoRA, wanted=BLOCKS, stop_early=True) -> KVRecorder:
+    deltas = lora.deltas(torch.device("cpu"), torch.float32)
+    return KVRecorder(wanted, deltas, stop_at=wanted[-1] if stop_early else None)
 
 
-def reference_pass(unet: nn.Module, recorder: ReferencePassHooks) -> dict[BlockKey, ReferenceKV]:
-    return run_reference_pass(lambda: call(unet, recorder.transformer_options(BLOCKS)), recorder)
+def reference_pass(unet: nn.Module, recorder: KVRecorder) -> dict[BlockKey, ReferenceKV]:
+    return run_reference_pass(lambda: call(unet, options_at_sites(BLOCKS, recorder.at)), recorder)
 
 
 def call(unet: nn.Module, options: dict[str, Any]) -> Tensor:
@@ -80,7 +80,7 @@ def test_reference_pass_hands_over_what_merged_projections_make_of_the_frozen_pa
     unet = TinyUNet()
     lora = random_lora(unet)
     recorder = recorder_for(lora, stop_early=False)
-    output = call(unet, recorder.transformer_options(BLOCKS))
+    output = call(unet, options_at_sites(BLOCKS, recorder.at))
     hidden, expected_output = plain_pass(unet)
     adapted, frozen = projected(merged(unet, lora), hidden), projected(unet, hidden)
     assert tuple(recorder.bank) == BLOCKS
@@ -121,7 +121,7 @@ def test_stopping_early_ends_the_call_with_an_exception_of_its_own():
     unet = TinyUNet()
     recorder = recorder_for(random_lora(unet))
     with pytest.raises(ReferencePassComplete), torch.no_grad():
-        call(unet, recorder.transformer_options(BLOCKS))
+        call(unet, options_at_sites(BLOCKS, recorder.at))
     assert tuple(recorder.bank) == BLOCKS
 
 
@@ -139,7 +139,7 @@ def test_gradient_reaches_every_matrix_and_nothing_of_the_pass():
     unet = TinyUNet().requires_grad_(False)
     lora = random_lora(unet)
     recorder = recorder_for(lora, stop_early=False)
-    output = call(unet, recorder.transformer_options(BLOCKS))
+    output = call(unet, options_at_sites(BLOCKS, recorder.at))
     assert not output.requires_grad  # so no graph of the pass is kept
     bank = recorder.bank
     generator = torch.Generator().manual_seed(2)
@@ -178,8 +178,8 @@ def test_nothing_of_a_pass_remains(fails):
             raise MemoryError("no room")
         return differentiable_attention(q, k, v, heads)
 
-    recorder = recorder_for(random_lora(unet), attend=attend)
-    options = recorder.transformer_options(BLOCKS)
+    recorder = recorder_for(random_lora(unet))
+    options = options_at_sites(BLOCKS, recorder.at, attend)
     patches = {name: list(functions) for name, functions in options["patches"].items()}
     replacements = dict(options["patches_replace"]["attn1"])
     if fails:
@@ -191,11 +191,6 @@ def test_nothing_of_a_pass_remains(fails):
     assert not [key for key in options if str(key).startswith("sa_inject")]  # a tensor here would outlive the pass
     assert same_state(state_of(unet), before)
     assert torch.equal(call(unet, {}), output)
-
-
-def test_block_key_reads_the_address_that_the_host_passes():
-    options = {"block": ("input", 4), "block_index": 1, "transformer_index": 9, "n_heads": 8}
-    assert block_key(options) == BlockKey("input", 4, 1)
 
 
 def test_selected_tokens_are_those_of_one_row_that_are_kept():

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sa_inject.core.attention import differentiable_attention
 from sa_inject.core.image_prompt import TextConditioning
 from sa_inject.core.injection import Reference, inject
 from sa_inject.core.layers import self_attention_layers
 from sa_inject.core.lora import LoRADeltas, SelfAttentionLoRA
-from sa_inject.core.reference import ReferencePassHooks, block_key, run_reference_pass
+from sa_inject.core.masks import token_mask
+from sa_inject.core.reference import KVRecorder, run_reference_pass
+from sa_inject.core.site import Site
 from sa_inject.trainer.denoiser import References
 from sa_inject.trainer.examples import Example
+from tests.tiny_sites import options_at_sites
 from tests.tiny_unet import CONTEXT_DIM, IN_CHANNELS, TinyUNet
 
 PLACEHOLDER = "sks"
@@ -51,23 +53,21 @@ class TinyDenoiser:
     def read_reference(
         self, latent: Tensor, sigma: Tensor | None, text: TextConditioning, mask: Tensor | None, deltas: LoRADeltas
     ) -> References:
-        recorder = ReferencePassHooks(self.blocks, self.blocks[-1], deltas, differentiable_attention)
+        recorder = KVRecorder(self.blocks, deltas, stop_at=self.blocks[-1])
         sigma = torch.zeros(latent.shape[0]) if sigma is None else sigma
-        options = recorder.transformer_options(self.blocks)
+        options = options_at_sites(self.blocks, recorder.at)
         bank = run_reference_pass(lambda: self._network(latent, sigma, text, options), recorder)
         return {
-            key: Reference(kv, key_mask=None if mask is None else key_mask(mask, height, width))
+            key: Reference(kv, key_mask=None if mask is None else token_mask(mask, height, width))
             for key, (kv, height, width) in bank.items()
         }
 
     def denoise(self, noisy: Tensor, sigma: Tensor, text: TextConditioning, references: References | None) -> Tensor:
-        def attention(q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
-            heads = extra_options["n_heads"]
-            attended = differentiable_attention(q, k, v, heads)
-            return inject(attended, q, [references[block_key(extra_options)]], heads, differentiable_attention)
+        def at(site: Site) -> Tensor:
+            return inject(site, [given[site.key]])
 
-        replacements = dict.fromkeys(references or (), attention)
-        epsilon = self._network(noisy, sigma, text, {"patches_replace": {"attn1": replacements}})
+        given = references or {}
+        epsilon = self._network(noisy, sigma, text, options_at_sites(given, at))
         return noisy - per_row(sigma) * epsilon
 
     def _network(self, noisy: Tensor, sigma: Tensor, text: TextConditioning, options: dict) -> Tensor:
@@ -78,11 +78,6 @@ class TinyDenoiser:
 def word_vector(word: str) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
     return torch.randn(CONTEXT_DIM, generator=generator)
-
-
-def key_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """mask (b, h, w) -> (b, height*width) bool"""
-    return F.adaptive_avg_pool2d(mask[:, None], (height, width)).flatten(1) >= 0.5
 
 
 def per_row(sigma: Tensor) -> Tensor:

@@ -11,34 +11,31 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ....core.adapter import Adapter
 from ....core.image_prompt import ImagePrompt, repeated
-from ....core.kv import BlockKey, KVBank
-from ....core.reference import HIDDEN_STATES_KEY, ReferenceKV, ReferencePassHooks
+from ....core.kv import KVBank
+from ....core.reference import KVRecorder
+from ....core.site import Site
 from ..networks.unet import NetworkInputs
 from .foreign import ForeignCode
-from .reference_pass import concatenate_kv, fits_in_memory, split_per_image
+from .reference_pass import fits_in_memory
 
 
 class BatchedReferences(NamedTuple):
     """An image prompt whose pictures are rows of a UNet call; the bank fills while that runs."""
 
     prompt: ImagePrompt
-    recorder: ReferencePassHooks
+    recorder: KVRecorder
     rows: slice
-    bank: KVBank
 
-    def record(self, key: BlockKey, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> None:
-        """Keep what they hand over at one layer, if it is wanted. k and v (rows of the call, n, heads*d)"""
-        if key not in self.recorder.wanted:
-            return
-        kv = self.recorder.project_keys_values(
-            k[self.rows], v[self.rows], extra_options[HIDDEN_STATES_KEY][self.rows], key
-        )
-        recorded = ReferenceKV(kv, *extra_options["activations_shape"][-2:])
-        self.bank[key] = concatenate_kv(split_per_image(recorded, self.prompt.pictures))
+    @property
+    def bank(self) -> KVBank:
+        return self.recorder.bank
+
+    def record(self, site: Site) -> None:
+        """Keep what they hand over at one layer, if it is wanted."""
+        self.recorder.record(site.of_rows(self.rows))
 
 
 class ExtendedBatch:
@@ -77,7 +74,7 @@ class ExtendedBatch:
             return False
         return fits_in_memory(base, [len(x) + len(prompt.pictures), *x.shape[1:]], x.device)
 
-    def join(self, key: Any, prompt: ImagePrompt, inputs: NetworkInputs, recorder: ReferencePassHooks) -> bool:
+    def join(self, key: Any, prompt: ImagePrompt, inputs: NetworkInputs, recorder: KVRecorder) -> bool:
         """Add the pictures as rows, unless they are of another kind than those of the call."""
         x, timestep, context, y, control = self.arguments
         if x.shape[1:] != inputs.x.shape[1:] or (y is None) != (inputs.y is None):
@@ -90,5 +87,5 @@ class ExtendedBatch:
             control,
         ]
         rows = slice(len(x), len(x) + len(inputs.x))
-        self.pictures[key] = BatchedReferences(prompt, recorder, rows, {})
+        self.pictures[key] = BatchedReferences(prompt, recorder, rows)
         return True

@@ -7,6 +7,7 @@ that call's options, so it sees all of them, and forgets it afterwards.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ....core.kv import KVBank
-from ....core.reference import ReferencePassHooks
+from ....core.reference import KVRecorder
+from ..networks.unet_sites import attending, replaced_blocks
 from .batched_reference import ExtendedBatch
 from .foreign import ForeignCode, foreign_code
-from .injected import REPLACED, Source, with_injection
+from .injected import REPLACED, InjectedCall, Source
 from .reference_call import DrawingCall
-from .reference_pass import encode_references, host_attention, reference_inputs
+from .reference_pass import encode_references, join_images, reference_inputs
 from .row_texts import conditional_rows, is_plain_call
 from .sampling_run import RUN_KEY, BankKey, Injection, SamplingRun, warn_of_another_shape
 
@@ -106,7 +108,7 @@ class SelfAttentionInjection:
         if foreign is None:
             return executor(*arguments, options, **kwargs)
         joined = ExtendedBatch(executor, arguments, kwargs, options, foreign)
-        drawing = DrawingCall(executor.original, x, arguments[3], kwargs, options, foreign)
+        drawing = DrawingCall(unet, executor.original, x, arguments[3], kwargs, options, foreign)
         sources = []
         for injection, rows in seen:
             if foreign.attention:
@@ -114,9 +116,16 @@ class SelfAttentionInjection:
             if not injection.blocks <= foreign.attention:
                 bank = self._bank(run, injection, unet, sigma, drawing, joined)
                 sources.append(Source(injection, rows, bank))
-        if sources:
-            options = with_injection(options, sources, run, list(joined.pictures.values()))
-        out = executor(*joined.arguments, options, **kwargs)
+        if not sources:
+            return executor(*arguments, options, **kwargs)
+        injected = InjectedCall(sources, run, list(joined.pictures.values()))
+        replaced = replaced_blocks(options, injected.blocks)
+        if replaced:
+            # What another's function returns may be meant to be wrong, as guidance nodes do it.
+            run.record_skip(REPLACED, *replaced)
+        blocks = injected.blocks - replaced
+        with attending(unet, options, injected.at, blocks, keeps_hidden=bool(joined.pictures)) as options:
+            out = executor(*joined.arguments, options, **kwargs)
         run.banks.update((key, pictures.bank) for key, pictures in joined.pictures.items())
         return out[: len(x)] if joined.pictures else out
 
@@ -173,8 +182,8 @@ class SelfAttentionInjection:
         if injection.is_noised and injection.needs_full_pass and joined.can_append(prompt, adapter, self.base):
             places = range(len(prompt.pictures))
             inputs = reference_inputs(self.base, adapter, prompt.pictures, places, level, run.seed, x)
-            last = adapter.info.layers[-1].key
-            recorder = ReferencePassHooks(injection.blocks, last, deltas, host_attention(drawing.options))
+            select = partial(join_images, pictures=prompt.pictures)
+            recorder = KVRecorder(injection.blocks, deltas, select=select)
             if joined.join(key, prompt, inputs, recorder):
                 return joined.pictures[key].bank
         run.banks[key] = uncompiled_encode_references(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from comfy.model_management import OOM_EXCEPTION, InterruptProcessingException
-from torch import Tensor
+from torch import Tensor, nn
 
+from ....core.kv import BlockKey
 from ....core.reference import ReferencePassComplete
+from ....core.site import AtSite
 from ..networks.unet import NetworkInputs
+from ..networks.unet_sites import attending
 from .foreign import ForeignCode
 from .row_texts import COND
 from .sampling_run import RUN_KEY
@@ -30,7 +33,8 @@ class ReferencePassError(RuntimeError):
 class DrawingCall:
     """One UNet call as it comes from the sampler."""
 
-    unet: Callable[..., Tensor]  # (x, timestep, context, y, control, transformer_options)
+    network: nn.Module
+    unet: Callable[..., Tensor]  # its call (x, timestep, context, y, control, transformer_options)
     x: Tensor
     y: Tensor | None
     rest: dict[str, Any]  # further arguments
@@ -42,12 +46,16 @@ class DrawingCall:
         """How many rows the reference pass has to have. None: any number."""
         return len(self.x) if self.foreign.modules else None
 
-    def read(self, inputs: NetworkInputs, patches: dict[str, Any]) -> None:
-        """Call the UNet for a reference pass, with its own patches."""
+    def read(self, inputs: NetworkInputs, at: AtSite, blocks: Collection[BlockKey]) -> None:
+        """Call the UNet for a reference pass, in which `at` computes the self-attention of these blocks."""
         inputs = self._with_rows(self._with_labels(inputs))
-        options = self._options(patches, len(inputs.x))
-        with _explained(self.foreign), self.foreign.out_of_the_way():
-            self.unet(*inputs, None, options, **self._further_arguments(len(inputs.x)))
+        rows = len(inputs.x)
+        with (
+            _explained(self.foreign),
+            self.foreign.out_of_the_way(),
+            attending(self.network, self._options(rows), at, blocks, keeps_hidden=True) as options,
+        ):
+            self.unet(*inputs, None, options, **self._further_arguments(rows))
 
     def _with_labels(self, inputs: NetworkInputs) -> NetworkInputs:
         y = inputs.y
@@ -64,8 +72,8 @@ class DrawingCall:
         assert len(inputs.x) == 1, "where rows are counted, pictures are read one by one"
         return NetworkInputs(*(None if t is None else t.repeat(self.rows, *[1] * (t.ndim - 1)) for t in inputs))
 
-    def _options(self, patches: dict[str, Any], rows: int) -> dict[str, Any]:
-        """Theirs, which modules of their own may ask for, and over them what makes this a reference pass."""
+    def _options(self, rows: int) -> dict[str, Any]:
+        """Theirs, which modules of their own may ask for, without what is made for the call that draws."""
         options = {name: value for name, value in self.options.items() if name not in PRIVATE}
         if self.rows is None:
             options["cond_or_uncond"] = [COND]
@@ -73,8 +81,7 @@ class DrawingCall:
             if isinstance(options.get("sigmas"), Tensor):
                 options["sigmas"] = options["sigmas"].flatten()[:1].expand(rows)
         layers = self.options.get("patches", {}).get(LAYER_PATCHES)
-        own = {**patches.get("patches", {}), **({LAYER_PATCHES: layers} if layers else {})}
-        return {**options, **patches, "patches": own}
+        return {**options, "patches": {LAYER_PATCHES: layers} if layers else {}}
 
     def _further_arguments(self, rows: int) -> dict[str, Any]:
         """Those with a row for each of x get as many as there are now."""

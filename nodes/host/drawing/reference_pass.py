@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_management import get_free_memory
 from torch import Tensor
 
@@ -16,20 +15,9 @@ from ....core.image_prompt import ImagePrompt, ReferenceImage, fit_together, sta
 from ....core.kv import KV, BlockKey, KVBank
 from ....core.lora import LoRADeltas
 from ....core.masks import token_mask
-from ....core.reference import ReferenceKV, ReferencePassHooks, run_reference_pass, select_tokens
+from ....core.reference import KVRecorder, ReferenceKV, run_reference_pass, select_tokens
 from ..networks.unet import NetworkInputs, clean_reference_sigma, network_inputs
 from .reference_call import DrawingCall, with_channels
-
-
-def host_attention(extra_options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
-    """The host's attention kernel, with whatever override another pack put into this call's options."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        return optimized_attention(
-            q, k, v, heads, attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options
-        )
-
-    return attend
 
 
 def encode_references(
@@ -56,10 +44,10 @@ def encode_references(
     for group in _batches(prompt.pictures, adapter, base, like.device, cells if call.rows is None else 0):
         pictures = [prompt.pictures[place] for place in group]
         select = partial(split_per_image, pictures=pictures)
-        recorder = ReferencePassHooks(order, order[-1], deltas, host_attention(call.options), select=select)
+        recorder = KVRecorder(order, deltas, stop_at=order[-1], select=select)
         inputs = reference_inputs(base, adapter, pictures, group, sigma, noise_seed, like)
-        patches = recorder.transformer_options([key for key in adapter.blocks() if key not in missing])
-        bank = run_reference_pass(partial(call.read, inputs, patches), recorder)
+        blocks = [key for key in adapter.blocks() if key not in missing]
+        bank = run_reference_pass(partial(call.read, inputs, recorder.at, blocks), recorder)
         for key in order:
             parts[key].extend(zip(group, bank.pop(key), strict=True))
     return {key: _restore_order(parts.pop(key)) for key in order}
@@ -135,6 +123,11 @@ def split_per_image(recorded: ReferenceKV, pictures: Sequence[ReferenceImage]) -
     size = (recorded.height, recorded.width)
     kept = [None if picture.mask is None else token_mask(picture.mask, *size) for picture in pictures]
     return [select_tokens(recorded.kv, row, tokens) for row, tokens in enumerate(kept)]
+
+
+def join_images(recorded: ReferenceKV, pictures: Sequence[ReferenceImage]) -> KV:
+    """What the pictures of a whole image prompt hand over at one layer, read as rows of one call. -> (1, m, heads*d)"""
+    return concatenate_kv(split_per_image(recorded, pictures))
 
 
 def _restore_order(parts: list[tuple[int, KV]]) -> KV:

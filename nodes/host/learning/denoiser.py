@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....core.attention import differentiable_attention
 from ....core.image_prompt import TextConditioning
 from ....core.injection import Reference, inject
 from ....core.layers import SelfAttentionLayer
 from ....core.lora import LoRADeltas
 from ....core.masks import token_mask
-from ....core.reference import ReferencePassHooks, block_key, run_reference_pass
+from ....core.reference import KVRecorder, run_reference_pass
+from ....core.site import Site
 from ....trainer.denoiser import References
 from ..networks.unet import clean_reference_sigma, model_conditions, network_inputs
+from ..networks.unet_sites import attending
 from ..text import encode_text
 from .autograd import differentiable_options
 
@@ -66,12 +67,13 @@ class ComfyDenoiser:
     def read_reference(
         self, latent: Tensor, sigma: Tensor | None, text: TextConditioning, mask: Tensor | None, deltas: LoRADeltas
     ) -> References:
-        recorder = ReferencePassHooks(self._blocks, self._blocks[-1], deltas, differentiable_attention)
+        network = self._base.diffusion_model
+        recorder = KVRecorder(self._blocks, deltas, stop_at=self._blocks[-1])
         if sigma is None:
             sigma = torch.full((latent.shape[0],), clean_reference_sigma(self._sampling), device=latent.device)
         inputs = network_inputs(self._base, latent, sigma, text, self._dtype)
-        options = {**differentiable_options(), **recorder.transformer_options(self._blocks)}
-        bank = run_reference_pass(lambda: self._base.diffusion_model(*inputs, None, options), recorder)
+        with attending(network, differentiable_options(), recorder.at, self._blocks, keeps_hidden=True) as options:
+            bank = run_reference_pass(lambda: network(*inputs, None, options), recorder)
         if mask is None:
             return {key: Reference(recorded.kv) for key, recorded in bank.items()}
         sizes = {(recorded.height, recorded.width) for recorded in bank.values()}
@@ -79,23 +81,13 @@ class ComfyDenoiser:
         return {key: Reference(kv, key_mask=kept[height, width]) for key, (kv, height, width) in bank.items()}
 
     def denoise(self, noisy: Tensor, sigma: Tensor, text: TextConditioning, references: References | None) -> Tensor:
+        def at(site: Site) -> Tensor:
+            return inject(site, [given[site.key]])  # every row attends to its own reference
+
+        given = references or {}
         conditions = model_conditions(self._base, noisy, text)
-        options = differentiable_options()
-        if references is not None:
-            options["patches_replace"] = {"attn1": {key: _Injected(references) for key in references}}
-        return self._base.apply_model(noisy, sigma, transformer_options=options, **conditions)
-
-
-class _Injected:
-    """The frozen UNet's self-attention in training: every row attends to its own reference."""
-
-    def __init__(self, references: References) -> None:
-        self._references = references
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        heads = extra_options["n_heads"]
-        attended = differentiable_attention(q, k, v, heads)
-        return inject(attended, q, [self._references[block_key(extra_options)]], heads, differentiable_attention)
+        with attending(self._base.diffusion_model, differentiable_options(), at, given) as options:
+            return self._base.apply_model(noisy, sigma, transformer_options=options, **conditions)
 
 
 def _per_row(sigma: Tensor) -> Tensor:

@@ -1,0 +1,86 @@
+"""A UNet's self-attentions as sites, by ComfyUI's patches: `attn1_patch` and the replacements of `attn1`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor, nn
+
+from ....core.attention import Attention
+from ....core.kv import BlockKey
+from ....core.site import AtSite, Site
+
+# The host gives every transformer block a dictionary of its own that both hooks of that block see, so what one hook
+# hands to the next lives there, and threads cannot mix it up.
+HIDDEN_STATES_KEY = "sa_inject_hidden"
+
+
+@contextmanager
+def attending(
+    network: nn.Module, options: dict[str, Any], at: AtSite, blocks: Collection[BlockKey], *, keeps_hidden: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Options for one call of the network, in which `at` computes the self-attention of these blocks.
+
+    They are a copy of the given ones, and hold until the context ends. With `keeps_hidden` every site says what its
+    projections have read; a call that is so used can have no other patches on what they read.
+    """
+    patches, replaced = options.get("patches", {}), options.get("patches_replace", {})
+    if keeps_hidden:
+        patches = {**patches, "attn1_patch": [store_hidden_states]}
+    attn1 = {**replaced.get("attn1", {}), **dict.fromkeys(map(tuple, blocks), SiteHook(at))}
+    yield {**options, "patches": patches, "patches_replace": {**replaced, "attn1": attn1}}
+
+
+def replaced_blocks(options: dict[str, Any], blocks: Collection[BlockKey]) -> frozenset[BlockKey]:
+    """Those of the blocks whose self-attention another pack computes in this call."""
+    attn1 = options.get("patches_replace", {}).get("attn1", {})
+    return frozenset(key for key in blocks if attn1.get(tuple(key)) or attn1.get((key.stage, key.index)))
+
+
+class SiteHook:
+    """A replacement of a self-attention that makes a site of what it is given."""
+
+    def __init__(self, at: AtSite) -> None:
+        self._at = at
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        if q.shape[0] != k.shape[0]:
+            # Tiling nodes fold tiles of q into the batch and leave k and v whole; the kernels would reshape them so.
+            k, v = (x.reshape(q.shape[0], -1, x.shape[-1]) for x in (k, v))
+        (stage, index), (height, width) = extra_options["block"], extra_options["activations_shape"][-2:]
+        rows = extra_options.get("original_shape")
+        site = Site(
+            key=BlockKey(stage, index, extra_options["block_index"]),
+            q=q,
+            k=k,
+            v=v,
+            heads=extra_options["n_heads"],
+            height=height,
+            width=width,
+            attend=host_attention(extra_options),
+            rows=None if rows is None else rows[0],
+            hidden=extra_options.get(HIDDEN_STATES_KEY),
+        )
+        return self._at(site)
+
+
+def store_hidden_states(
+    hidden: Tensor, context: Tensor, value: Tensor, extra_options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A patch that changes nothing, and keeps what the projections of a self-attention are about to read."""
+    extra_options[HIDDEN_STATES_KEY] = hidden
+    return hidden, context, value
+
+
+def host_attention(extra_options: dict[str, Any]) -> Attention:
+    """The host's attention kernel, with whatever override another pack put into this call's options."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        return optimized_attention(
+            q, k, v, heads, attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options
+        )
+
+    return attend
