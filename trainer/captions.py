@@ -20,6 +20,11 @@ def subject_phrase(placeholder_token: str, class_word: str) -> str:
     return f"{placeholder_token} {class_word}".strip()
 
 
+def class_captions(class_word: str) -> tuple[str, ...]:
+    """What is said about pictures of the class, which have nothing to do with the learned word."""
+    return tuple(template.format(class_word) for template in TEMPLATES)
+
+
 def captions_for(
     captions: Sequence[str] | None, count: int, placeholder_token: str, class_word: str, has_word: Callable[[str], bool]
 ) -> list[tuple[str, ...]]:

@@ -18,12 +18,14 @@ from torch.nn import functional as F
 from .dataset_files import Entry, children, dataset_folder, is_hidden, list_entries
 from .masks import keeps_something
 from .picture_file import UnreadablePicture, read_mask, read_picture, shown
+from .tensor_store import TensorStore
 
 log = logging.getLogger(__name__)
 
 TRIGGER = re.compile(re.escape("[trigger]"), re.IGNORECASE)
 SAME_ASPECT = 0.02
 NAMES_TOLD = 10
+PICTURE_BYTES = 2**30  # of all pictures and masks that stay in memory; one of 12 megapixels takes 192 MB
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def read_dataset(name: str, placeholder_token: str) -> Dataset:
     if not entries:
         raise ValueError(_empty(name, folder))
     images, captions, masks, left_out = [], [], [], []
+    store = TensorStore(PICTURE_BYTES)
     for entry in entries:
         model_management.throw_exception_if_processing_interrupted()
         try:
@@ -60,8 +63,8 @@ def read_dataset(name: str, placeholder_token: str) -> Dataset:
         except UnreadablePicture as error:
             left_out.append(f"{shown(entry.picture.relative_to(folder).as_posix())}: {error}")
             continue
-        images.append(image)
-        masks.append(mask[None])
+        images.append(store.keep(image))
+        masks.append(store.keep(mask[None]))
         captions.append("" if entry.caption is None else _caption(entry.caption, placeholder_token))
     for reason in left_out:
         log.warning("Left out of '%s': %s", shown(name), reason)

@@ -144,7 +144,10 @@ def _rgb(picture: Tensor, what: str) -> Tensor:
         raise ValueError(f"{what} has no pixels ({w}x{h}). Remove it.")
     if not bool(torch.isfinite(picture).all()):
         raise ValueError(f"{what} holds values that are not numbers (NaN or infinite). Remove it or save it again.")
-    picture = rearrange(picture.cpu().float().clamp(0, 1), "h w c -> 1 c h w")
+    picture = picture.cpu().float()
+    if not 0 <= picture.amin() <= picture.amax() <= 1:  # a copy only then: many pictures of a camera fill the memory
+        picture = picture.clamp(0, 1)
+    picture = rearrange(picture, "h w c -> 1 c h w")
     if c == 3:
         return picture
     if c == 1:

@@ -110,7 +110,8 @@ def _mask_of(mask: Tensor, picture: Tensor, number: int, what: str) -> Tensor | 
         )
     if not bool(mask.isfinite().all()):
         raise ValueError(f"{what}: mask {number} holds values that are not numbers.")
-    mask = mask.clamp(0, 1)
+    if not 0 <= mask.amin() <= mask.amax() <= 1:
+        mask = mask.clamp(0, 1)
     if bool((mask == 1).all()):
         return None
     check_leaves_something(mask, number, what)

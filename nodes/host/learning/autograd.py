@@ -39,14 +39,14 @@ def make_differentiable(module: nn.Module) -> None:
         for name, parameter in list(child._parameters.items()):
             if parameter is None:
                 continue
-            if _is_inference_tensor(parameter):
+            if is_inference_tensor(parameter):
                 normal = nn.Parameter(_alias_storage(parameter), requires_grad=False)
                 vars(normal).update(vars(parameter))  # hosts hang their own notes on a weight
                 child._parameters[name] = normal
             else:
                 parameter.requires_grad_(False)
         for name, buffer in list(child._buffers.items()):
-            if buffer is not None and _is_inference_tensor(buffer):
+            if buffer is not None and is_inference_tensor(buffer):
                 child._buffers[name] = normal = _alias_storage(buffer)
                 vars(normal).update(vars(buffer))
 
@@ -65,7 +65,7 @@ def _alias_storage(tensor: Tensor) -> Tensor:
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _is_inference_tensor(tensor: Tensor) -> bool:
+def is_inference_tensor(tensor: Tensor) -> bool:
     # A parameter whose storage was swapped by a move to another device no longer says that it is an inference tensor,
     # but still has no version counter, and backward fails on it.
     try:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ....trainer.examples import Example, TrainingSet, Version
+from ....trainer.options import TrainOptions
 from ....trainer.views import augmented_views
-from ..images import bucket_size, cover, encode_picture
-from ..masks import check_leaves_something, keeps_something, resized_mask
-from .autograd import clone_for_autograd
+from ..images import bucket_size, cover
+from ..masks import check_leaves_something, keeps_something
+from .autograd import clone_for_autograd, is_inference_tensor
+from .distinct import DistinctPictures
+from .example_encoder import ExampleEncoder
 
 log = logging.getLogger(__name__)
 
 VIEWS = 8  # augmented image prompts for a picture that is alone
-ALIKE_SIDE = 32  # pixels, at which pictures are compared
-ALIKE_WITHIN = 0.03  # of 1, in every one of those pixels: more than compression changes, less than a moved subject
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to be learned: pictures (1, 3, h, w), their masks and captions, and the word for it."""
+    """What is to be learned: pictures (1, 3, h, w), their masks and captions, and the word for it.
+
+    `class_pictures` show others of its kind.
+    """
 
     pictures: Sequence[Tensor]
     masks: Sequence[Tensor | None]
@@ -34,84 +38,61 @@ class Subject:
     placeholder_token: str
     class_word: str
     resolution: int
+    class_pictures: Sequence[Tensor] = ()
 
 
-def training_set(model: Any, vae: Any, subject: Subject, captions: Sequence[tuple[str, ...]], seed: int) -> TrainingSet:
-    """Encode every picture at its own aspect and about the wanted number of pixels.
+def training_set(
+    model: Any,
+    vae: Any,
+    subject: Subject,
+    captions: Sequence[tuple[str, ...]],
+    seed: int,
+    options: TrainOptions | None = None,
+) -> TrainingSet:
+    """Encode every picture at its own aspect and about the wanted number of pixels, one after the other.
 
     Raises ValueError where a mask leaves nothing of its picture, and where the VAE gives no usable latents.
     """
-    fitted = []
-    for number, (picture, mask) in enumerate(zip(subject.pictures, subject.masks, strict=True), start=1):
-        size = bucket_size(picture.shape[-2], picture.shape[-1], subject.resolution)
-        picture, mask = cover(picture, mask, size)
-        check_leaves_something(mask, number, "Train SA-Inject Adapter", size)
-        fitted.append((picture, mask))
-    distinct = without_repeats(fitted, captions)
-    examples = [_example(model, vae, *parts) for parts in distinct]
+    encoder = ExampleEncoder(model, vae, subject.resolution, options or TrainOptions(), seed)
+    distinct, encoded = DistinctPictures(), []
+    for place, (picture, mask, said) in enumerate(zip(subject.pictures, subject.masks, captions, strict=True)):
+        fitted, kept = _fitted(picture, mask, subject.resolution, place + 1)
+        if distinct.add(fitted, kept, said) is not None:
+            encoded.append(encoder.example(fitted, kept, *_enlarged(encoder, picture, mask, fitted)))
+    distinct.tell()
+    examples = [
+        dataclasses.replace(example, captions=known.captions, picture=known.number)
+        for example, known in zip(encoded, distinct.found, strict=True)
+    ]
+    class_pictures = [encoder.class_example(picture, subject.class_word) for picture in subject.class_pictures]
     if len({example.picture for example in examples}) > 1:
-        return TrainingSet(examples)
+        encoder.tell()
+        return TrainingSet(examples, class_pictures=class_pictures)
     log.info("There is one picture only: augmented views of it serve as image prompts.")
     generator = torch.Generator().manual_seed(seed)
     views = []
-    for picture, mask, said, _ in distinct:
-        views += [_example(model, vae, *view, said) for view in _usable_views(picture, mask, generator)]
-    return TrainingSet(examples, views)
-
-
-class DistinctPicture(NamedTuple):
-    """Picture (1, 3, h, w), mask (h, w), captions, and the number of what it shows: equal for the same picture."""
-
-    picture: Tensor
-    mask: Tensor | None
-    captions: tuple[str, ...]
-    number: int
-
-
-def without_repeats(
-    fitted: Sequence[tuple[Tensor, Tensor | None]], captions: Sequence[tuple[str, ...]]
-) -> list[DistinctPicture]:
-    """Let identical pictures under the same mask be one, with the captions of all.
-
-    The same picture under another mask, or saved in another way, stays, under the same number: as each other's image
-    prompts they would teach to copy.
-    """
-    distinct: list[DistinctPicture] = []
-    small: list[Tensor] = []
-    for (picture, mask), caption in zip(fitted, captions, strict=True):
-        for index, known in enumerate(distinct):
-            if torch.equal(known.picture, picture) and _same_mask(known.mask, mask):
-                distinct[index] = known._replace(captions=tuple(dict.fromkeys((*known.captions, *caption))))
-                break
-        else:
-            tiny = _tiny(picture)
-            alike = (known.number for known, other in zip(distinct, small, strict=True) if _looks_alike(tiny, other))
-            distinct.append(DistinctPicture(picture, mask, caption, next(alike, len(distinct))))
-            small.append(tiny)
-    if len(distinct) < len(fitted):
-        log.info("%d of %d pictures are there more than once and count once.", len(fitted) - len(distinct), len(fitted))
-    again = len(distinct) - len({known.number for known in distinct})
-    if again:
-        log.info(
-            "%d pictures show the same as another one. They are learned too, under their own masks and captions, and "
-            "are never the image prompt of that other one.",
-            again,
+    for example, known in zip(examples, distinct.found, strict=True):
+        picture, mask = _fitted(
+            subject.pictures[known.place], subject.masks[known.place], subject.resolution, known.place + 1
         )
-    return distinct
+        for view in _usable_views(picture, mask, generator):
+            views.append(dataclasses.replace(encoder.example(*view), captions=example.captions))
+    return TrainingSet(examples, views, class_pictures)
 
 
-def _same_mask(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
+def _fitted(picture: Tensor, mask: Tensor | None, resolution: int, number: int) -> tuple[Tensor, Tensor | None]:
+    size = bucket_size(picture.shape[-2], picture.shape[-1], resolution)
+    picture, mask = cover(picture, mask, size)
+    check_leaves_something(mask, number, "Train SA-Inject Adapter", size)
+    return picture, mask
 
 
-def _tiny(picture: Tensor) -> Tensor:
-    """(1, 3, h, w) -> (1, 3, 32, 32)"""
-    return F.adaptive_avg_pool2d(picture, ALIKE_SIDE)
-
-
-def _looks_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether tiny versions of two pictures agree everywhere, as those of a picture and its compressed copy do."""
-    return (one - other).abs().amax().item() <= ALIKE_WITHIN
+def _enlarged(
+    encoder: ExampleEncoder, picture: Tensor, mask: Tensor | None, fitted: Tensor
+) -> tuple[Tensor, Tensor | None] | tuple[()]:
+    """The picture as large as its random crops need it; nothing where there are none."""
+    size = encoder.enlarged_size(fitted)
+    return () if size is None else cover(picture, mask, size)
 
 
 def _usable_views(
@@ -123,19 +104,11 @@ def _usable_views(
     return usable or [(picture.flip(-1), None if mask is None else mask.flip(-1))]
 
 
-def _example(
-    model: Any, vae: Any, picture: Tensor, mask: Tensor | None, captions: tuple[str, ...], number: int | None = None
-) -> Example:
-    latent = encode_picture(vae, picture, model.model.latent_format.latent_channels)
-    small = resized_mask(mask, *latent.shape[-2:])
-    return Example(model.model.process_latent_in(latent).cpu(), captions, small, number)
-
-
 def without_inference_tensors(data: TrainingSet) -> TrainingSet:
     """The same examples with tensors that autograd accepts."""
 
     def picture(latent: Tensor, mask: Tensor | None) -> Version:
-        return Version(clone_for_autograd(latent), None if mask is None else clone_for_autograd(mask))
+        return Version(_for_autograd(latent), None if mask is None else _for_autograd(mask))
 
     def normal(example: Example) -> Example:
         latent, mask = picture(example.latent, example.mask)
@@ -143,6 +116,10 @@ def without_inference_tensors(data: TrainingSet) -> TrainingSet:
         as_reference = tuple(picture(*version) for version in example.as_reference)
         return Example(latent, example.captions, mask, example.picture, as_target, as_reference)
 
-    return TrainingSet(
-        *([normal(one) for one in examples] for examples in (data.examples, data.views, data.class_pictures))
-    )
+    groups = (data.examples, data.views, data.class_pictures)
+    return TrainingSet(*([normal(example) for example in examples] for examples in groups))
+
+
+def _for_autograd(tensor: Tensor) -> Tensor:
+    """Itself where autograd accepts it already, as one on disk: a copy would be in memory."""
+    return clone_for_autograd(tensor) if is_inference_tensor(tensor) else tensor

@@ -1,0 +1,57 @@
+"""Many tensors that need not all fit into memory: up to a size they stay there, and what comes later lies on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from pathlib import Path
+
+import folder_paths
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+class TensorStore:
+    """`keep` gives back tensors of the same values. Those on disk are files that the system maps into memory.
+
+    Such memory is the system's to take back at any time, and it reads the file again when the values are asked for.
+    """
+
+    def __init__(self, memory_bytes: int) -> None:
+        self.on_disk = 0  # tensors
+        self._left = memory_bytes
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The tensor; on disk where the memory for all is used up. A full disk leaves it in memory, and is told."""
+        size = tensor.numel() * tensor.element_size()
+        if size <= self._left or size == 0:
+            self._left -= size
+            return tensor
+        try:
+            mapped = _mapped(tensor)
+        except (OSError, RuntimeError) as error:  # RuntimeError is torch's name for it
+            log.warning(
+                "SA-Inject: a picture could not be written to the temporary folder and stays in memory: %s", error
+            )
+            return tensor
+        self.on_disk += 1
+        return mapped
+
+
+def _mapped(tensor: Tensor) -> Tensor:
+    """The same values in a file without a name, which is gone as soon as nothing uses it."""
+    folder = Path(folder_paths.get_temp_directory())  # ComfyUI empties it when it starts and ends
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = tensor.detach().cpu().contiguous()
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="sa_inject-", suffix=".tensor", delete=False) as file:
+        file.write(plain.flatten().view(torch.uint8).numpy().data)
+    try:
+        with torch.inference_mode(False):  # so that autograd accepts it
+            storage = torch.UntypedStorage.from_file(file.name, False, plain.numel() * plain.element_size())
+            return torch.empty(0, dtype=plain.dtype).set_(storage, 0, plain.shape, plain.stride())
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps a file that is in use
+            Path(file.name).unlink()
