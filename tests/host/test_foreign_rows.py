@@ -213,6 +213,24 @@ def test_wrappers_that_change_the_rows_are_seen(comfy_host, model, texts, kind):
     assert_only_rows_that_read(spy, texts["positive"])
 
 
+def test_row_that_reads_a_text_of_somebody_else_is_not_injected(comfy_host, model, texts):
+    """A third row beside the two prompts: no order of ComfyUI's explains it, and its text is no prompt of the run."""
+    from comfy.patcher_extension import WrappersMP
+
+    def joined_by_another(executor, x, t, concat, context, *rest, **kwargs):
+        context = torch.cat([context, random(1, *context.shape[1:], seed=77)])
+        out = executor(torch.cat([x, x[:1]]), torch.cat([t, t[:1]]), concat, context, *rest, **kwargs)
+        return out[: len(x)]
+
+    other = model.clone()
+    other.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "probe", joined_by_another)
+    spy = Spy(keys=(FIRST,))
+    found = sample(comfy_host, spy.on(apply(comfy_host, other)), steps=1, **texts)
+    assert {len(call["x"]) for call in spy.calls} == {3}
+    assert_only_rows_that_read(spy, texts["positive"])
+    assert relative_error(found, sample(comfy_host, apply(comfy_host, model), steps=1, **texts)) < 1e-4
+
+
 def test_rows_that_were_added_behind_us_are_left_alone(comfy_host, model, texts, log):
     """Which of them is whose, ours cannot know any more."""
     from comfy.patcher_extension import WrappersMP
