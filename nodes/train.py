@@ -10,6 +10,7 @@ from ..core.adapter import REFERENCE_MODES
 from ..core.image_prompt import ImagePrompt, ReferenceImage
 from ..trainer.config import TrainConfig
 from ..trainer.presets import AS_SET, PRESETS, with_preset
+from ..trainer.settings import TrainingSettings
 from .host.drawing.preview import draw_previews
 from .host.files import adapter_folder
 from .host.images import SIZE_MULTIPLE, encode_picture, fit_picture, split_images, to_comfy
@@ -274,6 +275,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     f"The checkpoint has no {name.upper()}. Connect one of the same base model to '{name}'."
                 )
         chosen = with_preset({name: value[0] for name, value in inputs.items()}, preset[0])
+        more: TrainingSettings = settings[0] if settings else TrainingSettings()
         path = wanted_path(chosen["file_name"])
         pictures = split_images(images, NAME)
         subject = Subject(
@@ -283,6 +285,8 @@ class TrainSAInjectAdapter(io.ComfyNode):
             placeholder_token=chosen["placeholder_token"].strip(),
             class_word=chosen["class_word"].strip(),
             resolution=chosen["resolution"],
+            class_pictures=split_images(more.class_images, NAME) if more.class_images else (),
+            initial_embedding=more.initial_embedding,
         )
         config = TrainConfig(
             steps=chosen["steps"],
@@ -295,6 +299,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
             alpha=chosen["alpha"],
             reference_mode=chosen["reference_mode"],
             seed=chosen["seed"],
+            **more.for_config(),
         )
         check_can_save(path, describe(model).layers, config.rank)
         progress = TrainingProgress(config.steps, cls.hidden.unique_id)

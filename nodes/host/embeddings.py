@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.adapter_file import header_metadata
 from ...core.atomic_write import atomic_write
+from .text import encoder_tokenizers
 
 FORMAT = "sa_inject_embedding"
 EXTENSION = ".safetensors"
+CLASS_WORD = "class word"  # in the place of a file's name
+MOST_VECTORS = 16  # of a learned word
 HOST_LOOKS_FOR = ("", ".safetensors", ".pt", ".bin")
 
 _written: set[Path] = set()  # by this process
@@ -41,6 +45,41 @@ def save_embedding(adapter: Adapter, name: str) -> Path:
         save_file(tensors, temporary, metadata={"format": FORMAT})
     _written.add(path)
     return path
+
+
+def embedding_files() -> list[str]:
+    """The names of all files in the host's embeddings folders."""
+    return folder_paths.get_filename_list("embeddings")
+
+
+def check_embedding_file(name: str) -> None:
+    """Raise ValueError, with what to do, where there is no such file."""
+    if folder_paths.get_full_path("embeddings", name) is None:
+        raise ValueError(
+            f"There is no embedding '{name}' in ComfyUI/models/embeddings. Choose another initial_embedding, or "
+            f"'{CLASS_WORD}'."
+        )
+
+
+def embedding_from_file(clip: Any, name: str) -> dict[str, Tensor]:
+    """The vectors of an embedding file as the host reads it for each text encoder: {encoder: (n, width)}, float32."""
+    check_embedding_file(name)
+    found = {}
+    for encoder, tokenizer in encoder_tokenizers(clip).items():
+        vectors, *_ = tokenizer._try_get_embedding(name)
+        if vectors is None or vectors.shape[-1] != tokenizer.embedding_size:
+            raise ValueError(
+                f"The embedding '{name}' holds nothing for the text encoder {encoder} of this model. Choose one that "
+                f"was made for the same kind of model as initial_embedding, or '{CLASS_WORD}'."
+            )
+        found[encoder] = vectors.reshape(-1, vectors.shape[-1]).float()
+    lengths = {len(vectors) for vectors in found.values()}
+    if len(lengths) != 1 or not 1 <= max(lengths) <= MOST_VECTORS:
+        raise ValueError(
+            f"The embedding '{name}' has {' and '.join(map(str, sorted(lengths)))} vectors. A word has 1 to "
+            f"{MOST_VECTORS}, the same number for every text encoder. Choose another initial_embedding."
+        )
+    return found
 
 
 def embedding_path(name: str) -> Path:

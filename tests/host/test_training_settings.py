@@ -32,11 +32,22 @@ def test_the_settings_node_hands_over_its_inputs(comfy_host, pack_nodes):
 
 
 def test_every_setting_is_an_input_of_the_node(pack_nodes):
+    from sa_inject.trainer.options import TrainOptions
     from sa_inject.trainer.settings import TrainingSettings
 
     inputs = pack_nodes["SAInjectTrainingSettings"].INPUT_TYPES()
     names = {*inputs["required"], *inputs.get("optional", {})}
-    assert names == {field.name for field in dataclasses.fields(TrainingSettings)}
+    settings = {field.name for kind in (TrainingSettings, TrainOptions) for field in dataclasses.fields(kind)}
+    assert names == settings - {"options"}
+
+
+def test_every_input_of_the_node_begins_at_the_default_of_its_setting(comfy_host, pack_nodes):
+    """So that the node, connected as it comes, changes nothing: not even which training it is."""
+    from sa_inject.trainer.config import TrainConfig
+    from sa_inject.trainer.settings import TrainingSettings
+
+    (as_it_comes,) = comfy_host.execute("SAInjectTrainingSettings")
+    assert TrainConfig(**as_it_comes.for_config()) == TrainConfig(**TrainingSettings().for_config()) == TrainConfig()
 
 
 def test_the_training_node_shows_a_face_and_keeps_the_rest_behind_it(client):

@@ -21,7 +21,9 @@ from ....core.lora import SelfAttentionLoRA
 from ....trainer.captions import captions_for
 from ....trainer.config import TrainConfig
 from ....trainer.loop import DivergedError, Step, Training
+from ....trainer.optimizers import check_optimizer
 from ..adapter_index import warn_of_adapters_with
+from ..embeddings import embedding_from_file
 from ..networks.unet import compute_dtype, describe, prediction_type
 from ..text import check_placeholder_token, clip_with_token, finder, initial_token_embedding
 from .autograd import (
@@ -85,8 +87,12 @@ class AdapterTraining:
             subject.class_word,
             finder(clip, subject.placeholder_token),
         )
+        check_optimizer(config.options.optimizer)
         self._initial = initial_token_embedding(clip, subject.class_word, config.token_vectors)
-        self.data = training_set(model, vae, subject, captions, config.seed)
+        if subject.initial_embedding:
+            self._initial = embedding_from_file(clip, subject.initial_embedding)
+            config = dataclasses.replace(config, token_vectors=len(next(iter(self._initial.values()))))
+        self.data = training_set(model, vae, subject, captions, config.seed, config.options)
         self.patcher = model.clone()  # over the same weights; another compute precision does not reach the user's
         self._forced_dtype = PRECISIONS[precision]
         if self._forced_dtype is not None:

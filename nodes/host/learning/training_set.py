@@ -29,7 +29,8 @@ VIEWS = 8  # augmented image prompts for a picture that is alone
 class Subject:
     """What is to be learned: pictures (1, 3, h, w), their masks and captions, and the word for it.
 
-    `class_pictures` show others of its kind.
+    `class_pictures` show others of its kind. The word begins as the `initial_embedding` of the host's folder has it,
+    or else as the class word.
     """
 
     pictures: Sequence[Tensor]
@@ -39,6 +40,7 @@ class Subject:
     class_word: str
     resolution: int
     class_pictures: Sequence[Tensor] = ()
+    initial_embedding: str = ""
 
 
 def training_set(
