@@ -25,9 +25,16 @@ class TextConditioning(NamedTuple):
     pooled: Tensor | None = None
     lengths: tuple[int, ...] | None = None
 
-    def to(self, device: torch.device) -> TextConditioning:
-        pooled = None if self.pooled is None else self.pooled.to(device)
-        return TextConditioning(self.cross_attn.to(device), pooled, self.lengths)
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TextConditioning:
+        """Move, and cast where a dtype is given."""
+        cross_attn, pooled = (None if x is None else x.to(device, dtype) for x in (self.cross_attn, self.pooled))
+        return self._replace(cross_attn=cross_attn, pooled=pooled)
+
+    def expand(self, rows: int) -> TextConditioning:
+        """Repeat a text of one row. -> rows rows, without a copy"""
+        pooled = None if self.pooled is None else self.pooled.expand(rows, *self.pooled.shape[1:])
+        lengths = None if self.lengths is None else self.lengths * rows
+        return TextConditioning(self.cross_attn.expand(rows, *self.cross_attn.shape[1:]), pooled, lengths)
 
     def take(self, rows: Sequence[int]) -> TextConditioning:
         """Select rows, in this order. Padding that none of them needs is cut off."""
@@ -46,18 +53,18 @@ class TextConditioning(NamedTuple):
             [place for place, n in enumerate(self.lengths) if n == length] for length in dict.fromkeys(self.lengths)
         ]
 
+    @staticmethod
+    def stack(texts: Sequence[TextConditioning]) -> TextConditioning:
+        """Stack texts along the batch. There is a pooled vector if all of them have one.
 
-def stack_conditionings(texts: Sequence[TextConditioning]) -> TextConditioning:
-    """Stack texts along the batch. There is a pooled vector if all of them have one.
-
-    Texts are repeated to a common length, which does not change the result of cross-attention. Texts with `lengths` are
-    padded instead.
-    """
-    if any(text.lengths is not None for text in texts):
-        return _filled(texts)
-    length = math.lcm(*(text.cross_attn.shape[1] for text in texts))
-    cross_attn = torch.cat([repeated(text.cross_attn, length) for text in texts])
-    return TextConditioning(cross_attn, _pooled(texts))
+        Texts are repeated to a common length, which does not change the result of cross-attention. Texts with `lengths`
+        are padded instead.
+        """
+        if any(text.lengths is not None for text in texts):
+            return _filled(texts)
+        length = math.lcm(*(text.cross_attn.shape[1] for text in texts))
+        cross_attn = torch.cat([repeated(text.cross_attn, length) for text in texts])
+        return TextConditioning(cross_attn, _pooled(texts))
 
 
 def _filled(texts: Sequence[TextConditioning]) -> TextConditioning:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MASK_THRESHOLD: float = 0.5  # a token is kept if at least this share of its area is masked in
-
+from .schedule import MASK_THRESHOLD
 
 TIE: float = 1e-4  # averages this close to the best count as equal, so that rounding does not decide
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..trainer.config import REFERENCE_START
-from .host.drawing.injection import APPLY_TO, BLOCK_CHOICES, DEFAULT_STRENGTH, build_injection
+from ..core.schedule import DEFAULT_STRENGTH, REFERENCE_START
+from .host.drawing.injection import APPLY_TO, BLOCK_CHOICES, build_injection
 from .host.drawing.patch import patch_self_attention
 from .sockets import CATEGORY, IMAGE_PROMPT, SA_INJECT_ADAPTER
 

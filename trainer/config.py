@@ -6,11 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from ..core.adapter import REFERENCE_MODES, ReferenceMode
+from ..core.schedule import REFERENCE_START
 from .options import TrainOptions
-
-# The fraction of the sampling schedule before which no reference is used, in training and in sampling. The layout is
-# decided there, and it should follow the text.
-REFERENCE_START = 0.3
 
 
 @dataclass(frozen=True)

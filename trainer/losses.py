@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.image_prompt import TextConditioning, stack_conditionings
+from ..core.image_prompt import TextConditioning
 from ..core.lora import SelfAttentionLoRA
 from .config import TrainConfig
 from .denoiser import Denoiser, References
@@ -57,7 +57,7 @@ class PairLosses:
         yield Loss(self._prediction_loss(part, latent, noisy, references), keeps_class)
         if keeps_class:
             scale = self._denoiser.output_scale(part.sigma)
-            text = _repeat(self.reference_text, len(part.pairs))
+            text = self.reference_text.expand(len(part.pairs))
             moved = frozen_prediction_loss(self._denoiser, noisy, part.sigma, text, references, scale)
             yield Loss(self._config.options.prior_weight * (moved * self._level_weights(part.sigma, scale)).mean())
 
@@ -80,7 +80,7 @@ class PairLosses:
         return self._denoiser.read_reference(
             latent,
             sigma,
-            text=_repeat(self.reference_text, len(references)),
+            text=self.reference_text.expand(len(references)),
             mask=stack_masks(references, self._device),
             deltas=self._lora.deltas(self._device, self._compute_dtype),
         )
@@ -111,13 +111,4 @@ class PairLosses:
             for caption in captions:
                 if caption not in self._texts:
                     self._texts[caption] = self._denoiser.encode([caption])
-        return stack_conditionings([self._texts[caption] for caption in captions])
-
-
-def _repeat(text: TextConditioning, rows: int) -> TextConditioning:
-    cross_attn, pooled, lengths = text
-    return TextConditioning(
-        cross_attn.expand(rows, *cross_attn.shape[1:]),
-        None if pooled is None else pooled.expand(rows, *pooled.shape[1:]),
-        None if lengths is None else lengths * rows,
-    )
+        return TextConditioning.stack([self._texts[caption] for caption in captions])

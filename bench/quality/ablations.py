@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from sa_inject.core.attention import differentiable_attention
-from sa_inject.core.image_prompt import TextConditioning
 from sa_inject.core.injection import Reference
 from sa_inject.core.kv import KV
 from sa_inject.core.lora import LoRADeltas
 from sa_inject.core.reference import KVRecorder
+from sa_inject.core.schedule import REFERENCE_START
 from sa_inject.core.site import Site
 from sa_inject.nodes.host.drawing.reference_pass import reference_inputs
 from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.networks.unet import clean_reference_sigma
-from sa_inject.trainer.config import REFERENCE_START
 from sa_inject.trainer.examples import Pair, PairStream, TrainingSet
 
 from .adapted import ADAPTED_OUTPUT, RECORDER, Replacements, WholePass, lora_on_both, replaced, whole_lora_for
@@ -183,7 +182,7 @@ def reads(text_of: Callable[[Subject, int], str]) -> Callable[[TrainingTask], Tr
             adapter = setup.adapter()
             with torch.no_grad():
                 texts = [setup.denoiser.encode([text_of(subject, p)]) for p in range(len(latents))]
-        task.reference_texts = [TextConditioning(*(None if t is None else t.cpu() for t in text)) for text in texts]
+        task.reference_texts = [text.to(torch.device("cpu")) for text in texts]
         return trained_model(task, adapter, with_word(task.models, adapter.token_embedding, PLACEHOLDER))
 
     return teach

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sa_inject.nodes.host.drawing.injection import DEFAULT_STRENGTH
+from sa_inject.core.schedule import DEFAULT_STRENGTH
 
 from ..measure import StepClock
 from ..reference_only import with_reference_every_step

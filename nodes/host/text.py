@@ -18,7 +18,7 @@ import torch
 from comfy.sd1_clip import SDClipModel
 from torch import Tensor
 
-from ...core.image_prompt import TextConditioning, stack_conditionings
+from ...core.image_prompt import TextConditioning
 from .word_tokens import is_clip, marked, token_ids, with_vectors, word_ids
 from .words import find_words, folded, hidden_words
 
@@ -192,7 +192,7 @@ def encode_text(clip: Any, texts: Sequence[str]) -> TextConditioning:
     if not all(is_clip(tokenizer) for tokenizer in encoder_tokenizers(clip).values()):
         # From a language model, for a network with joint attention over text and picture.
         found = [text._replace(lengths=(text.cross_attn.shape[1],) * len(text.cross_attn)) for text in found]
-    return stack_conditionings(found)
+    return TextConditioning.stack(found)
 
 
 def _encode_batch(clip: Any, tokens: Sequence[Mapping[str, list]]) -> TextConditioning:

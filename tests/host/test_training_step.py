@@ -248,18 +248,13 @@ def denoiser_of(model: Any, adapter: Any) -> Any:
     return ComfyDenoiser(model.model, sampling, None, adapter.info.layers, model.load_device, torch.float32)
 
 
-def rows_of(*texts: TextConditioning) -> TextConditioning:
-    pooled = [text.pooled for text in texts if text.pooled is not None]
-    return TextConditioning(torch.cat([text.cross_attn for text in texts]), torch.cat(pooled) if pooled else None)
-
-
 @pytest.mark.parametrize("kind", ["sd15", "sd15_inpaint", "sd2_v", "sdxl"])
 @torch.inference_mode()
 def test_training_reads_each_row_at_its_own_noise_level(comfy_host, kind):
     model = load(base_model(comfy_host, kind))
     adapter = make_adapter(model)
     latents, sigmas = random(2, 4, 8, 8, seed=3), (0.7, 5.0)
-    text = rows_of(adapter.class_conditioning, adapter.class_conditioning)
+    text = adapter.class_conditioning.expand(2)
     deltas = adapter.lora.deltas(model.load_device, torch.float32)
     read = denoiser_of(model, adapter).read_reference(latents, torch.tensor(sigmas), text, None, deltas)
     frozen, merged = frozen_copy(model), merged_copy(model, adapter)
@@ -284,11 +279,9 @@ def test_training_denoises_as_drawing_does(comfy_host, kind):
     denoiser = denoiser_of(model, adapter)
     latents = model.model.process_latent_in(torch.cat([picture.latent for picture in drawn_pictures]))
     deltas = adapter.lora.deltas(model.load_device, torch.float32)
-    bank = denoiser.read_reference(
-        latents, None, rows_of(adapter.class_conditioning, adapter.class_conditioning), masks, deltas
-    )
-    found = denoiser.denoise(noisy, torch.tensor(sigmas), rows_of(*texts), bank)
-    without = denoiser.denoise(noisy, torch.tensor(sigmas), rows_of(*texts), None)
+    bank = denoiser.read_reference(latents, None, adapter.class_conditioning.expand(2), masks, deltas)
+    found = denoiser.denoise(noisy, torch.tensor(sigmas), TextConditioning.stack(texts), bank)
+    without = denoiser.denoise(noisy, torch.tensor(sigmas), TextConditioning.stack(texts), None)
     for row, (picture, text, sigma) in enumerate(zip(drawn_pictures, texts, sigmas, strict=True)):
         patched = load(apply(comfy_host, model, adapter, ImagePrompt((picture,))))
         conditions = {}

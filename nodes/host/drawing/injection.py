@@ -13,10 +13,6 @@ from ..networks.unet import describe, pooled_width, prediction_type
 from ..progress import warn_on_node
 from .sampling_run import ApplyTo, Injection
 
-# Less than the 1 that was trained: guidance multiplies what the reference adds as well. 0.7 drew better than 1 in 13 of
-# 16 subjects (bench/results/quality/explored-on-cuda.md).
-DEFAULT_STRENGTH = 0.7
-
 APPLY_TO: tuple[str, ...] = get_args(ApplyTo)
 BLOCK_CHOICES: dict[str, tuple[str, ...]] = {
     "all": ("input", "middle", "output"),

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ....core.adapter import Adapter
 from ....core.image_prompt import ImagePrompt
+from ....core.schedule import DEFAULT_STRENGTH, REFERENCE_START
 from ....trainer.captions import TEMPLATES, subject_phrase
-from ....trainer.config import REFERENCE_START
 from ..images import decode_latents
 from ..text import clip_with_token
-from .injection import DEFAULT_STRENGTH
 from .patch import patch_self_attention
 from .sampling_run import Injection
 

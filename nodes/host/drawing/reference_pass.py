@@ -11,7 +11,7 @@ from comfy.model_management import get_free_memory
 from torch import Tensor
 
 from ....core.adapter import Adapter
-from ....core.image_prompt import ImagePrompt, ReferenceImage, fit_together, stack_conditionings
+from ....core.image_prompt import ImagePrompt, ReferenceImage, TextConditioning, fit_together
 from ....core.kv import KV, BlockKey, KVBank
 from ....core.lora import LoRADeltas
 from ....core.masks import token_mask
@@ -72,7 +72,7 @@ def reference_inputs(
             [_noise(picture.latent, noise_seed, place) for picture, place in zip(pictures, places, strict=True)]
         )
         latent = sampling.noise_scaling(sigmas.view(-1, 1, 1, 1), noise.to(latent), latent)
-    text = stack_conditionings([picture.text or adapter.class_conditioning for picture in pictures])
+    text = TextConditioning.stack([picture.text or adapter.class_conditioning for picture in pictures])
     inputs = network_inputs(base, latent, sigmas, text, like.dtype)
     return inputs._replace(x=with_channels(inputs.x, like.shape[1]))
 

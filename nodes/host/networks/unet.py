@@ -13,11 +13,8 @@ from torch import Tensor
 
 from ....core.image_prompt import TextConditioning
 from ....core.layers import SelfAttentionLayer, self_attention_layers
+from ....core.schedule import CLEAN_NOISE_FRACTION
 
-# A picture without noise is read as if it lay so far up the schedule. There a UNet's features say best what corresponds
-# to what (Tang et al., 2023, "Emergent correspondence from image diffusion": 261 of 1000), and a drawing takes more
-# from them.
-CLEAN_NOISE_FRACTION = 0.25
 FAMILIES: dict[int, str] = {768: "SD1.x", 1024: "SD2.x", 1280: "SDXL refiner", 2048: "SDXL"}  # by width of the text
 
 # The more special first: most are derived from eps.
