@@ -3,6 +3,7 @@
 from .apply import ApplySelfAttnInjection
 from .dataset import LoadSAInjectDataset
 from .encode import EncodeImagePrompt
+from .inspector import InspectSelfAttnInjection
 from .load import LoadSAInjectAdapter
 from .save import SaveSAInjectAdapter
 from .settings import SAInjectTrainingSettings
@@ -16,4 +17,5 @@ NODES = [
     LoadSAInjectAdapter,
     EncodeImagePrompt,
     ApplySelfAttnInjection,
+    InspectSelfAttnInjection,
 ]

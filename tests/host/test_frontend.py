@@ -20,6 +20,7 @@ NODES = (
     "LoadSAInjectAdapter",
     "EncodeImagePrompt",
     "ApplySelfAttnInjection",
+    "InspectSelfAttnInjection",
 )
 
 needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="Chromium is not installed")

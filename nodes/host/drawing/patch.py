@@ -62,6 +62,12 @@ def _installed(patcher: Any) -> SelfAttentionInjection | None:
     return found[0] if found else None
 
 
+def installed_injections(patcher: Any) -> tuple[Injection, ...]:
+    """The injections that a model has, in the order of their Apply nodes."""
+    found = _installed(patcher)
+    return found.injections if found else ()
+
+
 class SelfAttentionInjection:
     """The wrapper around every UNet call, and its two companions around the run. It holds no state of its own."""
 

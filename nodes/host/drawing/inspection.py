@@ -1,0 +1,207 @@
+"""Watches a sampling run: how much each reference adds to each place, and where in it a chosen place looks.
+
+It reads along with the attention calls of every block. The first call is the network's own self-attention, and the
+calls that follow up to the cross-attention are the references, in the order of the Apply nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.sample
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from ....core.kv import BlockKey
+from ....core.masks import token_mask
+from .patch import installed_injections
+from .sampling_run import Injection
+
+STAGES = ("input", "middle", "output")
+OVERRIDE = "optimized_attention_override"
+
+
+@dataclass(eq=False)
+class Maps:
+    """What was seen at one noise level, for each stage of the UNet a sum over its layers. (h, w) of the latent."""
+
+    added: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, int] = field(default_factory=dict)
+
+    def mean(self, stage: str) -> Tensor | None:
+        return self.added[stage] / self.layers[stage] if stage in self.layers else None
+
+
+@dataclass(eq=False)
+class Inspection:
+    """A finished run. `levels` has an entry for each noise level at which a reference acted, the highest first."""
+
+    latent: Tensor  # (b, c, h, w)
+    levels: dict[float, Maps]
+    looked_at: list[Tensor]  # (h, w) of each picture's latent: where the chosen place looks, together 1
+    injections: tuple[Injection, ...]
+
+
+def inspect_sampling(
+    model: Any, positive: Any, negative: Any, latent: dict[str, Any], point: tuple[float, float], **sampling: Any
+) -> Inspection:
+    """Sample once and watch. point: (x, y) as shares of the picture's width and height.
+
+    sampling: seed, steps, cfg, sampler_name and scheduler. Raises ValueError where no Apply node is before the model.
+    """
+    injections = installed_injections(model)
+    if not injections:
+        raise ValueError(
+            "Inspect Self-Attention Injection: the connected model has no injection. Connect the model that comes "
+            "out of Apply Self-Attention Injection."
+        )
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    watcher = Watcher(injections, model.get_model_object("model_sampling"), tuple(samples.shape[-2:]), point)
+    drawn = comfy.sample.sample(
+        watcher.watching(model),
+        comfy.sample.prepare_noise(samples, sampling["seed"], latent.get("batch_index")),
+        sampling["steps"],
+        sampling["cfg"],
+        sampling["sampler_name"],
+        sampling["scheduler"],
+        positive,
+        negative,
+        samples,
+        noise_mask=latent.get("noise_mask"),
+        seed=sampling["seed"],
+    )
+    if not watcher.levels:
+        raise ValueError(
+            "Inspect Self-Attention Injection: no reference acted in any step. Lower start_percent on the Apply node, "
+            "or take more steps. The log names blocks that were left alone."
+        )
+    levels = dict(sorted(watcher.levels.items(), reverse=True))
+    return Inspection(drawn, levels, watcher.shares(), injections)
+
+
+class Watcher:
+    """Stands where other packs put their attention, and computes nothing itself."""
+
+    def __init__(
+        self, injections: Sequence[Injection], sampling: Any, size: tuple[int, ...], point: tuple[float, float]
+    ) -> None:
+        self.levels: dict[float, Maps] = {}
+        self._injections = injections
+        self._sampling = sampling
+        self._size = size  # of the latent that is drawn
+        self._point = point
+        self._block: BlockKey | None = None
+        self._own: tuple[Tensor, Tensor] | None = None  # queries and result of the block's own self-attention
+        self._references = 0  # seen in this block
+        self._is_cross_attention = False
+        self._looked_at = [torch.zeros(p.latent.shape[-2:]) for i in injections for p in i.image_prompt.pictures]
+
+    def watching(self, model: Any) -> Any:
+        """A clone of the model, in which whatever computed the attention before still does."""
+        clone = model.clone()
+        clone.set_model_attn2_patch(self.before_cross_attention)
+        options = clone.model_options["transformer_options"]
+        options[OVERRIDE] = Watched(self, options.get(OVERRIDE))
+        return clone
+
+    def before_cross_attention(self, n: Tensor, context: Tensor, value: Tensor, extra_options: dict[str, Any]) -> tuple:
+        self._block, self._own, self._is_cross_attention = None, None, True
+        return n, context, value
+
+    def see(self, q: Tensor, k: Tensor, out: Tensor, heads: int, options: dict[str, Any]) -> None:
+        if self._is_cross_attention:
+            self._is_cross_attention = False
+            return
+        block = BlockKey(*options["block"], options["block_index"])
+        if block != self._block or self._own is None:
+            self._block, self._own, self._references = block, (q, out), 0
+            return
+        sigma = float(options["sigmas"].flatten()[0])
+        acting = [i for i in self._injections if block in i.blocks and i.active_at(sigma, self._sampling)]
+        if self._references < len(acting):
+            self._add(acting[self._references], block, sigma, q, k, out, heads, options["activations_shape"][-2:])
+        self._references += 1
+
+    def _add(
+        self,
+        injection: Injection,
+        block: BlockKey,
+        sigma: float,
+        q: Tensor,
+        k: Tensor,
+        out: Tensor,
+        heads: int,
+        grid: Sequence[int],
+    ) -> None:
+        assert self._own is not None
+        height, width = grid
+        if q.shape[1] != height * width or out.shape[1] != q.shape[1]:
+            return  # tokens were merged or tiled there: nobody can say where they lie
+        own = self._own[1].float().norm(dim=-1).mean(0)  # (n,)
+        added = out.float().norm(dim=-1).mean(0) * injection.strength
+        share = self._resized(rearrange(added / (own + 1e-6), "(h w) -> h w", h=height), self._size)
+        if injection.attn_mask is not None:
+            share = share * self._resized(injection.attn_mask.float(), self._size)
+        maps = self.levels.setdefault(sigma, Maps())
+        maps.added[block.stage] = maps.added.get(block.stage, torch.zeros(self._size)) + share
+        maps.layers[block.stage] = maps.layers.get(block.stage, 0) + 1
+        x, y = (min(int(share * side), side - 1) for share, side in zip(self._point, (width, height), strict=True))
+        self._look(injection, q[:, y * width + x], k, heads, self._size[0] / height)
+
+    def _look(self, injection: Injection, q: Tensor, k: Tensor, heads: int, scale: float) -> None:
+        """Add how the chosen place's attention is spread over the pictures of an image prompt. q (b, c), k (b, m, c)"""
+        queries, keys = (
+            rearrange(q.float(), "b (h d) -> b h d", h=heads),
+            rearrange(k.float(), "b m (h d) -> b h m d", h=heads),
+        )
+        attention = torch.einsum("bhd,bhmd->bhm", queries, keys) / math.sqrt(queries.shape[-1])
+        spread = attention.softmax(-1).mean((0, 1)).cpu()  # (m,)
+        pictures = injection.image_prompt.pictures
+        grids = [tuple(math.ceil(side / scale) for side in picture.latent.shape[-2:]) for picture in pictures]
+        kept = [
+            torch.ones(h * w, dtype=torch.bool) if picture.mask is None else token_mask(picture.mask, h, w).flatten()
+            for picture, (h, w) in zip(pictures, grids, strict=True)
+        ]
+        if sum(int(tokens.sum()) for tokens in kept) != len(spread):
+            return
+        first = sum(len(i.image_prompt.pictures) for i in self._injections[: self._injections.index(injection)])
+        for place, (tokens, grid) in enumerate(zip(kept, grids, strict=True)):
+            whole = torch.zeros(len(tokens))
+            whole[tokens] = spread[: int(tokens.sum())]
+            spread = spread[int(tokens.sum()) :]
+            seen = self._looked_at[first + place]
+            seen += self._resized(whole.view(grid), seen.shape) * len(whole) / seen.numel()
+
+    def shares(self) -> list[Tensor]:
+        total = sum(float(seen.sum()) for seen in self._looked_at)
+        return [seen / total if total else seen for seen in self._looked_at]
+
+    @staticmethod
+    def _resized(values: Tensor, size: Sequence[int]) -> Tensor:
+        return F.interpolate(values[None, None].float().cpu(), tuple(size), mode="bilinear", align_corners=False)[0, 0]
+
+
+class Watched:
+    """The attention function of the host, or of whoever replaced it, with somebody watching."""
+
+    def __init__(self, watcher: Watcher, earlier: Callable[..., Tensor] | None) -> None:
+        self._watcher = watcher
+        self._earlier = earlier
+
+    def __call__(self, func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs):
+        compute = func if self._earlier is None else self._with_earlier(func)
+        out = compute(q, k, v, heads, *args, **kwargs)
+        options = kwargs.get("transformer_options")
+        if options and "block" in options and "activations_shape" in options and options.get("sigmas") is not None:
+            self._watcher.see(q, k, out, heads, options)
+        return out
+
+    def _with_earlier(self, func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        earlier = self._earlier
+        assert earlier is not None
+        return lambda *args, **kwargs: earlier(func, *args, **kwargs)

@@ -1,0 +1,58 @@
+"""What an inspection has seen, as two pictures that people can read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..heatmap import marked, overlay, sheet
+from ..images import decode_latents
+from .inspection import STAGES, Inspection
+
+PARTS = {"input": "encoder", "middle": "middle", "output": "decoder"}
+
+
+def added_sheet(found: Inspection, vae: Any, noise_levels: int) -> Tensor:
+    """A row for each part of the UNet, a column for each of some noise levels. -> IMAGE (1, h, w, 3)"""
+    picture = _picture(vae, found.latent)
+    sigmas = list(found.levels)
+    places = np.linspace(0, len(sigmas) - 1, min(noise_levels, len(sigmas))).round().astype(int)
+    chosen = [sigmas[place] for place in places]
+    means = {(stage, sigma): found.levels[sigma].mean(stage) for stage in STAGES for sigma in chosen}
+    highest = max(float(mean.max()) for mean in means.values() if mean is not None)
+    rows = [
+        [
+            (f"{PARTS[stage]}, sigma {sigma:.2f}", overlay(picture, mean, highest))
+            for sigma in chosen
+            if (mean := means[stage, sigma]) is not None
+        ]
+        for stage in STAGES
+    ]
+    title = "How much the reference adds to the self-attention, at each place"
+    legend = "size of what is added, as a share of the self-attention itself"
+    return _image(sheet([row for row in rows if row], title, legend, highest))
+
+
+def looked_at_sheet(found: Inspection, vae: Any, point: tuple[float, float]) -> Tensor:
+    """The picture with the chosen place, then every reference with where that place looks. -> IMAGE (1, h, w, 3)"""
+    references = [reference for injection in found.injections for reference in injection.image_prompt.pictures]
+    highest = max(float(seen.max()) for seen in found.looked_at) or 1.0
+    row = [("the chosen place", marked(_picture(vae, found.latent), point))]
+    for number, (reference, seen) in enumerate(zip(references, found.looked_at, strict=True)):
+        text = f"reference {number + 1}: {float(seen.sum()):.0%} of the attention"
+        row.append((text, overlay(_picture(vae, reference.latent), seen, highest)))
+    title = "Where in the references the chosen place looks, over all layers and steps"
+    return _image(sheet([row], title, "share of the place's attention to the references", highest))
+
+
+def _picture(vae: Any, latent: Tensor) -> Image.Image:
+    image = decode_latents(vae, latent[:1])
+    return Image.fromarray((image.reshape(-1, *image.shape[-3:])[0].clamp(0, 1) * 255).round().byte().cpu().numpy())
+
+
+def _image(made: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(made).astype(np.float32) / 255)[None]

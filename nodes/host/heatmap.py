@@ -1,0 +1,72 @@
+"""Numbers laid over a picture as colours, with a legend that says what the colours mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+# Dark to light, and told apart by eyes that see no red: the five supports of matplotlib's viridis.
+COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float32)
+LEAST_OVERLAY, MOST_OVERLAY = 0.25, 0.85
+CELL = 384  # pixels
+LINE = 26
+GAP = 8
+PAPER, INK = (28, 28, 30), (235, 235, 235)
+
+
+def overlay(picture: Image.Image, values: Tensor, highest: float) -> Image.Image:
+    """values (h, w) from 0 to `highest` over a picture: the more, the lighter and the more opaque."""
+    share = np.clip(values.numpy() / max(highest, 1e-12), 0, 1).astype(np.float32)
+    size = picture.size
+    alpha = Image.fromarray((LEAST_OVERLAY + (MOST_OVERLAY - LEAST_OVERLAY) * share) * 255).convert("L")
+    colours = Image.fromarray(_colours(share))
+    return Image.composite(
+        colours.resize(size, Image.Resampling.BICUBIC), picture, alpha.resize(size, Image.Resampling.BICUBIC)
+    )
+
+
+def marked(picture: Image.Image, point: tuple[float, float]) -> Image.Image:
+    """A ring at the chosen place."""
+    picture = picture.copy()
+    x, y, r = point[0] * picture.width, point[1] * picture.height, max(6, picture.width // 40)
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((x - r, y - r, x + r, y + r), outline=(0, 0, 0), width=5)
+    draw.ellipse((x - r, y - r, x + r, y + r), outline=(255, 255, 255), width=2)
+    return picture
+
+
+def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str, legend: str, highest: float) -> Image.Image:
+    """Pictures with a line of text above each, and the legend below."""
+    wide = max(len(row) for row in rows) * (CELL + GAP) + GAP
+    tall = LINE + GAP + len(rows) * (LINE + CELL + GAP) + 3 * LINE
+    made = Image.new("RGB", (wide, tall), PAPER)
+    draw = ImageDraw.Draw(made)
+    font = ImageFont.load_default(15)
+    draw.text((GAP, GAP), title, INK, font)
+    for number, row in enumerate(rows):
+        top = LINE + GAP + number * (LINE + CELL + GAP)
+        for place, (text, picture) in enumerate(row):
+            left = GAP + place * (CELL + GAP)
+            draw.text((left, top + 4), text, INK, font)
+            fitted = picture.copy()
+            fitted.thumbnail((CELL, CELL))
+            if max(fitted.size) < CELL:
+                ratio = CELL / max(fitted.size)
+                fitted = picture.resize((round(picture.width * ratio), round(picture.height * ratio)))
+            made.paste(fitted, (left, top + LINE))
+    top = tall - 2 * LINE
+    bar = Image.fromarray(_colours(np.linspace(0, 1, 256, dtype=np.float32)[None])).resize((256, 14))
+    made.paste(bar, (GAP + 24, top))
+    draw.text((GAP, top - 3), "0", INK, font)
+    draw.text((GAP + 24 + 262, top - 3), f"{highest:.3g}", INK, font)
+    draw.text((GAP, top + 18), legend, INK, font)
+    return made
+
+
+def _colours(share: np.ndarray) -> np.ndarray:
+    """(h, w) in 0..1 -> (h, w, 3) bytes"""
+    steps = np.linspace(0, 1, len(COLOURS))
+    return np.stack([np.interp(share, steps, COLOURS[:, channel]) for channel in range(3)], -1).astype(np.uint8)
