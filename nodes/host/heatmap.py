@@ -18,7 +18,8 @@ PAPER, INK = (28, 28, 30), (235, 235, 235)
 
 
 def overlay(picture: Image.Image, values: Tensor, highest: float) -> Image.Image:
-    """values (h, w) from 0 to `highest` over a picture: the more, the lighter and the more opaque."""
+    """values (h, w) from 0 to `highest` over a grey picture: the more, the lighter and the more opaque."""
+    picture = enlarged(picture).convert("L").convert("RGB")
     share = np.clip(values.numpy() / max(highest, 1e-12), 0, 1).astype(np.float32)
     size = picture.size
     alpha = Image.fromarray((LEAST_OVERLAY + (MOST_OVERLAY - LEAST_OVERLAY) * share) * 255).convert("L")
@@ -30,7 +31,7 @@ def overlay(picture: Image.Image, values: Tensor, highest: float) -> Image.Image
 
 def marked(picture: Image.Image, point: tuple[float, float]) -> Image.Image:
     """A ring at the chosen place."""
-    picture = picture.copy()
+    picture = enlarged(picture)
     x, y, r = point[0] * picture.width, point[1] * picture.height, max(6, picture.width // 40)
     draw = ImageDraw.Draw(picture)
     draw.ellipse((x - r, y - r, x + r, y + r), outline=(0, 0, 0), width=5)
@@ -38,8 +39,14 @@ def marked(picture: Image.Image, point: tuple[float, float]) -> Image.Image:
     return picture
 
 
-def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str, legend: str, highest: float) -> Image.Image:
-    """Pictures with a line of text above each, and the legend below."""
+def enlarged(picture: Image.Image) -> Image.Image:
+    """A copy whose longer side fills a cell."""
+    ratio = CELL / max(picture.size)
+    return picture.resize((round(picture.width * ratio), round(picture.height * ratio)), Image.Resampling.BICUBIC)
+
+
+def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str, legend: str, highest: str) -> Image.Image:
+    """Pictures with a line of text above each, and the legend below, from 0 to `highest`."""
     wide = max(len(row) for row in rows) * (CELL + GAP) + GAP
     tall = LINE + GAP + len(rows) * (LINE + CELL + GAP) + 3 * LINE
     made = Image.new("RGB", (wide, tall), PAPER)
@@ -51,17 +58,12 @@ def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str, legend:
         for place, (text, picture) in enumerate(row):
             left = GAP + place * (CELL + GAP)
             draw.text((left, top + 4), text, INK, font)
-            fitted = picture.copy()
-            fitted.thumbnail((CELL, CELL))
-            if max(fitted.size) < CELL:
-                ratio = CELL / max(fitted.size)
-                fitted = picture.resize((round(picture.width * ratio), round(picture.height * ratio)))
-            made.paste(fitted, (left, top + LINE))
+            made.paste(picture, (left, top + LINE))
     top = tall - 2 * LINE
     bar = Image.fromarray(_colours(np.linspace(0, 1, 256, dtype=np.float32)[None])).resize((256, 14))
     made.paste(bar, (GAP + 24, top))
     draw.text((GAP, top - 3), "0", INK, font)
-    draw.text((GAP + 24 + 262, top - 3), f"{highest:.3g}", INK, font)
+    draw.text((GAP + 24 + 262, top - 3), highest, INK, font)
     draw.text((GAP, top + 18), legend, INK, font)
     return made
 

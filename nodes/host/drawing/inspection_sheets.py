@@ -23,18 +23,19 @@ def added_sheet(found: Inspection, vae: Any, noise_levels: int) -> Tensor:
     places = np.linspace(0, len(sigmas) - 1, min(noise_levels, len(sigmas))).round().astype(int)
     chosen = [sigmas[place] for place in places]
     means = {(stage, sigma): found.levels[sigma].mean(stage) for stage in STAGES for sigma in chosen}
-    highest = max(float(mean.max()) for mean in means.values() if mean is not None)
-    rows = [
-        [
-            (f"{PARTS[stage]}, sigma {sigma:.2f}", overlay(picture, mean, highest))
-            for sigma in chosen
-            if (mean := means[stage, sigma]) is not None
-        ]
-        for stage in STAGES
-    ]
-    title = "How much the reference adds to the self-attention, at each place"
-    legend = "size of what is added, as a share of the self-attention itself"
-    return _image(sheet([row for row in rows if row], title, legend, highest))
+    rows = []
+    for stage in STAGES:
+        shown = [(sigma, mean) for sigma in chosen if (mean := means[stage, sigma]) is not None]
+        highest = max((float(mean.max()) for _, mean in shown), default=0.0)  # parts differ too much for one scale
+        rows.append(
+            [
+                (f"{PARTS[stage]}, sigma {sigma:.2f}: 0 to {highest:.2g}", overlay(picture, mean, highest))
+                for sigma, mean in shown
+            ]
+        )
+    title = "How much the reference adds at each place"
+    legend = "size of what is added, divided by that of the self-attention"
+    return _image(sheet([row for row in rows if row], title, legend, "highest of the row"))
 
 
 def looked_at_sheet(found: Inspection, vae: Any, point: tuple[float, float]) -> Tensor:
@@ -46,7 +47,7 @@ def looked_at_sheet(found: Inspection, vae: Any, point: tuple[float, float]) -> 
         text = f"reference {number + 1}: {float(seen.sum()):.0%} of the attention"
         row.append((text, overlay(_picture(vae, reference.latent), seen, highest)))
     title = "Where in the references the chosen place looks, over all layers and steps"
-    return _image(sheet([row], title, "share of the place's attention to the references", highest))
+    return _image(sheet([row], title, "share of the place's attention to the references", f"{highest:.2g}"))
 
 
 def _picture(vae: Any, latent: Tensor) -> Image.Image:
