@@ -1,4 +1,4 @@
-"""Write what the pages repeat of the source: tables of inputs and outputs, and the list of messages.
+"""Write what files repeat of the source: tables of inputs and outputs, the nodes' English texts, the list of messages.
 
     python dev.py docs            write them
     python dev.py docs --check    only say which pages differ
@@ -27,6 +27,8 @@ def main(arguments: list[str]) -> int:
         for node_id, node in nodes.items():
             page = tables.page_of(node_id)
             pages[page] = tables.with_tables(page.read_text(encoding="utf-8"), node.GET_SCHEMA())
+        definitions = importlib.import_module("sa_inject.docs.node_definitions")
+        pages[definitions.PAGE] = definitions.text_of({node_id: node.GET_SCHEMA() for node_id, node in nodes.items()})
     messages = importlib.import_module("sa_inject.docs.messages")
     pages[messages.PAGE] = messages.with_table(messages.PAGE.read_text(encoding="utf-8"))
     differ = [page for page, text in pages.items() if page.read_text(encoding="utf-8") != text]

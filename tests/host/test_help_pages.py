@@ -27,6 +27,14 @@ def test_tables_of_the_page_hold_the_texts_of_the_schema(help_tables, pack_nodes
     assert page == help_tables.with_tables(page, pack_nodes[node_id].GET_SCHEMA()), "run: python dev.py docs"
 
 
+def test_english_texts_for_translators_are_those_of_the_schemas(pack_nodes):
+    from sa_inject.docs import node_definitions
+
+    schemas = {node_id: node.GET_SCHEMA() for node_id, node in pack_nodes.items()}
+    written = node_definitions.PAGE.read_text(encoding="utf-8")
+    assert written == node_definitions.text_of(schemas), "run: python dev.py docs, then translate what has changed"
+
+
 @pytest.mark.parametrize("node_id", PAGES)
 def test_every_socket_is_explained(pack_nodes, node_id):
     schema = pack_nodes[node_id].GET_SCHEMA()
