@@ -13,7 +13,7 @@ import { say, wordsLoaded } from "./lib/words.mjs";
 
 const NODE = "TrainSAInjectAdapter";
 const RESULT = "sa_inject_training"; // in the node's output
-const SHOW = "SAInject.ShowTrainingPanel";
+const SHOW = /** @type {any} */ ("SAInject.ShowTrainingPanel"); // the types know the frontend's own settings only
 const HEIGHT = 400;
 const WIDTH = 380;
 const SILENT_FOR = 3000; // milliseconds without an event, after which a run is asked for
@@ -102,7 +102,7 @@ class Panel {
 }
 
 // At once, not in setup(): the frontend warns of a message that nobody has asked for.
-api.addEventListener("sa_inject.training", (/** @type {any} */ { detail }) => {
+/** @type {EventTarget} */ (api).addEventListener("sa_inject.training", (/** @type {any} */ { detail }) => {
   for (const panel of panels) if (executionIdOf(panel.node) === String(detail.node)) panel.follow(detail);
 });
 api.addEventListener("reconnected", refetchAll);
