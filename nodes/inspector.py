@@ -23,7 +23,7 @@ class InspectSelfAttnInjection(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model from Apply Self-Attention Injection. Chained nodes add up."),
                 io.Conditioning.Input("positive", tooltip="The prompt that names the subject."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt, as for the sampler."),
                 io.Latent.Input("latent_image", tooltip="The latent to sample from, such as Empty Latent Image."),
                 io.Vae.Input("vae", tooltip="The VAE of the base model. It decodes the picture below the colours."),
                 io.Int.Input(

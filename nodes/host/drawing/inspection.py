@@ -117,15 +117,34 @@ class Watcher:
         if self._is_cross_attention:
             self._is_cross_attention = False
             return
-        block = BlockKey(*options["block"], options["block_index"])
+        stage, index = options["block"]
+        block = BlockKey(stage, index, options["block_index"])
         if block != self._block or self._own is None:
             self._block, self._own, self._references = block, (q, out), 0
             return
         sigma = float(options["sigmas"].flatten()[0])
         acting = [i for i in self._injections if block in i.blocks and i.active_at(sigma, self._sampling)]
-        if self._references < len(acting):
-            self._add(acting[self._references], block, sigma, q, k, out, heads, options["activations_shape"][-2:])
+        grid = options["activations_shape"][-2:]
+        if self._references < len(acting) and self._is_reference(acting[self._references], k, grid):
+            self._add(acting[self._references], block, sigma, q, k, out, heads, grid)
         self._references += 1
+
+    def _is_reference(self, injection: Injection, k: Tensor, grid: Sequence[int]) -> bool:
+        """The reference pass, in which nobody says where the cross-attention begins, has calls of other lengths."""
+        return k.shape[1] == sum(int(tokens.sum()) for tokens, _ in self._kept(injection, self._size[0] / grid[0]))
+
+    @staticmethod
+    def _kept(injection: Injection, scale: float) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """For each picture of an image prompt, which tokens of a layer are kept, and the layer's (h, w) there.
+
+        scale: how much smaller the layer is than the latent.
+        """
+        found = []
+        for picture in injection.image_prompt.pictures:
+            h, w = (math.ceil(side / scale) for side in picture.latent.shape[-2:])
+            whole = torch.ones(h * w, dtype=torch.bool)
+            found.append((whole if picture.mask is None else token_mask(picture.mask, h, w).flatten(), (h, w)))
+        return found
 
     def _add(
         self,
@@ -161,16 +180,8 @@ class Watcher:
         )
         attention = torch.einsum("bhd,bhmd->bhm", queries, keys) / math.sqrt(queries.shape[-1])
         spread = attention.softmax(-1).mean((0, 1)).cpu()  # (m,)
-        pictures = injection.image_prompt.pictures
-        grids = [tuple(math.ceil(side / scale) for side in picture.latent.shape[-2:]) for picture in pictures]
-        kept = [
-            torch.ones(h * w, dtype=torch.bool) if picture.mask is None else token_mask(picture.mask, h, w).flatten()
-            for picture, (h, w) in zip(pictures, grids, strict=True)
-        ]
-        if sum(int(tokens.sum()) for tokens in kept) != len(spread):
-            return
         first = sum(len(i.image_prompt.pictures) for i in self._injections[: self._injections.index(injection)])
-        for place, (tokens, grid) in enumerate(zip(kept, grids, strict=True)):
+        for place, (tokens, grid) in enumerate(self._kept(injection, scale)):
             whole = torch.zeros(len(tokens))
             whole[tokens] = spread[: int(tokens.sum())]
             spread = spread[int(tokens.sum()) :]
