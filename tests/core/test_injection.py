@@ -92,7 +92,7 @@ def test_injection_holds_in_half_precision(d, dtype, tolerance):
     assert (out - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_kernel_is_called_once_for_the_site_and_once_for_each_reference_with_its_tokens_alone():
+def test_kernel_is_called_once_for_the_site_and_once_for_each_reference():
     """Without a mask, which fused kernels would not take, and in the shapes that they serve."""
     site, rows, one = inputs()
     calls = []

@@ -192,7 +192,7 @@ FOUR = [
 
 @pytest.mark.parametrize("options", [{}, {"prior_weight": 0.7}, {"min_snr_gamma": 0.5}], ids=["plain", "prior", "snr"])
 @pytest.mark.parametrize("mode", ["clean", "noised"])
-def test_batch_of_four_with_four_captions_equals_four_accumulated_steps_and_any_part_of_it(mode, options):
+def test_batch_of_four_with_four_captions_equals_four_accumulated_steps(mode, options):
     results = []
     for settings, at_once in (
         ({"batch_size": 4}, None),
