@@ -12,6 +12,7 @@ from .image_prompt import TextConditioning
 from .kv import BlockKey
 from .layers import SelfAttentionLayer
 from .lora import SelfAttentionLoRA
+from .positions import PositionRule
 
 ReferenceMode = Literal["clean", "noised"]
 REFERENCE_MODES: tuple[str, ...] = get_args(ReferenceMode)
@@ -35,6 +36,7 @@ class AdapterInfo:
     placeholder_token: str
     class_word: str
     training: dict[str, Any] = field(default_factory=dict)  # settings of the run, for people to read
+    positions: PositionRule = "none"  # between a picture and its references, in networks that have positions
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import nn
 from .adapter import REFERENCE_MODES, AdapterInfo
 from .kv import BlockKey
 from .layers import SelfAttentionLayer
+from .positions import POSITION_RULES
 
 FORMAT = "sa_inject"
 FORMAT_VERSION = "1"
@@ -24,7 +25,7 @@ MAX_LAYERS = 1000
 MAX_WIDTH = 2**16
 MAX_PLACE = 1000  # of a block in its stage, and of a layer in its block
 MAX_WORD = 200  # letters
-STAGES = ("input", "middle", "output")
+STAGES = ("input", "middle", "output", "noise_refiner", "layers", "double_blocks", "single_blocks")
 PATH = re.compile(r"\w{1,64}(\.\w{1,64}){0,15}", re.ASCII)
 EMPTY_MODULE = nn.Module()
 
@@ -45,6 +46,7 @@ def to_metadata(info: AdapterInfo) -> dict[str, str]:
         "placeholder": info.placeholder_token,
         "class_word": info.class_word,
         "training": json.dumps(info.training, sort_keys=True),
+        **({} if info.positions == "none" else {"positions": info.positions}),
     }
 
 
@@ -53,6 +55,9 @@ def from_metadata(metadata: Mapping[str, str]) -> AdapterInfo:
     mode = metadata["reference_mode"]
     if mode not in REFERENCE_MODES:
         raise UnusableMetadata(f"reference_mode is '{shortened(mode)}'")
+    positions = metadata.get("positions", "none")
+    if positions not in POSITION_RULES:
+        raise UnusableMetadata(f"positions is '{shortened(positions)}'")
     rank = _number(metadata["rank"], int, "rank")
     alpha = _number(metadata["alpha"], float, "alpha")
     if not 1 <= rank <= MAX_RANK:
@@ -74,6 +79,7 @@ def from_metadata(metadata: Mapping[str, str]) -> AdapterInfo:
         placeholder_token=placeholder_token,
         class_word=metadata["class_word"],
         training=training,
+        positions=positions,
     )
 
 

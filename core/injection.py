@@ -8,13 +8,14 @@ begins there; trained, it draws as well (ablation "concatenated" of bench/qualit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from .attention import differentiable_attention
 from .kv import KV
+from .positions import PositionRule
 from .site import Site
 
 
@@ -31,6 +32,8 @@ class Reference(NamedTuple):
     key_mask: Tensor | None = None
     query_mask: Tensor | None = None
     rows: slice | Tensor | None = None
+    positions: PositionRule = "none"
+    widen: Callable[[Tensor], Tensor] | None = None
 
 
 def inject(site: Site, references: Sequence[Reference]) -> Tensor:
@@ -42,9 +45,9 @@ def inject(site: Site, references: Sequence[Reference]) -> Tensor:
     for the rows that see it.
     """
     out = site.self_attention()
-    queries = site.picture_queries
+    queries = {rule: site.picture_queries(rule) for rule in {reference.positions for reference in references}}
     for reference in references:
-        out = _add(out, attend_to_reference(queries, reference, site), reference, site)
+        out = _add(out, attend_to_reference(queries[reference.positions], reference, site), reference, site)
     return out
 
 
@@ -54,7 +57,8 @@ def attend_to_reference(queries: Tensor, reference: Reference, site: Site) -> Te
     queries (b, m, heads*d) -> (rows, m, heads*d)
     """
     q = queries if reference.rows is None else queries[reference.rows]
-    k, v = (x.to(q).expand(q.shape[0], *x.shape[1:]) for x in reference.kv)
+    kv = reference.kv if reference.widen is None else KV(reference.kv.k, reference.widen(reference.kv.v))
+    k, v = (x.to(q).expand(q.shape[0], *x.shape[1:]) for x in kv)
     if reference.key_mask is None:
         out = site.attend(q, k, v, site.heads)
     else:

@@ -30,7 +30,15 @@ class LoRADelta(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)"""
-        return F.linear(F.linear(x, self.a), self.b)
+        return self.widen(self.narrow(x))
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., r)"""
+        return F.linear(x, self.a)
+
+    def widen(self, x: Tensor) -> Tensor:
+        """x (..., r) -> (..., out)"""
+        return F.linear(x, self.b)
 
 
 LoRADeltas = dict[tuple[BlockKey, str], LoRADelta]

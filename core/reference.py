@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .kv import KV, BlockKey
 from .lora import LoRADeltas
+from .positions import PositionRule
 from .site import Site
 
 
@@ -44,7 +45,7 @@ class KVRecorder:
 
     After the call `bank` holds what every layer in `wanted` handed over, or what `select` took of it there and then, so
     that the rest takes up no memory while the call goes on. At the layer `stop_at` the call ends with
-    ReferencePassComplete.
+    ReferencePassComplete. Keys get `positions`; with `narrow_values` the values are kept at the LoRA's rank.
     """
 
     def __init__(
@@ -54,12 +55,16 @@ class KVRecorder:
         *,
         stop_at: BlockKey | None = None,
         select: Callable[[ReferenceKV], Any] = lambda recorded: recorded,
+        positions: PositionRule = "none",
+        narrow_values: bool = False,
     ) -> None:
         self.bank: dict[BlockKey, Any] = {}
         self.wanted = frozenset(wanted)
         self._deltas = deltas
         self._stop_at = stop_at
         self._select = select
+        self._positions: PositionRule = positions
+        self._narrow_values = narrow_values
 
     def at(self, site: Site) -> Tensor:
         """Record what the layer hands over, and attend as without us. -> (b, n, heads*d)"""
@@ -75,8 +80,9 @@ class KVRecorder:
     def project_keys_values(self, site: Site) -> KV:
         """k_r = (W_k + dW_k) z_r and v_r = dW_v z_r; the site's keys are what the frozen projection made of z_r."""
         assert site.hidden is not None, "a reference pass keeps what the projections read"
-        k, v = self._deltas[site.key, "to_k"](site.hidden), self._deltas[site.key, "to_v"](site.hidden)
-        return KV(site.picture_keys + k, v)
+        k, to_v = self._deltas[site.key, "to_k"](site.hidden), self._deltas[site.key, "to_v"]
+        v = to_v.narrow(site.hidden) if self._narrow_values else to_v(site.hidden)
+        return KV(site.placed(site.picture_keys + k, self._positions), v)
 
 
 def run_reference_pass(call: Callable[[], Any], recorder: KVRecorder) -> dict[BlockKey, Any]:

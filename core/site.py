@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .attention import Attention
 from .kv import BlockKey
+from .positions import PositionRule, Rotation
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,17 +35,23 @@ class Site:
     rows: int | None = None  # of the network's call; the attention may have others. None: not known
     hidden: Tensor | None = None  # (b, m, width) what the projections of the picture's m tokens read, where it was kept
     tokens: slice | None = None  # the picture's m among the n; None: all
-    picture_of: Callable[[Tensor], Tensor] | None = None  # q or k -> the picture's tokens without positions; None: all
+    rotation: Rotation | None = None  # of the picture's queries and keys; None: there are no positions
+    own: Callable[[], Tensor] | None = None  # what the network computes here; None: it attends to its own tokens
 
-    @property
-    def picture_queries(self) -> Tensor:
+    def picture_queries(self, rule: PositionRule = "none") -> Tensor:
         """What asks the references. -> (b, m, heads*d)"""
-        return self.q if self.picture_of is None else self.picture_of(self.q)
+        q = self.q if self.tokens is None else self.q[:, self.tokens]
+        return q if self.rotation is None else self.rotation.of_queries(q, self.heads, rule)
 
     @property
     def picture_keys(self) -> Tensor:
-        """What is kept of a reference, for queries of other places and sizes. -> (b, m, heads*d)"""
-        return self.k if self.picture_of is None else self.picture_of(self.k)
+        """The picture's keys without their positions. -> (b, m, heads*d)"""
+        k = self.k if self.tokens is None else self.k[:, self.tokens]
+        return k if self.rotation is None else self.rotation.undone(k, self.heads)
+
+    def placed(self, keys: Tensor, rule: PositionRule = "none") -> Tensor:
+        """Such keys as queries of other places and sizes meet them. (b, m, heads*d) -> (b, m, heads*d)"""
+        return keys if self.rotation is None else self.rotation.of_keys(keys, self.heads, rule)
 
     @property
     def has_whole_grid(self) -> bool:
@@ -55,7 +62,7 @@ class Site:
 
     def self_attention(self) -> Tensor:
         """What the network computes here without us. -> (b, n, heads*d)"""
-        return self.attend(self.q, self.k, self.v, self.heads)
+        return self.attend(self.q, self.k, self.v, self.heads) if self.own is None else self.own()
 
     def of_rows(self, rows: slice) -> Site:
         """The same call, of some rows only."""

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..core.schedule import DEFAULT_STRENGTH, REFERENCE_START
 from .host.drawing.injection import APPLY_TO, BLOCK_CHOICES, build_injection
-from .host.drawing.patch import patch_self_attention
+from .host.drawing.patched_model import patch_model
 from .sockets import CATEGORY, IMAGE_PROMPT, SA_INJECT_ADAPTER
 
 
@@ -109,4 +109,4 @@ class ApplySelfAttnInjection(io.ComfyNode):
             attn_mask=attn_mask,
             node_id=cls.hidden.unique_id,
         )
-        return io.NodeOutput(model if injection is None else patch_self_attention(model, injection))
+        return io.NodeOutput(model if injection is None else patch_model(model, injection))

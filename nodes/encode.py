@@ -36,7 +36,8 @@ class EncodeImagePrompt(io.ComfyNode):
                     max=2048,
                     step=SIZE_MULTIPLE,
                     tooltip="Width and height in pixels to which each picture is scaled. Best: the resolution "
-                    "that the adapter was trained at (512 for SD1.x, 768 for SD2.x, 1024 for SDXL). "
+                    "that the adapter was trained at (512 for SD1.x, 768 for SD2.x, 1024 for SDXL). 512 for "
+                    "the other families. "
                     "Lower: faster, less detail. Higher: slower, and the subject tends to become "
                     "larger.",
                 ),

@@ -18,7 +18,7 @@ from .host.inputs import mark_advanced
 from .host.learning.training import PRECISIONS, AdapterTraining
 from .host.learning.training_set import Subject
 from .host.masks import keeps_something, split_masks
-from .host.networks.unet import describe
+from .host.networks.registry import describe
 from .host.progress import TrainingProgress
 from .host.provenance import Provenance
 from .host.saving import check_can_save, save_or_rescue, wanted_path
@@ -59,7 +59,9 @@ class TrainSAInjectAdapter(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The base model: an SD1.x, SD2.x or SDXL checkpoint. Its weights are not changed."
+                    "model",
+                    tooltip="The base model: SD1.x, SD2.x or SDXL, or experimentally Z-Image, Flux.1, Flux.2 or "
+                    "Chroma. Its weights are not changed.",
                 ),
                 io.Clip.Input("clip", tooltip="The CLIP of the base model. It is not changed."),
                 io.Vae.Input("vae", tooltip="The VAE of the base model."),
@@ -89,7 +91,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     max=2048,
                     step=SIZE_MULTIPLE,
                     tooltip="Training size in pixels. Each picture keeps its aspect ratio and is scaled to "
-                    "about this number squared. 512 for SD1.x, 768 for SD2.x, 1024 for SDXL. Higher: "
+                    "about this number squared. 512 for SD1.x, 768 for SD2.x, 1024 for the others. Higher: "
                     "more detail, more time and memory.",
                 ),
                 io.Int.Input(

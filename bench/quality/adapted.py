@@ -89,7 +89,7 @@ class WholePass(KVRecorder):
 
 @contextlib.contextmanager
 def attending_with_adapted_output(
-    network: Any, options: dict[str, Any], at: AtSite, blocks: Collection[BlockKey], **more: Any
+    network: Any, options: dict[str, Any], at: AtSite, blocks: Collection[BlockKey], size: Any = None, **more: Any
 ) -> Iterator[dict[str, Any]]:
     """In place of the pack's own: a recorder of a whole pass changes the output of every layer, too."""
     recorder = getattr(at, "__self__", None)

@@ -9,6 +9,7 @@ from torch import Tensor
 from sa_inject.core.attention import differentiable_attention
 from sa_inject.core.injection import Reference, inject
 from sa_inject.core.kv import KV, BlockKey
+from sa_inject.core.lora import LoRADelta
 from sa_inject.core.site import Site
 
 B, N, M, HEADS = 2, 6, 5, 2
@@ -130,7 +131,7 @@ def joint_site(site: Site, tokens: slice, **changes) -> Site:
 def test_only_the_pictures_tokens_of_a_joint_sequence_attend_to_a_reference(case, learns):
     site, rows, one = inputs()
     tokens = slice(2, 2 + N)
-    joint = joint_site(site, tokens, picture_of=lambda x: x[:, tokens])
+    joint = joint_site(site, tokens)
     if learns:
         rows.v.requires_grad_()
         one.v.requires_grad_()
@@ -139,6 +140,23 @@ def test_only_the_pictures_tokens_of_a_joint_sequence_attend_to_a_reference(case
     added = inject(site, CASES[case](rows, one)) - site.self_attention()
     torch.testing.assert_close(out[:, tokens] - own[:, tokens], added, atol=1e-6, rtol=0)
     assert joint.has_whole_grid and not joint_site(site, slice(2, None)).has_whole_grid
+
+
+def test_values_at_the_rank_of_the_lora_are_widened_at_use():
+    site, rows, _ = inputs()
+    generator = torch.Generator().manual_seed(5)
+    narrow = torch.randn(*rows.v.shape[:2], 2, generator=generator)
+    widen = LoRADelta(torch.zeros(2, 2), torch.randn(rows.v.shape[-1], 2, generator=generator)).widen
+    wide = inject(site, [Reference(KV(rows.k, widen(narrow)), 0.7)])
+    assert torch.equal(inject(site, [Reference(KV(rows.k, narrow), 0.7, widen=widen)]), wide)
+
+
+def test_what_a_network_computes_itself_is_taken_as_it_is():
+    site, rows, _ = inputs()
+    own = torch.full_like(site.q, 0.5)
+    out = inject(dataclasses.replace(site, own=own.clone), [Reference(rows)])
+    added = inject(site, [Reference(rows)]) - site.self_attention()
+    torch.testing.assert_close(out - own, added, atol=1e-6, rtol=0)
 
 
 def test_values_of_zero_add_nothing_at_all():

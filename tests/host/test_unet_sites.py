@@ -66,7 +66,7 @@ def test_sites_are_the_self_attentions_of_the_network(comfy_host, unet_sites, ki
             assert torch.equal(tensor, seen[name][layer.key][1])
         assert torch.equal(site.self_attention(), seen["to_out"][layer.key][0])
         assert site.rows == 2 and site.has_whole_grid and site.width == 2 * site.height
-        assert site.picture_queries is site.q and site.picture_keys is site.k
+        assert site.picture_queries() is site.q and site.picture_keys is site.k
 
 
 def test_options_are_copied_and_nothing_is_kept_that_is_not_asked_for(comfy_host, unet_sites):

@@ -7,9 +7,9 @@ import torch
 
 from tests.host.adapters import apply, base_model, make_adapter, make_prompt, random
 
-FLUX = {
+FLUX_FILL = {
     "image_model": "flux",
-    "in_channels": 16,
+    "in_channels": 96,
     "patch_size": 2,
     "out_channels": 16,
     "vec_in_dim": 8,
@@ -23,6 +23,20 @@ FLUX = {
     "theta": 10000,
     "qkv_bias": True,
     "guidance_embed": True,
+}
+LUMINA2 = {
+    "image_model": "lumina2",
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 64,
+    "cap_feat_dim": 8,
+    "n_layers": 1,
+    "qk_norm": True,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "axes_dims": [8, 12, 12],
+    "axes_lens": [8, 8, 8],
+    "ffn_dim_multiplier": 1.0,
 }
 SD3 = {
     "in_channels": 16,
@@ -58,7 +72,8 @@ SVD = {
 }
 
 
-UNETS = {"Flux": FLUX, "SD3": SD3, "SVD_img2vid": SVD}
+UNETS = {"FluxInpaint": FLUX_FILL, "SD3": SD3, "SVD_img2vid": SVD, "Lumina2": LUMINA2}
+REASONS = {"FluxInpaint": "it takes reference pictures of its own", "SVD_img2vid": "it draws video"}
 
 
 def model_of(family: str):
@@ -68,7 +83,7 @@ def model_of(family: str):
     from comfy.ldm.flux.model import FluxParams
 
     unet_config = {**UNETS[family], "dtype": torch.float32}
-    if family == "Flux" and "txt_ids_dims" in {field.name for field in dataclasses.fields(FluxParams)}:
+    if family.startswith("Flux") and "txt_ids_dims" in {field.name for field in dataclasses.fields(FluxParams)}:
         unet_config["txt_ids_dims"] = []  # hosts newer than 0.3.75 ask for it
     config = getattr(comfy.supported_models, family)(unet_config)
     with torch.inference_mode():
@@ -87,13 +102,33 @@ def test_a_model_that_is_no_such_unet_is_refused_by_name(comfy_host, sd15, famil
     with pytest.raises(ValueError, match=rf"connected model is {family}\b") as refusal:
         apply(comfy_host, model, make_adapter(sd15), make_prompt())
     message = str(refusal.value)
-    assert "SD1.x, SD2.x and SDXL" in message and "\n" not in message
+    assert "SD1.x, SD2.x, SDXL, Z-Image, Flux.1, Flux.2 and Chroma" in message and "\n" not in message
+    assert REASONS.get(family, "it is not supported") in message
     assert not model.wrappers
 
 
 def test_it_is_refused_even_when_nothing_would_be_injected(comfy_host, sd15):
-    with pytest.raises(ValueError, match="connected model is Flux"):
-        apply(comfy_host, model_of("Flux"), make_adapter(sd15), make_prompt(), strength=0.0)
+    with pytest.raises(ValueError, match="connected model is SD3"):
+        apply(comfy_host, model_of("SD3"), make_adapter(sd15), make_prompt(), strength=0.0)
+
+
+def test_a_transformer_is_told_apart_from_the_adapters_model(comfy_host, sd15):
+    from tests.host.tiny_transformers import tiny_transformer
+
+    with pytest.raises(ValueError, match="was trained for SD1.x .* connected model is Z-Image"):
+        apply(comfy_host, tiny_transformer("z_image"), make_adapter(sd15), make_prompt())
+
+
+@pytest.mark.parametrize("name", ["GGMLTensor", "SVDQW4A4Linear"])
+def test_weights_of_another_program_are_refused_by_name(comfy_host, sd15, name):
+    """Packs for GGUF and Nunchaku keep the host's network and put layers of their own into it."""
+    from tests.host.tiny_transformers import tiny_transformer
+
+    model = tiny_transformer("flux_dev")
+    layer = model.model.diffusion_model.img_in
+    layer.__class__ = type(name, (type(layer),), {})
+    with pytest.raises(ValueError, match=rf"connected model is Flux.1 as {name}: its weights .* another program's"):
+        apply(comfy_host, model, make_adapter(sd15), make_prompt())
 
 
 @pytest.mark.parametrize(

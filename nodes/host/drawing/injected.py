@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ....core.injection import Reference, inject
 from ....core.kv import BlockKey, KVBank
+from ....core.lora import LoRADeltas
 from ....core.site import Site
 from .batched_reference import BatchedReferences
 from .sampling_run import Injection, SamplingRun
@@ -22,6 +23,7 @@ class Source:
     injection: Injection
     rows: Sequence[bool]  # for each row of the call, whether it sees this
     bank: KVBank
+    deltas: LoRADeltas | None = None  # where the bank holds values at the LoRA's rank
 
 
 class InjectedCall:
@@ -60,8 +62,16 @@ class InjectedCall:
                     self._run.record_skip("tokens were merged or tiled there, so attn_mask cannot be placed", site.key)
                     continue
                 query_mask = self._run.mask_weights(source.injection, site.height, site.width, site.q.device)
-            kv, weight = source.bank[site.key], source.injection.strength
-            references.append(Reference(kv, weight, query_mask=query_mask, rows=rows))
+            references.append(
+                Reference(
+                    source.bank[site.key],
+                    source.injection.strength,
+                    query_mask=query_mask,
+                    rows=rows,
+                    positions=source.injection.adapter.info.positions,
+                    widen=None if source.deltas is None else source.deltas[site.key, "to_v"].widen,
+                )
+            )
         return references
 
     def _selections(self, fold: int, device: torch.device) -> list[tuple[Source, slice | Tensor]]:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ....core.adapter import Adapter
 from ....core.image_prompt import ImagePrompt
-from ..networks.unet import describe, pooled_width, prediction_type
+from ....core.kv import BlockKey
+from ..networks.registry import describe, is_transformer, pooled_width, text_width, warn_if_experimental
+from ..networks.unet import prediction_type
 from ..progress import warn_on_node
 from .sampling_run import ApplyTo, Injection
 
@@ -37,16 +39,16 @@ def build_injection(
 ) -> Injection | None:
     """Check that everything fits, and describe the injection; None when it would do nothing at all.
 
-    Raises ValueError when the model is no UNet we know, or another one than the adapter's, or when the image prompt
+    Raises ValueError when the model is none that we know, or another one than the adapter's, or when the image prompt
     comes from another kind of VAE.
     """
     description = describe(model)
     adapter.check_fits(*description, prediction_type(model))
+    warn_if_experimental(description.architecture)
     _check_latents(model, image_prompt)
     _check_texts(model, image_prompt)
     mask = None if attn_mask is None else _one_mask(attn_mask)
-    stages = BLOCK_CHOICES[blocks]
-    chosen = frozenset(key for key in adapter.blocks() if key.stage in stages)
+    chosen = _chosen_blocks(model, adapter, description.architecture, blocks)
     if start_percent >= end_percent:
         said = f"start_percent {start_percent:g} is not before end_percent {end_percent:g}, so nothing is injected."
         warn_on_node(said, node_id)
@@ -66,6 +68,14 @@ def build_injection(
     )
 
 
+def _chosen_blocks(model: Any, adapter: Adapter, architecture: str, blocks: str) -> frozenset[BlockKey]:
+    if blocks == "all":
+        return frozenset(adapter.blocks())
+    if is_transformer(model.model.diffusion_model):
+        raise ValueError(f"{architecture} has no {blocks}: its layers are all of one kind. Set blocks to 'all'.")
+    return frozenset(key for key in adapter.blocks() if key.stage in BLOCK_CHOICES[blocks])
+
+
 def _check_latents(model: Any, image_prompt: ImagePrompt) -> None:
     wanted = model.model.latent_format.latent_channels
     for number, picture in enumerate(image_prompt.pictures, start=1):
@@ -77,7 +87,7 @@ def _check_latents(model: Any, image_prompt: ImagePrompt) -> None:
 
 
 def _check_texts(model: Any, image_prompt: ImagePrompt) -> None:
-    wanted, pooled = model.model.model_config.unet_config["context_dim"], pooled_width(model.model)
+    wanted, pooled = text_width(model.model), pooled_width(model.model)
     for number, picture in enumerate(image_prompt.pictures, start=1):
         if picture.text is None:
             continue

@@ -23,7 +23,7 @@ from .injected import REPLACED, InjectedCall, Source
 from .reference_call import DrawingCall
 from .reference_pass import encode_references, join_images, reference_inputs
 from .row_texts import conditional_rows, is_plain_call
-from .sampling_run import RUN_KEY, BankKey, Injection, SamplingRun, warn_of_another_shape
+from .sampling_run import RUN_KEY, BankKey, Injection, SamplingRun, sigma_of, warn_of_another_shape
 
 # A compiled model traces our wrapper too; the reference pass and its caches would make it compile again and again.
 uncompiled_encode_references: Any = torch.compiler.disable(encode_references)
@@ -43,11 +43,14 @@ OUTER_SAMPLE_ARGUMENTS = (
 CALL_ARGUMENTS = ("x", "timesteps", "context", "y", "control", "transformer_options")
 
 
-def patch_self_attention(model: Any, injection: Injection) -> Any:
-    """Return a clone of the model that injects; injections that it already has stay and add up."""
+def patch_self_attention(model: Any, injection: Injection, wrapper_class: type[SelfAttentionInjection]) -> Any:
+    """Return a clone of the model that injects; injections that it already has stay and add up.
+
+    wrapper_class: what knows the calls of its network.
+    """
     patched = model.clone()
     earlier = _installed(patched)
-    wrapper = SelfAttentionInjection(patched.model, (*(earlier.injections if earlier else ()), injection))
+    wrapper = wrapper_class(patched.model, (*(earlier.injections if earlier else ()), injection))
     for kind, function in (
         (WrappersMP.OUTER_SAMPLE, wrapper.outer_sample_wrapper),
         (WrappersMP.PREPARE_SAMPLING, wrapper.prepare_sampling_wrapper),
@@ -107,7 +110,7 @@ class SelfAttentionInjection:
         run = options.get(RUN_KEY) or SamplingRun()
         unet, x = executor.class_obj, arguments[0]
         # Reading it lets the device finish first.
-        sigma = _sigma(options) if any(injection.needs_sigma for injection in self.injections) else None
+        sigma = sigma_of(options) if any(injection.needs_sigma for injection in self.injections) else None
         seen = self._rows(run, executor, arguments, options)
         seen = [(i, rows) for i, rows in seen if run.is_active(i, sigma, self.base.model_sampling)]
         foreign = self._foreign(run, unet, arguments[2]) if seen else None
@@ -214,8 +217,3 @@ def _take_options(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any
     named = [kwargs.pop(name, None) for name in CALL_ARGUMENTS[len(args) :]]
     *arguments, options = [*args, *named]
     return arguments, kwargs, {} if options is None else options
-
-
-def _sigma(options: dict[str, Any]) -> float | None:
-    sigmas = options.get("sigmas")
-    return None if sigmas is None else float(sigmas.flatten()[0])

@@ -14,7 +14,7 @@ from ....core.schedule import DEFAULT_STRENGTH, REFERENCE_START
 from ....trainer.captions import TEMPLATES, subject_phrase
 from ..images import decode_latents
 from ..text import clip_with_token
-from .patch import patch_self_attention
+from .patched_model import patch_model
 from .sampling_run import Injection
 
 STEPS = 20
@@ -31,7 +31,7 @@ def draw_previews(
         patched_clip.encode_from_tokens_scheduled(patched_clip.tokenize(text))
         for text in (TEMPLATES[0].format(subject_phrase(adapter.info.placeholder_token, adapter.info.class_word)), "")
     )
-    patched = patch_self_attention(model, default_injection(adapter, prompt))
+    patched = patch_model(model, default_injection(adapter, prompt))
     latent = torch.zeros(count, *prompt.pictures[0].latent.shape[1:])
     noise = comfy.sample.prepare_noise(latent, seed)
     samples = comfy.sample.sample(

@@ -51,7 +51,7 @@ class DrawingCall:
         inputs = self._with_rows(self._with_labels(inputs))
         rows = len(inputs.x)
         with (
-            _explained(self.foreign),
+            explained(self.foreign),
             self.foreign.out_of_the_way(),
             attending(self.network, self._options(rows), at, blocks, keeps_hidden=True) as options,
         ):
@@ -108,7 +108,7 @@ def with_channels(x: Tensor, channels: int) -> Tensor:
 
 
 @contextmanager
-def _explained(foreign: ForeignCode) -> Iterator[None]:
+def explained(foreign: ForeignCode) -> Iterator[None]:
     """Turn what goes wrong inside of a changed network into a sentence."""
     try:
         yield

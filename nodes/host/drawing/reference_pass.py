@@ -16,7 +16,8 @@ from ....core.kv import KV, BlockKey, KVBank
 from ....core.lora import LoRADeltas
 from ....core.masks import token_mask
 from ....core.reference import KVRecorder, ReferenceKV, run_reference_pass, select_tokens
-from ..networks.unet import NetworkInputs, clean_reference_sigma, network_inputs
+from ..networks.registry import is_transformer, network_inputs
+from ..networks.unet import clean_reference_sigma
 from .reference_call import DrawingCall, with_channels
 
 
@@ -44,7 +45,14 @@ def encode_references(
     for group in _batches(prompt.pictures, adapter, base, like.device, cells if call.rows is None else 0):
         pictures = [prompt.pictures[place] for place in group]
         select = partial(split_per_image, pictures=pictures)
-        recorder = KVRecorder(order, deltas, stop_at=order[-1], select=select)
+        recorder = KVRecorder(
+            order,
+            deltas,
+            stop_at=order[-1],
+            select=select,
+            positions=adapter.info.positions,
+            narrow_values=is_transformer(base.diffusion_model),
+        )
         inputs = reference_inputs(base, adapter, pictures, group, sigma, noise_seed, like)
         blocks = [key for key in adapter.blocks() if key not in missing]
         bank = run_reference_pass(partial(call.read, inputs, recorder.at, blocks), recorder)
@@ -61,8 +69,8 @@ def reference_inputs(
     sigma: float | None,
     noise_seed: int,
     like: Tensor,
-) -> NetworkInputs:
-    """What the UNet is called with to read pictures of one size; `places` are theirs in the image prompt."""
+) -> Any:
+    """What the network is called with to read pictures of one size; `places` are theirs in the image prompt."""
     latent = base.process_latent_in(torch.cat([p.latent for p in pictures])).to(like.device, torch.float32)
     sampling = base.model_sampling
     level = clean_reference_sigma(sampling) if sigma is None else sigma
@@ -90,7 +98,7 @@ def _batches(
 
     cells: of latent that a call may have, unless one picture alone has more; None: any number.
     """
-    for places in _alike(pictures, adapter):
+    for places in _alike(pictures, adapter, is_transformer(base.diffusion_model)):
         shape = pictures[places[0]].latent.shape
         count = len(places) if cells is None else min(len(places), max(1, cells // (shape[-2] * shape[-1])))
         while count > 1 and not fits_in_memory(base, [count, *shape[1:]], device):
@@ -98,14 +106,18 @@ def _batches(
         yield from (places[first : first + count] for first in range(0, len(places), count))
 
 
-def _alike(pictures: Sequence[ReferenceImage], adapter: Adapter) -> list[list[int]]:
-    """Places of pictures that can be rows of one call, in groups: by size, and by lengths of text that go together."""
+def _alike(pictures: Sequence[ReferenceImage], adapter: Adapter, length_matters: bool) -> list[list[int]]:
+    """Places of pictures that can be rows of one call, in groups: by size, and by lengths of text that go together.
+
+    length_matters: the network notices how long a text is, so that only equal ones do.
+    """
     lengths = [(picture.text or adapter.class_conditioning).cross_attn.shape[1] for picture in pictures]
     groups: list[list[int]] = []
     for place, picture in enumerate(pictures):
         for group in groups:
             is_of_size = pictures[group[0]].latent.shape == picture.latent.shape
-            if is_of_size and fit_together([lengths[other] for other in (*group, place)]):
+            together = [lengths[other] for other in (*group, place)]
+            if is_of_size and (len(set(together)) == 1 if length_matters else fit_together(together)):
                 group.append(place)
                 break
         else:

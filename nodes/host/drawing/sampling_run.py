@@ -90,6 +90,7 @@ class SamplingRun:
     texts: GuiderTexts = field(default_factory=GuiderTexts)
     was_active: dict[int, bool] = field(default_factory=dict)  # by injection, of those with rows to act on
     skipped: dict[str, set[BlockKey]] = field(default_factory=dict)  # no blocks: in the whole call
+    is_told_of_compilation: bool = False
 
     def bank_key(self, injection: Injection, unet: Any, base: Any, sigma: float | None, x: Tensor) -> BankKey:
         """What a bank for this call is found by. Banks that nobody will ask for again are dropped."""
@@ -129,7 +130,7 @@ class SamplingRun:
 
     def report(self, injections: Sequence[Injection]) -> None:
         for reason, blocks in self.skipped.items():
-            where = ", ".join(map(str, sorted(blocks))) or "some calls of the UNet"
+            where = ", ".join(map(str, sorted(blocks))) or "some calls of the model"
             log.info("SA-Inject stepped aside in %s: %s.", where, reason)
         for injection in injections:
             if self.was_active.get(id(injection)) is False:
@@ -143,6 +144,11 @@ class SamplingRun:
             f"0 acts from the first step on."
         )
         warn_on_node(said, injection.node_id)
+
+
+def sigma_of(options: dict[str, Any]) -> float | None:
+    sigmas = options.get("sigmas")
+    return None if sigmas is None else float(sigmas.flatten()[0])
 
 
 def hooks_in_force(base: Any) -> list[Any]:

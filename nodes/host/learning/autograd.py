@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ....core.attention import differentiable_attention
 from ....trainer.frozen_ops import CastBuffer, frozen_conv2d, frozen_linear, recompute
+from .patched_forward import patched_forward
 from .text_encoders import out_of_place
 
 # The layers whose forward is known; fp8 and quantized ones scale, too.
@@ -151,22 +152,6 @@ def checkpoint_activations(unet: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def patched_forward(modules: list[Any], forward: Any) -> Iterator[None]:
-    """Modules compute `forward(module, its forward until now, *its inputs)`, and are as they were afterwards."""
-    earlier = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.__dict__["forward"] = functools.partial(forward, module, module.forward)
-    try:
-        yield
-    finally:
-        for module, forward_before in zip(modules, earlier, strict=True):
-            if forward_before is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward_before
-
-
 def _frozen_linear(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:
     return frozen_linear(x, layer.weight, layer.bias, buffer) if _can_be_frozen(layer, x) else original(x)
 
@@ -223,9 +208,23 @@ def _recompute_forward(module: nn.Module, original: Any, *args: Any, **kwargs: A
 
 
 def differentiable_options() -> dict[str, Any]:
-    """Options for a UNet call with a backward pass: torch's own attention, whatever the host would choose."""
+    """Options for a call with a backward pass: torch's own attention, whatever the host would choose."""
 
-    def attend(original: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
-        return differentiable_attention(q, k, v, heads)
+    def attend(
+        original: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        **further: Any,
+    ) -> Tensor:
+        if not skip_reshape:
+            return differentiable_attention(q, k, v, heads)
+        if mask is not None and mask.ndim < 4:  # (n, n) and (b, n, n), as the host's kernels take them
+            mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
     return {"optimized_attention_override": attend}

@@ -24,8 +24,9 @@ from ....trainer.loop import DivergedError, Step, Training
 from ....trainer.optimizers import check_optimizer
 from ..adapter_index import warn_of_adapters_with
 from ..embeddings import embedding_from_file
-from ..networks.unet import compute_dtype, describe, prediction_type
-from ..text import check_placeholder_token, clip_with_token, finder, initial_token_embedding
+from ..networks.registry import describe, is_transformer, positions, warn_if_experimental
+from ..networks.unet import compute_dtype, prediction_type
+from ..text import check_placeholder_token, clip_with_token, encode_text, finder, initial_token_embedding
 from .autograd import (
     checkpoint_activations,
     clone_for_autograd,
@@ -40,6 +41,7 @@ from .denoiser import ComfyDenoiser
 from .fingerprint import training_fingerprint
 from .plain_weights import plain_weights
 from .training_set import Subject, training_set, without_inference_tensors
+from .transformer_blocks import transformer_gradients
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class AdapterTraining:
         denoiser_class: Callable[..., ComfyDenoiser] = ComfyDenoiser,
     ) -> None:
         self.description = describe(model)
+        warn_if_experimental(self.description.architecture)
         check_placeholder_token(clip, subject.placeholder_token)
         captions = captions_for(
             subject.captions,
@@ -110,9 +113,9 @@ class AdapterTraining:
         """Load the models, let gradients through them, and create what is learned."""
         try:
             with training_mode(), contextlib.ExitStack() as undo:
-                model_management.load_models_gpu(
-                    [self.patcher, self.clip.patcher], memory_required=1e20, force_full_load=True
-                )  # more than any device has: whatever else is loaded makes room
+                self._known_texts = self._texts_in_advance()
+                models = [self.patcher, *([] if self._known_texts else [self.clip.patcher])]
+                load_fully(models)
                 self.dtype = self._let_gradients_through(undo)
                 self.config = dataclasses.replace(self.config, loss_scaling=self.dtype == torch.float16)
                 self._create_trainables()
@@ -171,14 +174,18 @@ class AdapterTraining:
         )
 
     def _let_gradients_through(self, undo: contextlib.ExitStack) -> torch.dtype:
-        """Change both loaded models for the training. -> what the UNet computes in"""
+        """Change both loaded models for the training. -> what the network computes in"""
         base, encoder = self.patcher.model, self.clip.cond_stage_model
-        undo.enter_context(plain_weights(self.patcher, self.clip.patcher))
+        network = base.diffusion_model
+        undo.enter_context(plain_weights(self.patcher, *([] if self._known_texts else [self.clip.patcher])))
         make_differentiable(base)
         make_differentiable(encoder)
-        undo.enter_context(memory_efficient_layers(base.diffusion_model, encoder))
-        save_activation_memory = checkpoint_activations if self.checkpointing else recompute_cheap_ops
-        undo.enter_context(save_activation_memory(base.diffusion_model))
+        undo.enter_context(memory_efficient_layers(network, encoder))
+        if is_transformer(network):
+            undo.enter_context(transformer_gradients(network, self.checkpointing))
+        else:
+            save_activation_memory = checkpoint_activations if self.checkpointing else recompute_cheap_ops
+            undo.enter_context(save_activation_memory(network))
         dtype = compute_dtype(base)
         # Not float16, which cannot hold what some text encoders compute.
         text_dtype = dtype if dtype == torch.bfloat16 else torch.float32
@@ -202,7 +209,22 @@ class AdapterTraining:
             self.description.layers,
             self.device,
             self.dtype,
+            positions=positions(self.description.architecture),
+            known_texts=self._known_texts,
         )
+
+    def _texts_in_advance(self) -> dict[str, TextConditioning]:
+        """Every caption as the text encoder reads it, where the word does not learn and the encoder is a large one.
+
+        It leaves the device then: the model that is loaded next takes all room there is.
+        """
+        if self.config.token_learning_rate > 0 or not is_transformer(self.patcher.model.diffusion_model):
+            return {}
+        load_fully([self.clip.patcher])
+        clip = clip_with_token(self.clip, self.subject.placeholder_token, self._initial)
+        captions = {caption for e in (*self.data.examples, *self.data.views) for caption in e.captions}
+        with torch.no_grad():
+            return {caption: encode_text(clip, [caption]) for caption in sorted({*captions, self.subject.class_word})}
 
     def _fingerprint(self) -> str:
         word = self.subject.class_word
@@ -226,6 +248,7 @@ class AdapterTraining:
                 "prediction_type": prediction_type(self.patcher),
                 "fingerprint": self.fingerprint,
             },
+            positions=positions(self.description.architecture),
         )
 
 
@@ -244,6 +267,11 @@ def _run_steps(training: Training, steps: int, checkpoint: TrainingCheckpoint, o
         raise
     checkpoint.save(training, is_finished=True)
     training.apply_average()
+
+
+def load_fully(patchers: list[Any]) -> None:
+    """Load models and keep nothing else: they are given more room than any device has."""
+    model_management.load_models_gpu(patchers, memory_required=1e20, force_full_load=True)
 
 
 def _rounded(tensor: Tensor) -> Tensor:

@@ -1,0 +1,16 @@
+"""The injection on a model, whichever network it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..networks.registry import is_transformer
+from .patch import SelfAttentionInjection, patch_self_attention
+from .sampling_run import Injection
+from .transformer import TransformerInjection
+
+
+def patch_model(model: Any, injection: Injection) -> Any:
+    """Return a clone of the model that injects; injections that it already has stay and add up."""
+    kind = TransformerInjection if is_transformer(model.model.diffusion_model) else SelfAttentionInjection
+    return patch_self_attention(model, injection, kind)

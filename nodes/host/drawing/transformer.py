@@ -1,0 +1,184 @@
+"""The injection in diffusion transformers: the wrapper around every call of one, and its reference pass.
+
+It differs from a UNet's where the networks do. A call has other arguments, text and picture are one sequence, and what
+other packs do to attention is asked inside ours, so that there is nothing to step aside for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....core.kv import BlockKey, KVBank
+from ....core.site import AtSite
+from ..networks.registry import attending, is_transformer, text_width
+from ..networks.transformers import TransformerInputs
+from ..networks.unet import compute_dtype
+from .foreign import ForeignCode
+from .injected import InjectedCall, Source
+from .patch import SelfAttentionInjection
+from .reference_call import PRIVATE, explained
+from .reference_pass import encode_references
+from .row_texts import COND
+from .sampling_run import RUN_KEY, Injection, SamplingRun, sigma_of
+
+log = logging.getLogger(__name__)
+
+NOTHING_FOREIGN = ForeignCode(frozenset(), (), frozenset())
+OPTIONS = "transformer_options"
+
+
+class TransformerInjection(SelfAttentionInjection):
+    """The wrapper around every call of a transformer, and its two companions around the run."""
+
+    def prepare_sampling_wrapper(
+        self, executor: Any, model: Any, noise_shape: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Ask for room for the pictures as rows of the batch, and for what is kept of them."""
+        one = self.base.memory_required([1, *noise_shape[1:]])
+        rows = -(-sum(bank_bytes(injection, self.base) for injection in self.injections) // max(1, int(one)))
+        noise_shape = [noise_shape[0] + rows, *noise_shape[1:]]
+        return super().prepare_sampling_wrapper(executor, model, noise_shape, *args, **kwargs)
+
+    # A compiled network would pass over the hooks of a call without a word, so it runs as it is while it is injected.
+    @torch.compiler.disable
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        call = NetworkCall.of(executor.original, args, kwargs)
+        run = call.options.get(RUN_KEY) or SamplingRun()
+        network, x = executor.class_obj, call.x
+        sigma = sigma_of(call.options) if any(injection.needs_sigma for injection in self.injections) else None
+        seen = self._rows(run, executor, call.row_arguments(), call.options)
+        seen = [(i, rows) for i, rows in seen if run.is_active(i, sigma, self.base.model_sampling)]
+        if not seen or not self._is_ours(run, network, call):
+            return executor(*args, **kwargs)
+        self._warn_if_compiled(run)
+        sources = []
+        for injection, rows in seen:
+            bank = self._transformer_bank(run, injection, network, sigma, call)
+            sources.append(Source(injection, rows, bank, run.deltas_of(injection.adapter, x)))
+        injected = InjectedCall(sources, run, [])
+        with attending(network, call.options, injected.at, injected.blocks, size=call.size) as options:
+            args, kwargs = call.with_options(options)
+            return executor(*args, **kwargs)
+
+    def _is_ours(self, run: SamplingRun, network: nn.Module, call: NetworkCall) -> bool:
+        if is_transformer(network) and call.context.shape[-1] == text_width(self.base):
+            return True
+        run.record_skip("they go to another network than the one that the adapter was made for")
+        return False
+
+    def _transformer_bank(
+        self, run: SamplingRun, injection: Injection, network: nn.Module, sigma: float | None, call: NetworkCall
+    ) -> KVBank:
+        """The bank for this call: there already, or read now."""
+        key = run.bank_key(injection, network, self.base, sigma, call.x)
+        if key not in run.banks:
+            run.banks[key] = encode_references(
+                TransformerRead(network, call.function, call.x, call.options),
+                self.base,
+                injection.adapter,
+                injection.image_prompt,
+                sigma=sigma if injection.is_noised else None,
+                noise_seed=run.seed,
+                blocks=injection.blocks,
+                deltas=run.deltas_of(injection.adapter, call.x),
+            )
+        return run.banks[key]
+
+    def _warn_if_compiled(self, run: SamplingRun) -> None:
+        if not run.is_told_of_compilation and hasattr(self.base.diffusion_model, "_orig_mod"):
+            run.is_told_of_compilation = True
+            log.warning(
+                "SA-Inject: torch.compile cannot compile this model together with an image prompt. It runs uncompiled "
+                "in the steps that use one."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkCall:
+    """One call of a transformer as it comes from the sampler, whatever its arguments are and however they are given."""
+
+    function: Callable[..., Tensor]
+    names: tuple[str, ...]  # of the arguments that were given by their place
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, function: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> NetworkCall:
+        names = tuple(inspect.signature(function).parameters)[: len(args)]
+        return cls(function, names, tuple(args), kwargs)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.args[self.names.index(name)] if name in self.names else self.kwargs.get(name)
+
+    @property
+    def x(self) -> Tensor:
+        return self.args[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of the latent, (h, w)."""
+        height, width = self.x.shape[-2:]
+        return height, width
+
+    @property
+    def context(self) -> Tensor:
+        return self["context"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self[OPTIONS] or {}
+
+    def row_arguments(self) -> list[Any]:
+        """What tells whose a row is: x, timestep, context and pooled text."""
+        return [self.x, self.args[1], self.context, self["y"]]
+
+    def with_options(self, options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if OPTIONS not in self.names:
+            return self.args, {**self.kwargs, OPTIONS: options}
+        place = self.names.index(OPTIONS)
+        return (*self.args[:place], options, *self.args[place + 1 :]), self.kwargs
+
+
+@dataclass(frozen=True, eq=False)
+class TransformerRead:
+    """What a reference pass needs of the call that draws."""
+
+    network: nn.Module
+    function: Callable[..., Tensor]
+    x: Tensor
+    options: dict[str, Any]
+    foreign: ForeignCode = NOTHING_FOREIGN
+    rows: None = None  # any number may be read at once
+
+    def read(self, inputs: TransformerInputs, at: AtSite, blocks: Collection[BlockKey]) -> None:
+        """Call the network for a reference pass, in which `at` computes the attention of these blocks."""
+        height, width = inputs.x.shape[-2:]
+        options = {name: value for name, value in self.options.items() if name not in PRIVATE}
+        options["cond_or_uncond"] = [COND]
+        options.pop("uuids", None)
+        if isinstance(options.get("sigmas"), Tensor):
+            options["sigmas"] = options["sigmas"].flatten()[:1].expand(len(inputs.x))
+        with (
+            explained(self.foreign),
+            attending(self.network, options, at, blocks, size=(height, width), keeps_hidden=True) as options,
+        ):
+            self.function(inputs.x, inputs.timestep, **inputs.conditions, transformer_options=options)
+
+
+def bank_bytes(injection: Injection, base: Any) -> int:
+    """What is kept of an image prompt while it draws: keys at full width, values at the LoRA's rank."""
+    patch = getattr(base.diffusion_model, "patch_size", 1)
+    tokens = sum(
+        -(-picture.latent.shape[-2] // patch) * -(-picture.latent.shape[-1] // patch)
+        for picture in injection.image_prompt.pictures
+    )
+    info = injection.adapter.info
+    numbers = sum(layer.inner_dim + info.rank for layer in info.layers if layer.key in injection.blocks)
+    return tokens * numbers * compute_dtype(base).itemsize

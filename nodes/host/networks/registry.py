@@ -1,0 +1,141 @@
+"""Which of ComfyUI's networks the pack works on, and who knows each of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from comfy.ldm.modules.attention import SpatialVideoTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor, nn
+
+from ....core.image_prompt import TextConditioning
+from ....core.kv import BlockKey
+from ....core.layers import SelfAttentionLayer
+from ....core.positions import PositionRule
+from ....core.site import AtSite
+from . import flux, nextdit, transformers, unet, unet_sites
+from .architectures import ARCHITECTURES, PATCHED, refusal
+from .transformers import TransformerInputs
+from .unet import NetworkInputs, UnetDescription
+
+log = logging.getLogger(__name__)
+
+FOREIGN_WEIGHTS = ("GGML", "GGUF", "SVDQ", "Nunchaku")  # in the names of classes that hold weights in their own way
+
+
+def describe(model: Any) -> UnetDescription:
+    """Describe the network of a ModelPatcher. Raises ValueError, naming the model, when it is none that we know."""
+    base = model.model
+    network = getattr(base, "diffusion_model", None)
+    if isinstance(network, UNetModel) and not any(isinstance(m, SpatialVideoTransformer) for m in network.modules()):
+        return unet.describe(model)
+    family = _family(base, network)
+    if family is None:
+        raise ValueError(refusal(_names(base, network)))
+    foreign = next((name for name in _weight_classes(network) if name.startswith(FOREIGN_WEIGHTS)), None)
+    if foreign is not None:
+        raise ValueError(refusal([f"{family} as {foreign}"], PATCHED))
+    return UnetDescription(family, _attention_layers(network))
+
+
+def is_transformer(network: Any) -> bool:
+    return nextdit.is_nextdit(network) or flux.is_flux(network)
+
+
+def attending(
+    network: nn.Module,
+    options: dict[str, Any],
+    at: AtSite,
+    blocks: Collection[BlockKey],
+    *,
+    size: tuple[int, int],
+    keeps_hidden: bool = False,
+) -> AbstractContextManager[dict[str, Any]]:
+    """Options for one call of the network, in which `at` computes the self-attention of these blocks.
+
+    size: of the latent (h, w). With `keeps_hidden` every site says what its projections have read.
+    """
+    if nextdit.is_nextdit(network):
+        return nextdit.attending(network, options, at, blocks, size=size, keeps_hidden=keeps_hidden)
+    if flux.is_flux(network):
+        return flux.attending(network, options, at, blocks, size=size, keeps_hidden=keeps_hidden)
+    return unet_sites.attending(network, options, at, blocks, keeps_hidden=keeps_hidden)
+
+
+def hooked(network: nn.Module) -> AbstractContextManager[None]:
+    """What `attending` needs of the network while a backward pass computes layers once more."""
+    return nextdit.hooked(network) if nextdit.is_nextdit(network) else nullcontext()
+
+
+def network_inputs(
+    base: Any, noisy: Tensor, sigma: Tensor, text: TextConditioning, dtype: Any
+) -> NetworkInputs | TransformerInputs:
+    """Scale and cast what a direct call of the network needs. noisy (b, c, h, w), sigma (b,), text with b rows"""
+    kind = transformers if is_transformer(base.diffusion_model) else unet
+    return kind.network_inputs(base, noisy, sigma, text, dtype)
+
+
+def call_network(network: nn.Module, inputs: NetworkInputs | TransformerInputs, options: dict[str, Any]) -> Tensor:
+    """A direct call of the network, past what others have wrapped around the model."""
+    if isinstance(inputs, TransformerInputs):
+        return network(inputs.x, inputs.timestep, **inputs.conditions, transformer_options=options)
+    return network(*inputs, None, options)
+
+
+def model_conditions(base: Any, latent: Tensor, text: TextConditioning) -> dict[str, Any]:
+    """What the model wants beside the latent, by the names that `apply_model` has for it."""
+    kind = transformers if is_transformer(base.diffusion_model) else unet
+    return kind.model_conditions(base, latent, text)
+
+
+def text_width(base: Any) -> int:
+    is_unet = not is_transformer(base.diffusion_model)
+    return base.model_config.unet_config["context_dim"] if is_unet else transformers.text_width(base)
+
+
+def pooled_width(base: Any) -> int | None:
+    """How wide a pooled vector the model wants beside its text. None: it wants none."""
+    return (transformers if is_transformer(base.diffusion_model) else unet).pooled_width(base)
+
+
+def positions(architecture: str) -> PositionRule:
+    """What is done about positions between a picture and its references, where nothing else is said."""
+    return ARCHITECTURES[architecture].positions if architecture in ARCHITECTURES else "none"
+
+
+def warn_if_experimental(architecture: str) -> None:
+    if architecture in ARCHITECTURES and ARCHITECTURES[architecture].is_experimental:
+        log.warning(
+            "SA-Inject: support for %s is experimental. It was tested on small random models, and how well it draws "
+            "has not been measured.",
+            architecture,
+        )
+
+
+def _family(base: Any, network: Any) -> str | None:
+    config = type(base.model_config).__name__
+    if nextdit.is_nextdit(network):
+        return "Z-Image" if config == "ZImage" and getattr(network, "siglip_embedder", None) is None else None
+    if not flux.is_flux(network) or not flux.is_plain(network):
+        return None
+    return {"Flux": "Flux.1", "FluxSchnell": "Flux.1", "Flux2": "Flux.2", "Chroma": "Chroma"}.get(config)
+
+
+def _attention_layers(network: Any) -> tuple[SelfAttentionLayer, ...]:
+    return (nextdit if nextdit.is_nextdit(network) else flux).attention_layers(network)
+
+
+def _names(base: Any, network: Any) -> list[str]:
+    """Of the classes of a model and of its network, the one first that people know it by."""
+    config = type(getattr(base, "model_config", None)).__name__
+    classes = [*type(base).__mro__, *type(network).__mro__]
+    first = config if type(base).__name__ in ("Lumina2", "Flux", "Flux2") else type(base).__name__
+    return [first, config, *(kind.__name__ for kind in classes)]
+
+
+def _weight_classes(network: nn.Module) -> list[str]:
+    kinds = {type(module).__name__ for module in network.modules()}
+    return sorted(kinds | {type(weight).__name__ for weight in network.parameters()})

@@ -1,0 +1,78 @@
+"""What a diffusion transformer of ComfyUI is called with, whichever it is."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ....core.image_prompt import TextConditioning
+
+# Guidance-distilled models are told how strongly they are to follow the text. A reference is read, and a subject is
+# learned, without any of that.
+GUIDANCE = 1.0
+
+
+class TransformerInputs(NamedTuple):
+    """What the network is called with, cast and scaled; all rows aligned, their texts of one length."""
+
+    x: Tensor
+    timestep: Tensor
+    conditions: dict[str, Any]  # by the names of the network's own arguments
+
+
+def model_conditions(base: Any, latent: Tensor, text: TextConditioning) -> dict[str, Any]:
+    """Ask the model what it wants beside the latent, by the names that `apply_model` has for it.
+
+    latent (b, c, h, w) already scaled, text with b rows of one length
+    """
+    b, _, h, w = latent.shape
+    guidance = {"guidance": GUIDANCE} if _is_told_guidance(base) else {}
+    conditions = type(base).extra_conds(
+        base,
+        noise=latent,
+        latent_image=latent,
+        device=latent.device,
+        cross_attn=text.cross_attn.to(latent.device),
+        pooled_output=None if text.pooled is None else text.pooled.to(latent.device),
+        width=w * 8,
+        height=h * 8,
+        prompt_type="positive",
+        **guidance,
+    )
+    return {name: condition.process_cond(batch_size=b, area=None).cond for name, condition in conditions.items()}
+
+
+def network_inputs(base: Any, noisy: Tensor, sigma: Tensor, text: TextConditioning, dtype: Any) -> TransformerInputs:
+    """Scale and cast what a direct call of the network needs, as BaseModel.apply_model does before the call.
+
+    noisy (b, c, h, w), sigma (b,), text with b rows of one length
+    """
+    conditions = model_conditions(base, noisy, text)
+    context = conditions.pop("c_crossattn")
+    cast = {name: _cast(value, noisy, dtype) for name, value in conditions.items()}
+    return TransformerInputs(
+        x=base.model_sampling.calculate_input(sigma, noisy).to(dtype),
+        timestep=base.model_sampling.timestep(sigma).float(),
+        conditions={"context": context.to(noisy.device, dtype), **cast},
+    )
+
+
+def text_width(base: Any) -> int:
+    config = base.model_config.unet_config
+    return config["cap_feat_dim"] if "cap_feat_dim" in config else config["context_in_dim"]
+
+
+def pooled_width(base: Any) -> int | None:
+    """How wide a pooled vector the model wants beside its text. None: it wants none."""
+    return base.model_config.unet_config.get("vec_in_dim")
+
+
+def _is_told_guidance(base: Any) -> bool:
+    return bool(base.model_config.unet_config.get("guidance_embed"))
+
+
+def _cast(value: Any, like: Tensor, dtype: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(like.device, dtype if value.is_floating_point() else value.dtype)
