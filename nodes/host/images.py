@@ -115,7 +115,7 @@ def encode_picture(vae: Any, picture: Tensor, latent_channels: int | None = None
             f"model wants {latent_channels or 4} channels and 2. Connect the VAE of the same base model."
         )
     if not bool(latent.isfinite().all()):
-        raise ValueError(f"{vae_name(vae)} gave values that are not numbers for a picture. {VAE_CURE}")
+        raise ValueError(f"{vae_name(vae)} gave NaN or infinite values for a picture. {VAE_CURE}")
     return latent
 
 
@@ -125,9 +125,9 @@ def decode_latents(vae: Any, latent: Tensor) -> Tensor:
     if bool(images.isfinite().all()):
         return images
     if bool(latent.isfinite().all()):
-        log.warning("%s gave values that are not numbers, so previews are black. %s", vae_name(vae), VAE_CURE)
+        log.warning("%s gave NaN or infinite values, so previews are black. %s", vae_name(vae), VAE_CURE)
     else:
-        log.warning("The model drew values that are not numbers, so previews are black.")
+        log.warning("The model drew NaN or infinite values, so previews are black.")
     return images.nan_to_num(0.0, 0.0, 0.0)
 
 
@@ -143,7 +143,7 @@ def _rgb(picture: Tensor, what: str) -> Tensor:
     if h == 0 or w == 0:
         raise ValueError(f"{what} has no pixels ({w}x{h}). Remove it.")
     if not bool(torch.isfinite(picture).all()):
-        raise ValueError(f"{what} holds values that are not numbers (NaN or infinite). Remove it or save it again.")
+        raise ValueError(f"{what} holds NaN or infinite values. Remove it or save it again.")
     picture = picture.cpu().float()
     if not 0 <= picture.amin() <= picture.amax() <= 1:  # a copy only then: many pictures of a camera fill the memory
         picture = picture.clamp(0, 1)

@@ -109,7 +109,7 @@ def _mask_of(mask: Tensor, picture: Tensor, number: int, what: str) -> Tensor | 
             f"{hint if mask.shape == HOST_PLACEHOLDER else ''}"
         )
     if not bool(mask.isfinite().all()):
-        raise ValueError(f"{what}: mask {number} holds values that are not numbers.")
+        raise ValueError(f"{what}: mask {number} holds NaN or infinite values. Save it again.")
     if not 0 <= mask.amin() <= mask.amax() <= 1:
         mask = mask.clamp(0, 1)
     if bool((mask == 1).all()):

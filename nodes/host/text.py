@@ -42,16 +42,16 @@ def clip_with_token(clip: Any, placeholder_token: str, vectors: Mapping[str, Ten
     """
     tokenizers = encoder_tokenizers(clip)
     if not tokenizers:
-        raise ValueError("The connected CLIP has no CLIP text encoder that could hold a learned word.")
+        raise ValueError("The connected CLIP has no CLIP text encoder. Connect the CLIP of the base model.")
     if set(vectors) != set(tokenizers):
         raise ValueError(
-            f"The learned word '{placeholder_token}' was trained for {', '.join(vectors)}, but the connected CLIP has "
+            f"The token '{placeholder_token}' was trained for {', '.join(vectors)}, but the connected CLIP has "
             f"{', '.join(tokenizers)}. Connect the CLIP of the base model that the adapter was trained on."
         )
     for name, tokenizer in tokenizers.items():
         if vectors[name].shape[-1] != tokenizer.embedding_size:
             raise ValueError(
-                f"The learned word '{placeholder_token}' is {vectors[name].shape[-1]} wide for {name}, but the "
+                f"The token '{placeholder_token}' has embedding size {vectors[name].shape[-1]} for {name}, but the "
                 f"connected CLIP expects {tokenizer.embedding_size}. Connect the CLIP of the adapter's base model."
             )
     patched_clip = clip.clone()
@@ -89,8 +89,8 @@ class PlaceholderTokenizer:
             return
         self._reported.add(text)
         log.warning(
-            "SA-Inject: the learned word '%s' was not found in the prompt '%s', where its letters are part of a longer "
-            "word. Put a space beside it.",
+            "SA-Inject: the placeholder token '%s' was not found in the prompt '%s', where its letters are part of a "
+            "longer word. Put a space beside it.",
             "', '".join(hidden),
             text,
         )

@@ -62,7 +62,7 @@ def test_image_with_values_that_are_no_numbers(refused, value):
     images = pictures(3)
     images[2, 5, 5, 1] = value
     words = refused(images=images)
-    assert f"{NODE}: image 3 holds values that are not numbers" in words and "Remove it or save it again" in words
+    assert f"{NODE}: image 3 holds NaN or infinite values" in words and "Remove it or save it again" in words
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -97,7 +97,7 @@ def test_another_number_of_masks(refused):
 def test_mask_with_values_that_are_no_numbers(refused):
     masks = torch.ones(2, 64, 64)
     masks[1, 0, 0] = float("nan")
-    assert f"{NODE}: mask 2 holds values that are not numbers" in refused(masks=masks)
+    assert f"{NODE}: mask 2 holds NaN or infinite values" in refused(masks=masks)
 
 
 def test_another_number_of_captions(refused):

@@ -1,4 +1,4 @@
-"""Other packs on the same model: nobody crashes, both effects stay, and where ours steps aside a log line says so.
+"""Other packs on the same model: nobody crashes, both effects stay, and where injection is skipped a log line says so.
 
 Every node is tried upstream and downstream of ours; the picture is the same.
 """
@@ -47,9 +47,9 @@ def injected(comfy_host, model, ours) -> Tensor:
 
 @pytest.fixture
 def log(caplog) -> Callable[[], list[str]]:
-    """The lines in which ours said where it stepped aside."""
+    """The lines that say where injection was skipped."""
     caplog.set_level(logging.INFO)
-    return lambda: [r.getMessage() for r in caplog.records if "SA-Inject stepped aside" in r.getMessage()]
+    return lambda: [r.getMessage() for r in caplog.records if "SA-Inject skipped injection" in r.getMessage()]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def both_stay(comfy_host, model, ours, injected) -> Callable[[Node], Tensor]:
 @pytest.mark.parametrize("node_id", ["PerturbedAttentionGuidance", "SelfAttentionGuidance"])
 def test_guidance_that_replaces_the_middle_keeps_it(comfy_host, model, log, node_id, both_stay):
     both_stay(lambda given: comfy_host.execute(node_id, model=given, scale=2.0)[0])
-    assert set(log()) == {f"SA-Inject stepped aside in middle 0.0: {REPLACED}."}
+    assert set(log()) == {f"SA-Inject skipped injection in middle 0.0: {REPLACED}."}
 
 
 def test_perturbed_attention_pass_is_injected_elsewhere(comfy_host, model, ours):
@@ -187,7 +187,7 @@ def test_area_steps_aside_where_tokens_are_not_where_they_were(comfy_host, model
     (patched,) = comfy_host.execute(node_id, model=spy.on(apply(comfy_host, model, attn_mask=area)), **widgets)
     sample(comfy_host, patched, steps=1, cfg=1.0)
     reason = "tokens were merged or tiled there, so attn_mask cannot be placed"
-    assert log() == [f"SA-Inject stepped aside in input 1.0, output 3.0: {reason}."]
+    assert log() == [f"SA-Inject skipped injection in input 1.0, output 3.0: {reason}."]
     assert [str(a.key) for a in spy.attended if a.k.shape[1] == 16 and a.injected_rows() == [0]] == [
         "input 3.0",
         "middle 0.0",
@@ -274,7 +274,7 @@ def test_a_replacement_of_another_pack_is_called_and_stays(comfy_host, model, ou
         return comfy_host.execute("ProbeReplaceAttn1", model=given, stage="input", index=1, depth=depth, scale=-1.0)[0]
 
     together = both_stay(replaced)
-    assert set(log()) == {f"SA-Inject stepped aside in input 1.0: {REPLACED}."}
+    assert set(log()) == {f"SA-Inject skipped injection in input 1.0: {REPLACED}."}
     spy = Spy()
     assert torch.equal(sample(comfy_host, spy.on(ours(replaced(model)))), together)
     for a in spy.attended:

@@ -119,7 +119,7 @@ def test_attention_of_another_pack_keeps_its_place(comfy_host, model, texts, log
         return lambda given: comfy_host.execute("ProbeSharedAttention", model=given, layers=layers)[0]
 
     drawn(comfy_host, shared(1), mode, model=model, **texts)
-    assert set(log()) == {"SA-Inject stepped aside in input 1.0: another node replaces the self-attention there."}
+    assert set(log()) == {"SA-Inject skipped injection in input 1.0: another node replaces the self-attention there."}
     everywhere = shared(99)(apply(comfy_host, model, make_adapter(model, mode)))
     found = count_unet_rows(model, lambda: sample(comfy_host, everywhere, **texts))
     assert found.rows == [2, 2]  # nothing to read for

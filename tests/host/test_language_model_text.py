@@ -106,7 +106,7 @@ def test_other_prompts_and_the_given_clip_stay(clip):
 
 def test_vectors_of_another_width_are_refused(clip):
     wrong = {name: vector.repeat(1, 2) for name, vector in vectors_of(clip).items()}
-    with pytest.raises(ValueError, match="wide for .* Connect the CLIP of the adapter's base model"):
+    with pytest.raises(ValueError, match="has embedding size .* Connect the CLIP of the adapter's base model"):
         teach(clip, wrong)
 
 

@@ -444,7 +444,7 @@ def test_area_steps_aside_where_only_a_part_of_the_picture_is_drawn(comfy_host, 
     with caplog.at_level(logging.INFO):
         sample(comfy_host, spy.on(apply(comfy_host, model, attn_mask=area)), **inputs)
     assert_only_rows_that_read(spy, positive)
-    (line,) = [r.getMessage() for r in caplog.records if "stepped aside" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "skipped injection" in r.getMessage()]
     assert "attn_mask" in line and "part of the picture" in line
 
     caplog.clear()
@@ -452,7 +452,7 @@ def test_area_steps_aside_where_only_a_part_of_the_picture_is_drawn(comfy_host, 
     with caplog.at_level(logging.INFO):
         sample(comfy_host, spy.on(apply(comfy_host, model)), **inputs)
     assert_only_rows_that_read(spy, positive, second)
-    assert "stepped aside" not in caplog.text
+    assert "skipped injection" not in caplog.text
 
 
 def test_area_steps_aside_in_tiled_calls(comfy_host, model, positive, negative, caplog):
@@ -470,8 +470,8 @@ def test_area_steps_aside_in_tiled_calls(comfy_host, model, positive, negative, 
         sample(comfy_host, spy.on(apply(comfy_host, tiled)), **inputs)
     assert {call["x"].shape[-1] for call in spy.calls} == {8}
     assert_only_rows_that_read(spy, positive)
-    assert "stepped aside" not in caplog.text
+    assert "skipped injection" not in caplog.text
     with caplog.at_level(logging.INFO):
         found = sample(comfy_host, apply(comfy_host, tiled, attn_mask=torch.ones(1, 64, 128)), **inputs)
     assert torch.equal(found, sample(comfy_host, tiled, **inputs))
-    assert "stepped aside" in caplog.text
+    assert "skipped injection" in caplog.text

@@ -94,8 +94,8 @@ def _check_texts(model: Any, image_prompt: ImagePrompt) -> None:
         name, width = f"The conditioning of picture {number} of the image prompt", picture.text.cross_attn.shape[-1]
         if width != wanted:
             raise ValueError(
-                f"{name} is {width} wide, but the model wants {wanted}. Encode the text with the CLIP of this base "
-                f"model."
+                f"{name} has embedding size {width}, but the model expects {wanted}. Encode the text with the CLIP of "
+                f"this base model."
             )
         found = None if picture.text.pooled is None else picture.text.pooled.shape[-1]
         if pooled not in (None, found):
@@ -112,7 +112,7 @@ def _one_mask(attn_mask: Tensor) -> Tensor:
         raise ValueError("attn_mask is empty. Connect a mask of at least one pixel, or leave it open.")
     masks = attn_mask.reshape(-1, *attn_mask.shape[-2:]).float()
     if not bool(torch.isfinite(masks).all()):
-        raise ValueError("attn_mask holds values that are not numbers.")
+        raise ValueError("attn_mask holds NaN or infinite values. Connect another mask.")
     if any(not mask.equal(masks[0]) for mask in masks[1:]):
         raise ValueError(
             f"attn_mask is a batch of {len(masks)} masks, but one mask is wanted. Pick one of them, or chain an Apply "

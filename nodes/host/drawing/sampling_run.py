@@ -131,7 +131,7 @@ class SamplingRun:
     def report(self, injections: Sequence[Injection]) -> None:
         for reason, blocks in self.skipped.items():
             where = ", ".join(map(str, sorted(blocks))) or "some calls of the model"
-            log.info("SA-Inject stepped aside in %s: %s.", where, reason)
+            log.info("SA-Inject skipped injection in %s: %s.", where, reason)
         for injection in injections:
             if self.was_active.get(id(injection)) is False:
                 self._warn_nothing_injected(injection)
