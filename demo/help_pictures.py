@@ -1,6 +1,6 @@
 """Draw the pictures of the README and the help pages: what the adapter does, and what three settings of Apply do.
 
-    COMFYUI_PATH=.comfyui python demo/help_pictures.py
+    COMFYUI_PATH=.comfyui python demo/help_pictures.py [result] [strength] [start_percent] [blocks]
 
 It trains as the demo does, on the same ComfyUI graph, and changes one setting of Apply at a time.
 """
@@ -28,13 +28,14 @@ log = logging.getLogger("demo")
 
 RESULT = ROOT / "docs" / "images" / "result.webp"
 HELP_PICTURES = ROOT / "web" / "docs" / "images"
-STEPS = 300  # the demo takes 100, so as not to keep people waiting
+STEPS = 200  # the demo takes 100, so as not to keep people waiting
 PROMPT = "a large {} on the right, purple background"
 SETTINGS = {
-    "strength": (0.0, 0.4, 0.7, 1.0, 1.5, 3.0),
-    "start_percent": (0.0, 0.15, 0.3, 0.6, 0.9),
-    "blocks": ("all", "encoder", "middle", "decoder", "middle and decoder"),
+    "strength": (0.0, 0.4, 0.7, 1.0, 3.0),
+    "start_percent": (0.0, 0.3, 0.6),
+    "blocks": ("all", "encoder", "middle", "decoder"),
 }
+DEFAULTS = {("strength", 0.7), ("start_percent", 0.3), ("blocks", "all")}
 CELL, GAP, LABEL = 128, 6, 22
 PAPER, INK = "#ffffff", "#222222"
 
@@ -51,10 +52,16 @@ def main() -> None:
     shutil.copytree(SUBJECT, BASE / "input" / INPUT_FOLDER, dirs_exist_ok=True)
     with ServerProcess(Path(os.environ["COMFYUI_PATH"]).resolve(), BASE, {"sa-inject": ROOT}) as server:
         graph = with_input(demo_graph(server.client), "TrainSAInjectAdapter", "steps", STEPS)
-        save(result_sheet(server.client, graph), RESULT)
+        wanted = sys.argv[1:] or ["result", *SETTINGS]
+        if "result" in wanted:
+            save(result_sheet(server.client, graph), RESULT)
+        graph = with_input(with_prompt(graph, PROMPT), "EmptyLatentImage", "batch_size", 1)
+        default = draw(server.client, graph, PROMPT).adapter[0]
         for name, values in SETTINGS.items():
-            groups = [Group(f"{value}", [drawn_with(server.client, graph, name, value)]) for value in values]
-            save(sheet([groups]), HELP_PICTURES / f"{name}.webp")
+            if name in wanted:
+                drawn = {value: drawn_with(server.client, graph, name, value, default) for value in values}
+                groups = [Group(f"{value}", [picture]) for value, picture in drawn.items()]
+                save(sheet([groups]), HELP_PICTURES / f"{name}.webp")
 
 
 def result_sheet(client: HostClient, graph: Graph) -> Image.Image:
@@ -65,10 +72,11 @@ def result_sheet(client: HostClient, graph: Graph) -> Image.Image:
     return sheet([[Group("The subject: five pictures", subject)], pairs])
 
 
-def drawn_with(client: HostClient, graph: Graph, name: str, value: object) -> Image.Image:
+def drawn_with(client: HostClient, graph: Graph, name: str, value: object, default: Image.Image) -> Image.Image:
     log.info("%s = %s", name, value)
-    changed = with_input(with_prompt(graph, PROMPT), "ApplySelfAttnInjection", name, value)
-    return draw(client, changed, PROMPT).adapter[0]
+    if (name, value) in DEFAULTS:
+        return default
+    return draw(client, with_input(graph, "ApplySelfAttnInjection", name, value), PROMPT).adapter[0]
 
 
 def with_input(graph: Graph, node_id: str, name: str, value: object) -> Graph:
