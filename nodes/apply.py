@@ -46,8 +46,8 @@ class ApplySelfAttnInjection(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Where injection starts, as a fraction of the sampling schedule. 0.3: as trained; "
-                    "the text decides the layout. 0: from the first step; the layout follows the "
-                    "reference as well. 0.6: only details follow the reference. With 1 to 4 steps "
+                    "the text decides the layout. 0: from the first step; the layout may "
+                    "follow the reference too. 0.6: only details follow the reference. With 1 to 4 steps "
                     "(Turbo, LCM, Lightning) use 0 to 0.25.",
                 ),
                 io.Float.Input(
@@ -71,9 +71,9 @@ class ApplySelfAttnInjection(io.ComfyNode):
                     "blocks",
                     options=list(BLOCK_CHOICES),
                     default="all",
-                    tooltip="Which self-attention layers of the UNet get the reference. all: as trained. "
-                    "encoder: mostly layout and shape. middle: the coarsest layers alone, a weak "
-                    "effect. decoder: mostly colour and detail. middle and decoder: both of them.",
+                    tooltip="Which self-attention layers of the UNet get the reference. all: as trained. decoder: "
+                    "nearly the whole effect. encoder, or middle (the coarsest layers): a weak effect. middle "
+                    "and decoder: both of them.",
                 ),
                 io.Mask.Input(
                     "attn_mask",

@@ -299,7 +299,9 @@ def test_text_of_another_model_is_refused_by_the_picture(comfy_host, model):
     from sa_inject.core.image_prompt import ImagePrompt, ReferenceImage, TextConditioning  # pyright: ignore[reportMissingImports]
 
     picture = ReferenceImage(random(1, 4, 8, 8), text=TextConditioning(random(1, 7, 33)))
-    with pytest.raises(ValueError, match="conditioning of picture 1 of the image prompt has embedding size 33,.* expects 768"):
+    with pytest.raises(
+        ValueError, match="conditioning of picture 1 of the image prompt has embedding size 33,.* expects 768"
+    ):
         apply(comfy_host, model, prompt=ImagePrompt((picture,)))
 
 

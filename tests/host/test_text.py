@@ -182,7 +182,9 @@ def test_word_for_more_encoders_than_the_clip_has_is_refused(sd15_clip):
 
 
 def test_clip_of_another_width_is_refused(sd15_clip):
-    with pytest.raises(ValueError, match="'sainj' has embedding size 1024 for clip_l, but .* expects 768. Connect the CLIP of"):
+    with pytest.raises(
+        ValueError, match="'sainj' has embedding size 1024 for clip_l, but .* expects 768. Connect the CLIP of"
+    ):
         teach(sd15_clip, {"clip_l": random(1, 1024)})
 
 
