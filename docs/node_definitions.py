@@ -1,4 +1,4 @@
-"""The English texts of the nodes, `locales/en/nodeDefs.json`, from their schemas: what the other languages translate."""
+"""The English texts of the nodes, `locales/en/nodeDefs.json`, from their schemas. Other locales translate them."""
 
 from __future__ import annotations
 
