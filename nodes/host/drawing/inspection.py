@@ -13,6 +13,7 @@ from typing import Any
 
 import comfy.sample
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
@@ -59,6 +60,10 @@ def inspect_sampling(
         raise ValueError(
             "Inspect Self-Attention Injection: the connected model has no injection. Connect the model that comes "
             "out of Apply Self-Attention Injection."
+        )
+    if not isinstance(model.model.diffusion_model, UNetModel):
+        raise ValueError(
+            "Inspect Self-Attention Injection: the connected model is no UNet. Connect an SD1.x, SD2.x or SDXL model."
         )
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     watcher = Watcher(injections, model.get_model_object("model_sampling"), tuple(samples.shape[-2:]), point)
