@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 from comfy_api.latest import io
@@ -11,7 +12,7 @@ from ..core.image_prompt import ImagePrompt, ReferenceImage
 from ..trainer.config import TrainConfig
 from ..trainer.presets import AS_SET, PRESETS, with_preset
 from ..trainer.settings import TrainingSettings
-from .host.drawing.preview import draw_previews
+from .host.drawing.preview import draw_previews, draw_samples, sample_texts
 from .host.files import adapter_folder
 from .host.images import SIZE_MULTIPLE, encode_picture, fit_picture, split_images, to_comfy
 from .host.inputs import mark_advanced
@@ -19,10 +20,10 @@ from .host.learning.training import PRECISIONS, AdapterTraining
 from .host.learning.training_set import Subject
 from .host.masks import keeps_something, split_masks
 from .host.networks.registry import describe
-from .host.progress import TrainingProgress
 from .host.provenance import Provenance
 from .host.saving import check_can_save, save_or_rescue, wanted_path
 from .host.text import clip_with_token
+from .host.training_progress import TrainingProgress
 from .sockets import CATEGORY, SA_INJECT_ADAPTER, SA_INJECT_TRAINING_SETTINGS
 from .version import VERSION
 
@@ -246,7 +247,14 @@ class TrainSAInjectAdapter(io.ComfyNode):
                 SA_INJECT_TRAINING_SETTINGS.Input(
                     "settings",
                     optional=True,
-                    tooltip="More settings, from SA-Inject Training Settings. Left open, its defaults hold.",
+                    tooltip="More settings, from SA-Inject Training Settings. Not connected: its defaults.",
+                ),
+                SA_INJECT_ADAPTER.Input(
+                    "adapter",
+                    optional=True,
+                    tooltip="An adapter of the same kind of model to begin with, from Load SA-Inject Adapter. A new "
+                    "training starts from its values; its rank, alpha and token_vectors replace those set here. Not "
+                    "connected: the training starts from nothing.",
                 ),
             ],
             outputs=[
@@ -260,6 +268,11 @@ class TrainSAInjectAdapter(io.ComfyNode):
                     display_name="loss_map", tooltip="The loss of every step, for Plot Loss Graph."
                 ),
                 io.Image.Output(display_name="previews", tooltip="Pictures drawn with the finished adapter."),
+                io.Image.Output(
+                    display_name="samples",
+                    tooltip="All sample pictures as one: a row for each step, a column for each prompt. Without "
+                    "samples it is the first training picture.",
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
@@ -268,7 +281,18 @@ class TrainSAInjectAdapter(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, vae, images, captions=None, masks=None, preset=(AS_SET,), settings=None, **inputs
+        cls,
+        model,
+        clip,
+        vae,
+        images,
+        captions=None,
+        masks=None,
+        sample_every=(0,),
+        preset=(AS_SET,),
+        settings=None,
+        adapter=None,
+        **inputs,
     ) -> io.NodeOutput:
         model, clip, vae = model[0], clip[0], vae[0]
         for name, part in (("clip", clip), ("vae", vae)):
@@ -304,33 +328,57 @@ class TrainSAInjectAdapter(io.ComfyNode):
             **more.for_config(),
         )
         check_can_save(path, describe(model).layers, config.rank)
-        progress = TrainingProgress(config.steps, cls.hidden.unique_id)
-        training = AdapterTraining(
-            model,
-            clip,
-            vae,
-            subject,
-            config,
-            precision=chosen["precision"],
-            checkpointing=chosen["gradient_checkpointing"],
+        if more.sample_every == 0:
+            more = dataclasses.replace(more, sample_every=sample_every[0])
+        texts = sample_texts(more.sample_prompts, subject.placeholder_token, subject.class_word)
+
+        def draw(adapter):
+            return draw_samples(model, clip, vae, adapter, _image_prompt(vae, subject), texts, config.seed)
+
+        progress = TrainingProgress(
+            config.steps,
+            cls.hidden.unique_id,
+            name=path.relative_to(adapter_folder()).with_suffix("").as_posix(),
+            words=(subject.placeholder_token, subject.class_word),
+            settings=more,
+            prompts=texts,
+            draw=draw,
         )
-        with training.prepare():
-            losses = training.run(adapter_folder(), progress.update)
-            adapter = training.build(path.stem)
-        log.info("Trained adapter '%s': %d steps, final loss %.4f.", adapter.name, len(losses), losses[-1])
-        provenance = Provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo, VERSION, thumbnail=pictures[0])
-        adapter, text = save_or_rescue(adapter, path, provenance)
-        progress.say(text)
-        patched_clip = clip_with_token(clip, adapter.info.placeholder_token, adapter.token_embedding)
-        previews = _previews(model, clip, vae, adapter, subject, chosen["previews"], config.seed)
-        return io.NodeOutput(adapter, patched_clip, {"loss": losses}, previews)
+        with progress:
+            progress.enter("encoding")
+            training = AdapterTraining(
+                model,
+                clip,
+                vae,
+                subject,
+                config,
+                precision=chosen["precision"],
+                checkpointing=chosen["gradient_checkpointing"],
+                hold_out=more.hold_out,
+                begin_with=adapter[0] if adapter else None,
+            )
+            with training.prepare():
+                losses = training.run(adapter_folder(), progress)
+                trained = training.build(path.stem)
+            log.info("Trained adapter '%s': %d steps, final loss %.4f.", trained.name, len(losses), losses[-1])
+            provenance = Provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo, VERSION, thumbnail=pictures[0])
+            trained, text = save_or_rescue(trained, path, provenance)
+            progress.finished(text)
+        patched_clip = clip_with_token(clip, trained.info.placeholder_token, trained.token_embedding)
+        previews = _previews(model, clip, vae, trained, subject, chosen["previews"], config.seed)
+        sheet = progress.sheet()
+        samples = to_comfy(subject.pictures[0]) if sheet is None else sheet
+        return io.NodeOutput(trained, patched_clip, {"loss": losses}, previews, samples, ui=progress.ui())
 
 
 def _previews(model, clip, vae, adapter, subject, count, seed):
     if count == 0:
         return to_comfy(subject.pictures[0])
+    return draw_previews(model, clip, vae, adapter, _image_prompt(vae, subject), count, seed)
+
+
+def _image_prompt(vae, subject):
     picture, mask = fit_picture(subject.pictures[0], subject.masks[0], subject.resolution, "crop")
     if mask is not None and not keeps_something(mask):  # the crop has cut off the subject
         picture, mask = fit_picture(subject.pictures[0], subject.masks[0], subject.resolution, "pad")
-    prompt = ImagePrompt((ReferenceImage(encode_picture(vae, picture), mask),))
-    return draw_previews(model, clip, vae, adapter, prompt, count, seed)
+    return ImagePrompt((ReferenceImage(encode_picture(vae, picture), mask),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ class Step(NamedTuple):
 
     number: int  # counts from 1
     loss: float
+    gradient_norm: float | None = None  # before it is clipped; None where nothing has a gradient
 
 
 # Batches in a row whose scaled gradients overflow before it is called more than a scale that has to be found: halved so
@@ -65,6 +67,7 @@ class Training(Iterator[Step]):
         """`reference_caption` is what the reference pass reads: without the learned word, so that it is encoded only
         once. `workers` are the processes that share every batch, given the same of everything else."""
         self.losses: list[float] = []  # of every step that is done
+        self._gradient_norm: float | None = None
         self.overflows = 0  # batches that gave no step, for their gradients overflowed in float16
         self._config = config
         self._device = device
@@ -121,7 +124,7 @@ class Training(Iterator[Step]):
         if self._average is not None:
             self._average.update_parameters(self._create_trainables)
         self._rng_state, self._scale = self._capture_rng_state(), self._scaler.state_dict()
-        return Step(number, loss)
+        return Step(number, loss, self._gradient_norm)
 
     def _optimize(self, number: int) -> bool:
         """Change what learns by its gradients, and drop those. -> whether they were numbers
@@ -131,10 +134,12 @@ class Training(Iterator[Step]):
         config = self._config
         if all(parameter.grad is None for parameter in self._create_trainables):
             self._optimizer.step()  # of nothing: a word alone that does not learn
+            self._gradient_norm = None
             return True
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._create_trainables, config.max_gradient_norm)
-        is_finite = bool(torch.isfinite(norm))
+        self._gradient_norm = norm.item()
+        is_finite = math.isfinite(self._gradient_norm)
         if not (is_finite or config.loss_scaling):
             raise DivergedError(f"The gradient became {norm.item()} at step {number}. Lower the learning rates.")
         if is_finite:
@@ -171,6 +176,38 @@ class Training(Iterator[Step]):
         if self._average is not None:
             self._create_trainables.load_state_dict(self._average.module.state_dict())
             self._restore_token_norms()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the trainables be what `apply_average` makes of them, for as long as this lasts."""
+        before = [parameter.detach().clone() for parameter in self._create_trainables]
+        try:
+            if self.losses:  # before the first step there is nothing to average
+                self.apply_average()
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self._create_trainables, before, strict=True):
+                    parameter.copy_(value)
+
+    def rewind(self) -> None:
+        """Drop what a step that failed has drawn and added up, as if it had not begun."""
+        random, waiting = self._rng_state
+        self._generator.set_state(random)
+        self._pairs.waiting = list(waiting)
+        self._scaler.load_state_dict(self._scale)
+        self._optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def loss_of(self, group: NoisedPairs) -> float:
+        """Mean loss of pairs that have one shape, from which nothing is learned."""
+        learns = self._losses.trains_token_embedding
+        self._losses.trains_token_embedding = True  # no text is kept for the steps: an average may be measured
+        try:
+            parts = ((next(iter(self._losses.of_pairs(part))), len(part.pairs)) for part in self._parts(group))
+            return sum(loss.value.item() * rows for loss, rows in parts) / len(group.pairs)
+        finally:
+            self._losses.trains_token_embedding = learns
 
     @property
     def learning_rates(self) -> tuple[float, float]:

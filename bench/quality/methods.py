@@ -248,6 +248,7 @@ def learned_adapter(task: TrainingTask, **changes: Any) -> tuple[Adapter, Any]:
         "seed": task.settings.seed,
         "file_name": "bench",
         "previews": 0,
+        "sample_every": 0,
     }
     chosen |= {**changes, **({"alpha": float(changes["rank"])} if "rank" in changes else {})}
     adapter, clip, *_ = host.execute(

@@ -79,6 +79,7 @@ def train_ours(task: Task, steps: int, **changes: Any) -> list[float]:
             gradient_checkpointing=task.checkpointing,
             seed=task.seed,
             previews=0,
+            sample_every=0,
             file_name="bench",
             **changes,
         )

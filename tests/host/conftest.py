@@ -166,6 +166,15 @@ def forget_trainings() -> Iterator[Callable[[], None]]:
     forget()
 
 
+@pytest.fixture
+def adapters_folder(comfy_host, pack_nodes) -> Iterator[Path]:
+    """models/sa_inject, with nothing in it before and after."""
+    found = comfy_host.base / "models/sa_inject"
+    shutil.rmtree(found, ignore_errors=True)
+    yield found
+    shutil.rmtree(found, ignore_errors=True)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield

@@ -141,7 +141,7 @@ def train_and_draw(
     report: dict[str, Any] = {"device": str(model.load_device), "vram_state": management.vram_state.name}
 
     forget_peak()
-    adapter, patched_clip, losses, _ = host.execute(
+    adapter, patched_clip, losses, *_ = host.execute(
         "TrainSAInjectAdapter",
         model=model,
         clip=clip,
@@ -150,6 +150,7 @@ def train_and_draw(
         resolution=side,
         steps=steps,
         previews=0,
+        sample_every=0,
         file_name="full-size",
     )
     report |= {"losses": losses["loss"], "training_peak_gb": peak_gb()}

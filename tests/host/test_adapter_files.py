@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tests.core.tiny_adapter import contents
 from tests.host.adapters import base_model, make_adapter, random
 
-SMALL = {"resolution": 64, "steps": 1, "rank": 2, "alpha": 2.0, "previews": 0, "seed": 5}
+SMALL = {"resolution": 64, "steps": 1, "rank": 2, "alpha": 2.0, "previews": 0, "sample_every": 0, "seed": 5}
 PROMPT = {"7": {"class_type": "TrainSAInjectAdapter", "inputs": {"seed": 5}}}
 WORKFLOW = {"workflow": {"nodes": [{"id": 7, "type": "TrainSAInjectAdapter"}], "links": []}}
 

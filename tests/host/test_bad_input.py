@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-SMALL = {"resolution": 64, "steps": 1, "rank": 2, "alpha": 2.0, "previews": 0, "file_name": "test_bad_input"}
+SMALL = {
+    "resolution": 64,
+    "steps": 1,
+    "rank": 2,
+    "alpha": 2.0,
+    "previews": 0,
+    "sample_every": 0,
+    "file_name": "test_bad_input",
+}
 NODE = "Train SA-Inject Adapter"
 
 

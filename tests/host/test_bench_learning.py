@@ -147,6 +147,7 @@ def test_a_lesson_ends_with_the_nodes_adapter(task, comfy_host, load_checkpoint)
         seed=1,
         precision="fp32",
         previews=0,
+        sample_every=0,
         file_name="test_bench_learning",
     )
     with task(torch.float32) as setup:

@@ -102,7 +102,7 @@ def train(comfy_host, pack_nodes, forget_trainings) -> Callable[..., tuple[dict[
     def run(checkpoint: Checkpoint, **inputs) -> tuple[dict[str, torch.Tensor], list[float]]:
         forget_trainings()  # an ordinary model's training is the same, and would not be done again
         inputs = {"images": pictures(3), **SMALL, "steps": 3, "file_name": "dynamic", **inputs}
-        adapter, _, loss_map, _ = comfy_host.execute("TrainSAInjectAdapter", **checkpoint._asdict(), **inputs)
+        adapter, _, loss_map, *_ = comfy_host.execute("TrainSAInjectAdapter", **checkpoint._asdict(), **inputs)
         return {
             **adapter.lora.state_dict(),
             **adapter.token_embedding,

@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,16 @@ from safetensors.torch import load_file
 
 from tests.host.trainings import same_adapter
 
-SMALL = {"resolution": 64, "steps": 2, "rank": 2, "alpha": 2.0, "previews": 0, "seed": 3, "file_name": "kept"}
+SMALL = {
+    "resolution": 64,
+    "steps": 2,
+    "rank": 2,
+    "alpha": 2.0,
+    "previews": 0,
+    "sample_every": 0,
+    "seed": 3,
+    "file_name": "kept",
+}
 
 
 class Run(NamedTuple):
@@ -24,12 +33,8 @@ class Run(NamedTuple):
 
 
 @pytest.fixture
-def folder(comfy_host, pack_nodes) -> Iterator[Path]:
-    """models/sa_inject, with nothing in it before and after."""
-    found = comfy_host.base / "models/sa_inject"
-    shutil.rmtree(found, ignore_errors=True)
-    yield found
-    shutil.rmtree(found, ignore_errors=True)
+def folder(adapters_folder) -> Path:
+    return adapters_folder
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def run(comfy_host, folder, sd15, monkeypatch) -> Callable[..., Run]:
     monkeypatch.setattr("sa_inject.nodes.host.drawing.preview.STEPS", 2)
 
     def train(at_step: Callable[[int], object] = lambda number: None, **inputs) -> Run:
-        from sa_inject.nodes.host.progress import TrainingProgress
+        from sa_inject.nodes.host.training_progress import TrainingProgress
 
         model, clip, vae = sd15
         images = torch.rand(3, 64, 64, 3, generator=torch.Generator().manual_seed(0))
@@ -52,7 +57,7 @@ def run(comfy_host, folder, sd15, monkeypatch) -> Callable[..., Run]:
                 update(self, step)
 
             patch.setattr(TrainingProgress, "update", counted)
-            adapter, _, losses, previews = comfy_host.execute("TrainSAInjectAdapter", **inputs)
+            adapter, _, losses, previews, _ = comfy_host.execute("TrainSAInjectAdapter", **inputs)
         return Run(len(taken), adapter, losses["loss"], previews)
 
     return train

@@ -121,7 +121,14 @@ def test_training_says_when_an_adapter_has_the_word_already(comfy_host, write, f
     from sa_inject.core import adapter_file
 
     model, clip, vae = load_checkpoint("sd15")
-    settings = {"resolution": 64, "steps": 1, "rank": 2, "previews": 0, "images": torch.rand(2, 64, 64, 3)}
+    settings = {
+        "resolution": 64,
+        "steps": 1,
+        "rank": 2,
+        "previews": 0,
+        "sample_every": 0,
+        "images": torch.rand(2, 64, 64, 3),
+    }
     names = [write(f"taken/{number}", placeholder_token="QWZL") for number in range(5)]
     (folder / "taken/notes.safetensors").write_text("no adapter")
     (folder / "taken/lora.safetensors").write_bytes(b"")

@@ -8,7 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-SMALL = {"resolution": 64, "steps": 1, "rank": 2, "alpha": 2.0, "previews": 0, "file_name": "test_masks"}
+SMALL = {
+    "resolution": 64,
+    "steps": 1,
+    "rank": 2,
+    "alpha": 2.0,
+    "previews": 0,
+    "sample_every": 0,
+    "file_name": "test_masks",
+}
 TRAIN, ENCODE = "Train SA-Inject Adapter", "Encode Image Prompt"
 
 

@@ -16,7 +16,7 @@ from tests.host.adapters import base_model, make_adapter
 from tests.host.client import PromptFailed
 from tests.host.trainings import same_adapter
 
-SMALL = {"resolution": 64, "steps": 1, "rank": 2, "alpha": 2.0, "previews": 0, "seed": 8}
+SMALL = {"resolution": 64, "steps": 1, "rank": 2, "alpha": 2.0, "previews": 0, "sample_every": 0, "seed": 8}
 IMPOSSIBLE = ("robot?", "CON", "toys/nul", "a|b", "robot.", "toys /robot", "toys./robot", "a\tb", "x" * 201, "a\ud800")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="/sys is where nobody may write, not even root")
 

@@ -42,7 +42,9 @@ def run(comfy_host, pack_nodes) -> Callable[..., Trained]:
 
     def train(checkpoint: Checkpoint, **inputs) -> Trained:
         inputs = {"images": pictures(3), **SMALL, **inputs}
-        adapter, clip, loss_map, previews = comfy_host.execute("TrainSAInjectAdapter", **checkpoint._asdict(), **inputs)
+        adapter, clip, loss_map, previews, _ = comfy_host.execute(
+            "TrainSAInjectAdapter", **checkpoint._asdict(), **inputs
+        )
         (path,) = (comfy_host.base / "models/sa_inject").rglob(f"{adapter.name}.safetensors")
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
@@ -125,7 +127,7 @@ def test_an_error_leaves_model_clip_and_vae_as_they_were(sd15, before, run, evid
     if where == "vae":
         monkeypatch.setattr(sd15.vae, "encode", unlucky(sd15.vae.encode))
     elif where == "progress":
-        from sa_inject.nodes.host.progress import TrainingProgress
+        from sa_inject.nodes.host.training_progress import TrainingProgress
 
         monkeypatch.setattr(TrainingProgress, "update", unlucky(TrainingProgress.update))
     else:
@@ -242,12 +244,12 @@ def test_stopped_training_may_be_lengthened_but_not_cut_short(sd15, trained, run
 def test_training_that_ran_out_of_memory_goes_on_with_checkpointing(sd15, trained, run, kept):
     calls = []
 
-    def fail_in_the_third_step(module, args):
+    def fail_from_the_third_step_on(module, args):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) >= 3:
             raise MemoryError
 
-    handle = sd15.model.model.diffusion_model.out.register_forward_pre_hook(fail_in_the_third_step)
+    handle = sd15.model.model.diffusion_model.out.register_forward_pre_hook(fail_from_the_third_step_on)
     with pytest.raises(MemoryError):
         run(sd15, steps=STEPS)
     handle.remove()

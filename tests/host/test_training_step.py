@@ -92,7 +92,7 @@ def trained(comfy_host, pack_nodes, load_checkpoint) -> Callable[..., Trained]:
             subject["masks"] = cell_masks().repeat_interleave(8, 1).repeat_interleave(8, 2)
         inputs = {"model": model, "clip": clip, "vae": vae, **SMALL, **subject, **inputs}
         try:
-            adapter, _, losses, _ = comfy_host.execute("TrainSAInjectAdapter", **inputs)
+            adapter, _, losses, *_ = comfy_host.execute("TrainSAInjectAdapter", **inputs)
         finally:
             for handle in handles:
                 handle.remove()

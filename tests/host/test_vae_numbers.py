@@ -40,7 +40,7 @@ def test_vae_that_gives_no_numbers_is_named_with_the_cure(comfy_host, pack_nodes
     model, clip, _ = sd15
     inputs = {"images": torch.rand(2, 64, 64, 3), "vae": bad_encoder, "resolution": 64}
     if node == "TrainSAInjectAdapter":
-        inputs = {**inputs, "model": model, "clip": clip, "previews": 0, **SMALL}
+        inputs = {**inputs, "model": model, "clip": clip, "previews": 0, "sample_every": 0, **SMALL}
     words = refused(comfy_host, node, **inputs)
     assert "The connected VAE (TAESD in float16) gave NaN or infinite values" in words
     assert CURE in words and "--bf16-vae" in words and "fixed for float16" in words
@@ -50,9 +50,15 @@ def test_vae_that_gives_no_numbers_is_named_with_the_cure(comfy_host, pack_nodes
 def test_previews_of_a_vae_that_gives_no_numbers_are_black_and_told(comfy_host, pack_nodes, sd15, monkeypatch, caplog):
     monkeypatch.setattr("sa_inject.nodes.host.drawing.preview.STEPS", 1)
     model, clip, vae = sd15
-    inputs = {"images": torch.rand(2, 64, 64, 3), "vae": overflowing(vae, "taesd_decoder"), "previews": 1, **SMALL}
+    inputs = {
+        "images": torch.rand(2, 64, 64, 3),
+        "vae": overflowing(vae, "taesd_decoder"),
+        "previews": 1,
+        "sample_every": 0,
+        **SMALL,
+    }
     with caplog.at_level(logging.WARNING):
-        *_, previews = comfy_host.execute("TrainSAInjectAdapter", model=model, clip=clip, **inputs)
+        *_, previews, _ = comfy_host.execute("TrainSAInjectAdapter", model=model, clip=clip, **inputs)
     assert previews.isfinite().all() and not previews.any()
     assert "TAESD in float16" in caplog.text and CURE in caplog.text
     assert list((comfy_host.base / "models/sa_inject").rglob("test_vae_numbers*"))

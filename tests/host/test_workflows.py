@@ -268,7 +268,7 @@ def test_a_changed_prompt_does_not_train_again(server, subject_folder):
             node["inputs"]["text"] += ", at night"
     server.client.run(graph, timeout=300)
     folder = server.base / "models" / "sa_inject"
-    assert [path.name for path in folder.glob("once*")] == ["once.safetensors"]
+    assert [path.name for path in folder.glob("once*.safetensors")] == ["once.safetensors"]
 
 
 def test_cancelled_training_goes_on_after_a_restart_of_the_host(server, subject_folder):
@@ -287,7 +287,7 @@ def test_cancelled_training_goes_on_after_a_restart_of_the_host(server, subject_
             server.client.wait(prompt_id)
     done = steps_told(events)
     folder = server.base / "models" / "sa_inject"
-    assert not list(folder.glob("stopped*"))
+    assert not list(folder.glob("stopped*.safetensors"))
 
     server.stop()
     server.start()
@@ -327,7 +327,7 @@ def test_training_whose_previews_are_cancelled_is_not_done_again(server, subject
     told = [event["data"]["text"] for event in events if event["type"] == "progress_text"]
     assert told == ["previews-cancelled.safetensors holds this adapter already"]
     folder = server.base / "models" / "sa_inject"
-    assert [path.name for path in folder.glob("previews-cancelled*")] == ["previews-cancelled.safetensors"]
+    assert [path.name for path in folder.glob("previews-cancelled*.safetensors")] == ["previews-cancelled.safetensors"]
 
 
 def steps_told(events: list[dict]) -> int:

@@ -14,6 +14,7 @@ SMALL = {
     "rank": 2,
     "alpha": 2.0,
     "previews": 0,
+    "sample_every": 0,
     "seed": 1,
     "file_name": "test_train",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.sample
@@ -26,10 +27,31 @@ def draw_previews(
     model: Any, clip: Any, vae: Any, adapter: Adapter, prompt: ImagePrompt, count: int, seed: int
 ) -> Tensor:
     """Draw the subject `count` times at the size of its first image prompt. -> IMAGE (count, h, w, 3)"""
+    text = TEMPLATES[0].format(subject_phrase(adapter.info.placeholder_token, adapter.info.class_word))
+    return _draw(model, clip, vae, adapter, prompt, text, count, seed)
+
+
+def draw_samples(
+    model: Any, clip: Any, vae: Any, adapter: Adapter, prompt: ImagePrompt, texts: Sequence[str], seed: int
+) -> Tensor:
+    """Draw each text once, all from the same noise; nobody else's chance is disturbed. -> IMAGE (texts, h, w, 3)"""
+    with torch.random.fork_rng():
+        return torch.cat([_draw(model, clip, vae, adapter, prompt, text, 1, seed) for text in texts])
+
+
+def sample_texts(prompts: Sequence[str], placeholder_token: str, class_word: str) -> list[str]:
+    """What samples show: the user's prompts, or a template."""
+    if not prompts:
+        return [TEMPLATES[0].format(subject_phrase(placeholder_token, class_word))]
+    return [prompt.replace("[trigger]", placeholder_token) for prompt in prompts]
+
+
+def _draw(
+    model: Any, clip: Any, vae: Any, adapter: Adapter, prompt: ImagePrompt, text: str, count: int, seed: int
+) -> Tensor:
     patched_clip = clip_with_token(clip, adapter.info.placeholder_token, adapter.token_embedding)
     positive, negative = (
-        patched_clip.encode_from_tokens_scheduled(patched_clip.tokenize(text))
-        for text in (TEMPLATES[0].format(subject_phrase(adapter.info.placeholder_token, adapter.info.class_word)), "")
+        patched_clip.encode_from_tokens_scheduled(patched_clip.tokenize(words)) for words in (text, "")
     )
     patched = patch_model(model, default_injection(adapter, prompt))
     latent = torch.zeros(count, *prompt.pictures[0].latent.shape[1:])

@@ -41,7 +41,9 @@ class CheckpointError(RuntimeError):
 class TrainingCheckpoint:
     """The states of one training. `resume` before its first step, `on_step` after each, `save` when it ends."""
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str, save_every: int = 0) -> None:
+        """save_every: steps after which to save, besides every few minutes; 0: never"""
+        self._save_every = save_every
         self._folder = folder / FOLDER
         self._fingerprint = fingerprint
         self._saved_at = time.monotonic()
@@ -70,8 +72,9 @@ class TrainingCheckpoint:
             log.info("This training %s before: no step is taken again.", _end(state))
 
     def on_step(self, training: Training) -> None:
-        """Save every few minutes, in case the whole program ends."""
-        if time.monotonic() - self._saved_at >= SAVE_INTERVAL_SECONDS:
+        """Save every few minutes and every so many steps, in case the whole program ends."""
+        is_due = self._save_every > 0 and len(training.losses) % self._save_every == 0
+        if is_due or time.monotonic() - self._saved_at >= SAVE_INTERVAL_SECONDS:
             self.save(training)
 
     def save(self, training: Training, is_finished: bool = False) -> None:

@@ -20,8 +20,11 @@ from ....core.image_prompt import TextConditioning
 from ....core.lora import SelfAttentionLoRA
 from ....trainer.captions import captions_for
 from ....trainer.config import TrainConfig
-from ....trainer.loop import DivergedError, Step, Training
+from ....trainer.examples import TrainingSet
+from ....trainer.loop import Training
 from ....trainer.optimizers import check_optimizer
+from ....trainer.validation import Validation, held_out_of
+from ....trainer.watch import Watch
 from ..adapter_index import warn_of_adapters_with
 from ..embeddings import embedding_from_file
 from ..networks.registry import describe, is_transformer, positions, warn_if_experimental
@@ -38,8 +41,10 @@ from .autograd import (
 )
 from .checkpoint import TrainingCheckpoint
 from .denoiser import ComfyDenoiser
-from .fingerprint import training_fingerprint
+from .fingerprint import Digest, training_fingerprint
 from .plain_weights import plain_weights
+from .preflight import preflight
+from .steps import Steps
 from .training_set import Subject, training_set, without_inference_tensors
 from .transformer_blocks import transformer_gradients
 
@@ -78,12 +83,16 @@ class AdapterTraining:
         *,
         precision: str = "auto",
         checkpointing: bool = False,
+        hold_out: bool = False,
+        begin_with: Adapter | None = None,
         denoiser_class: Callable[..., ComfyDenoiser] = ComfyDenoiser,
     ) -> None:
+        """hold_out: learn all pictures but one, at which is measured. begin_with: an adapter whose values come first,
+        with its rank, its alpha and as many vectors of the word."""
         self.description = describe(model)
         warn_if_experimental(self.description.architecture)
         check_placeholder_token(clip, subject.placeholder_token)
-        captions = captions_for(
+        self._captions = captions_for(
             subject.captions,
             len(subject.pictures),
             subject.placeholder_token,
@@ -91,11 +100,18 @@ class AdapterTraining:
             finder(clip, subject.placeholder_token),
         )
         check_optimizer(config.options.optimizer)
-        self._initial = initial_token_embedding(clip, subject.class_word, config.token_vectors)
-        if subject.initial_embedding:
+        self._begin_with = begin_with
+        if begin_with is not None:
+            begin_with.check_fits(self.description.architecture, self.description.layers, prediction_type(model))
+            self._initial = begin_with.token_embedding
+            config = dataclasses.replace(config, rank=begin_with.info.rank, alpha=begin_with.info.alpha)
+        elif subject.initial_embedding:
             self._initial = embedding_from_file(clip, subject.initial_embedding)
-            config = dataclasses.replace(config, token_vectors=len(next(iter(self._initial.values()))))
-        self.data = training_set(model, vae, subject, captions, config.seed, config.options)
+        else:
+            self._initial = initial_token_embedding(clip, subject.class_word, config.token_vectors)
+        config = dataclasses.replace(config, token_vectors=len(next(iter(self._initial.values()))))
+        self.data = training_set(model, vae, subject, self._captions, config.seed, config.options)
+        self.data, self.held_out = held_out_of(self.data) if hold_out else (self.data, [])
         self.patcher = model.clone()  # over the same weights; another compute precision does not reach the user's
         self._forced_dtype = PRECISIONS[precision]
         if self._forced_dtype is not None:
@@ -103,6 +119,7 @@ class AdapterTraining:
         self.clip, self.subject, self.config = clip, subject, config
         self.checkpointing = checkpointing
         self._denoiser_class = denoiser_class
+        self._known_texts: dict[str, TextConditioning] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -112,24 +129,23 @@ class AdapterTraining:
     def prepare(self) -> Iterator[None]:
         """Load the models, let gradients through them, and create what is learned."""
         try:
-            with training_mode(), contextlib.ExitStack() as undo:
-                self._known_texts = self._texts_in_advance()
-                models = [self.patcher, *([] if self._known_texts else [self.clip.patcher])]
-                load_fully(models)
-                self.dtype = self._let_gradients_through(undo)
-                self.config = dataclasses.replace(self.config, loss_scaling=self.dtype == torch.float16)
-                self._create_trainables()
-                yield
+            self._enter()
+            self.config = dataclasses.replace(self.config, loss_scaling=self.dtype == torch.float16)
+            self._create_trainables()
+            yield
         finally:
-            if self._forced_dtype is not None:
-                # After a full load unpatching would leave the forced casts on, and the next partial load would take
-                # those layers for offloaded ones and skip the user's LoRA on them.
-                self.patcher.model.model_lowvram = True
-                self.patcher.unpatch_model(self.patcher.offload_device)
-            model_management.soft_empty_cache()
+            self._undo.close()
 
-    def run(self, folder: Path, on_step: Callable[[Step], None]) -> list[float]:
-        """Take the steps that are left, and return the losses of all; `on_step` may raise to stop.
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Inside `prepare`: the models as other nodes have them, under inference mode, for as long as this lasts."""
+        self._undo.close()
+        with torch.inference_mode():
+            yield
+        self._enter()
+
+    def run(self, folder: Path, watch: Watch) -> list[float]:
+        """Take the steps that are left, and return the losses of all.
 
         What was learned is kept in `folder`, however this ends; the next run over the same things goes on from there.
         """
@@ -137,8 +153,22 @@ class AdapterTraining:
         self.reference_text = training.reference_text
         self.fingerprint = self._fingerprint()
         warn_of_adapters_with(self.subject.placeholder_token, self.fingerprint)
-        checkpoint = TrainingCheckpoint(folder, self.fingerprint)
-        _run_steps(training, self.config.steps, checkpoint, on_step)
+        checkpoint = TrainingCheckpoint(folder, self.fingerprint, watch.settings.save_every)
+        checkpoint.resume(training, self.config.steps)
+        watch.begin(training, self.fingerprint)
+        watch.warn(preflight(self.subject, self._captions, finder(self.clip, self.subject.placeholder_token)))
+        steps = Steps(
+            training,
+            checkpoint,
+            Validation(self.data, self.held_out, self.config, self.denoiser.sigmas.cpu()),
+            watch,
+            released=self.released,
+            build=lambda: self.build("", steps=len(training.losses)),
+            save_memory=lambda: self._save_memory(training),
+            device=self.device,
+        )
+        steps.take_all(self.config.steps)
+        self.config = dataclasses.replace(self.config, steps=len(training.losses))  # fewer, where it was finished early
         if training.overflows:
             log.info("%d batches overflowed in float16 and were left out.", training.overflows)
         return training.losses
@@ -156,8 +186,8 @@ class AdapterTraining:
             compute_dtype=self.dtype,
         )
 
-    def build(self, name: str) -> Adapter:
-        """The adapter as it is now. Its values are rounded to what a file holds, so that it draws as it will then."""
+    def build(self, name: str, steps: int | None = None) -> Adapter:
+        """The adapter as it is now, after so many steps, or all. Its values are rounded to what a file holds."""
         lora = copy.deepcopy(self.lora).to(torch.device("cpu"))
         lora.load_state_dict({key: _rounded(tensor) for key, tensor in lora.state_dict().items()})
         for parameter in lora.parameters():
@@ -165,13 +195,47 @@ class AdapterTraining:
         text = self.reference_text
         return Adapter(
             name=name,
-            info=self._info(),
+            info=self._info(self.config.steps if steps is None else steps),
             lora=lora,
             token_embedding={encoder: _rounded(vector) for encoder, vector in self.tokens.items()},
             class_conditioning=TextConditioning(
                 _rounded(text.cross_attn), None if text.pooled is None else _rounded(text.pooled)
             ),
         )
+
+    def _enter(self) -> None:
+        self._undo = contextlib.ExitStack()
+        self._undo.callback(self._give_back)
+        try:
+            self._undo.enter_context(training_mode())
+            if self._known_texts is None:
+                self._known_texts = self._texts_in_advance()
+            load_fully([self.patcher, *([] if self._known_texts else [self.clip.patcher])])
+            self.dtype = self._let_gradients_through(self._undo)
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def _give_back(self) -> None:
+        if self._forced_dtype is not None:
+            # After a full load unpatching would leave the forced casts on, and the next partial load would take
+            # those layers for offloaded ones and skip the user's LoRA on them.
+            self.patcher.model.model_lowvram = True
+            self.patcher.unpatch_model(self.patcher.offload_device)
+        model_management.soft_empty_cache()
+
+    def _save_memory(self, training: Training) -> str | None:
+        """Take less memory from the next step on. -> how, in words; None when nothing is left to do"""
+        if not self.checkpointing:
+            self.checkpointing = True
+            with self.released():
+                pass
+            return "with gradient checkpointing"
+        rows = training.max_rows or self.config.batch_size
+        if rows == 1:
+            return None
+        training.max_rows = rows // 2
+        return f"with {training.max_rows} of {self.config.batch_size} pictures at a time, which gives the same step"
 
     def _let_gradients_through(self, undo: contextlib.ExitStack) -> torch.dtype:
         """Change both loaded models for the training. -> what the network computes in"""
@@ -196,7 +260,12 @@ class AdapterTraining:
         """The LoRA, the token embeddings, a CLIP that reads the placeholder as them, and a denoiser with that."""
         config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
         self.data = without_inference_tensors(self.data)
+        if self.held_out:
+            self.held_out = list(without_inference_tensors(TrainingSet(self.held_out, self.held_out)).examples)
         self.lora = SelfAttentionLoRA(self.description.layers, config.rank, config.alpha, generator).to(self.device)
+        if self._begin_with is not None:
+            values = self._begin_with.lora.state_dict()
+            self.lora.load_state_dict({key: clone_for_autograd(value) for key, value in values.items()})
         text_device = self.clip.patcher.load_device
         self.tokens = {
             name: nn.Parameter(clone_for_autograd(vector).to(text_device)) for name, vector in self._initial.items()
@@ -222,16 +291,22 @@ class AdapterTraining:
             return {}
         load_fully([self.clip.patcher])
         clip = clip_with_token(self.clip, self.subject.placeholder_token, self._initial)
-        captions = {caption for e in (*self.data.examples, *self.data.views) for caption in e.captions}
+        captions = {caption for e in (*self.data.examples, *self.data.views, *self.held_out) for caption in e.captions}
         with torch.no_grad():
             return {caption: encode_text(clip, [caption]) for caption in sorted({*captions, self.subject.class_word})}
 
     def _fingerprint(self) -> str:
         word = self.subject.class_word
         names = {"placeholder": self.subject.placeholder_token, "class_word": word}
+        if self._begin_with is not None:
+            digest = Digest()
+            for key, value in sorted(self._begin_with.lora.state_dict().items()):
+                digest.add(key)
+                digest.add_whole(value)
+            names["begins with"] = digest.hexdigest()
         return training_fingerprint(self.patcher, self._patched_clip, self.data, word, self.config, self.dtype, names)
 
-    def _info(self) -> AdapterInfo:
+    def _info(self, steps: int) -> AdapterInfo:
         config, subject = self.config, self.subject
         return AdapterInfo(
             architecture=self.description.architecture,
@@ -242,7 +317,7 @@ class AdapterTraining:
             placeholder_token=subject.placeholder_token,
             class_word=subject.class_word,
             training={
-                **dataclasses.asdict(config),
+                **dataclasses.asdict(dataclasses.replace(config, steps=max(steps, 1))),
                 "resolution": subject.resolution,
                 "pictures": len(subject.pictures),
                 "prediction_type": prediction_type(self.patcher),
@@ -250,23 +325,6 @@ class AdapterTraining:
             },
             positions=positions(self.description.architecture),
         )
-
-
-def _run_steps(training: Training, steps: int, checkpoint: TrainingCheckpoint, on_step: Callable[[Step], None]) -> None:
-    """All that are left. However they end, what they have learned is kept, unless it leads nowhere."""
-    checkpoint.resume(training, steps)
-    try:
-        for step in training:
-            checkpoint.on_step(training)
-            on_step(step)
-    except DivergedError:
-        checkpoint.discard_stopped()
-        raise
-    except BaseException:
-        checkpoint.save(training)
-        raise
-    checkpoint.save(training, is_finished=True)
-    training.apply_average()
 
 
 def load_fully(patchers: list[Any]) -> None:

@@ -1,0 +1,66 @@
+"""What can be said of a training before its first step: what it was given, what it will take, and what looks wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .training_set import Subject
+
+ALIKE_SIDE = 32  # pixels, at which pictures are compared
+ALIKE_WITHIN = 0.05  # of 1, in every one of those pixels
+LITTLE = 0.02  # share of a picture that a mask should leave at least
+
+
+def preflight(subject: Subject, captions: Sequence[tuple[str, ...]], has_word: Callable[[str], bool]) -> list[str]:
+    """Warnings, in words."""
+    return [
+        *_alike(subject.pictures),
+        *_small(subject.pictures, subject.resolution),
+        *_hidden(subject.masks),
+        *_without_word(captions, has_word, subject.placeholder_token),
+    ]
+
+
+def _alike(pictures: Sequence[Tensor]) -> list[str]:
+    small = [F.adaptive_avg_pool2d(picture.float(), ALIKE_SIDE) for picture in pictures]
+    if len(small) < 2 or any((picture - small[0]).abs().amax().item() > ALIKE_WITHIN for picture in small[1:]):
+        return []
+    return [
+        "All pictures look alike, so that little is learned of the subject itself. Take some from other sides, in "
+        "other light and in other places."
+    ]
+
+
+def _small(pictures: Sequence[Tensor], resolution: int) -> list[str]:
+    sides = [(picture.shape[-1] * picture.shape[-2]) ** 0.5 for picture in pictures]
+    smaller = [number for number, side in enumerate(sides, start=1) if side < 0.75 * resolution]
+    if not smaller:
+        return []
+    return [
+        f"{len(smaller)} of {len(pictures)} pictures are smaller than the resolution {resolution} and are enlarged, "
+        f"which teaches blur. The smallest has about {min(sides):.0f} pixels a side: lower the resolution, or take "
+        "larger pictures."
+    ]
+
+
+def _hidden(masks: Sequence[Tensor | None]) -> list[str]:
+    shares = [(number, mask.float().mean().item()) for number, mask in enumerate(masks, start=1) if mask is not None]
+    little = [number for number, share in shares if share < LITTLE]
+    if not little:
+        return []
+    return [f"The masks of pictures {', '.join(map(str, little))} hide nearly everything. White is the subject."]
+
+
+def _without_word(
+    captions: Sequence[tuple[str, ...]], has_word: Callable[[str], bool], placeholder_token: str
+) -> list[str]:
+    without = [number for number, texts in enumerate(captions, start=1) if not any(map(has_word, texts))]
+    if not without:
+        return []
+    return [
+        f"{len(without)} of {len(captions)} captions do not hold the word '{placeholder_token}' (of pictures "
+        f"{', '.join(map(str, without[:10]))}). Those pictures teach the word nothing."
+    ]

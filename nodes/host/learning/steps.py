@@ -1,0 +1,104 @@
+"""The steps of one training as they are taken: kept, watched, and taken again with less memory where it ran out."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management as model_management
+
+from ....core.adapter import Adapter
+from ....trainer.loop import DivergedError, Step, Training
+from ....trainer.settings import NEVER
+from ....trainer.validation import Validation
+from ....trainer.watch import Watch
+from .checkpoint import TrainingCheckpoint
+
+OUT_OF_MEMORY = (model_management.OOM_EXCEPTION, MemoryError)
+
+
+class Steps:
+    """All steps that are left, one after the other."""
+
+    def __init__(
+        self,
+        training: Training,
+        checkpoint: TrainingCheckpoint,
+        validation: Validation,
+        watch: Watch,
+        *,
+        released: Callable[[], contextlib.AbstractContextManager[None]],
+        build: Callable[[], Adapter],
+        save_memory: Callable[[], str | None],
+        device: Any,
+    ) -> None:
+        """released: gives the models back for as long as it lasts. build: the adapter as it is now.
+        save_memory: does something about it, and says what; None when nothing is left to do."""
+        self._training, self._checkpoint, self._validation, self._watch = training, checkpoint, validation, watch
+        self._released, self._build, self._save_memory, self._device = released, build, save_memory, device
+
+    def take_all(self, steps: int) -> None:
+        """However they end, what they have learned is kept, unless it leads nowhere."""
+        training, checkpoint, watch = self._training, self._checkpoint, self._watch
+        try:
+            if not training.losses:
+                self._look(0)
+            watch.enter("training")
+            while len(training.losses) < steps:
+                step = self._next()
+                checkpoint.on_step(training)
+                watch.on_step(step, training)
+                if watch.wants_finish():
+                    break
+                if step.number < steps:
+                    self._look(step.number)
+        except DivergedError:
+            checkpoint.discard_stopped()
+            raise
+        except BaseException:
+            checkpoint.save(training)
+            raise
+        watch.enter("saving")
+        checkpoint.save(training, is_finished=True)
+        self._look(len(training.losses), is_last=True)
+        training.apply_average()
+
+    def _look(self, step: int, is_last: bool = False) -> None:
+        """Measure and draw what there is now, where it is time to."""
+        draws = self._watch.wants_sample(step, is_last)
+        every = self._watch.settings.validation_every
+        if draws if every == 0 else every != NEVER and (is_last or step % every == 0):
+            self._watch.enter("validating")
+            self._watch.on_validation(step, self._validation.measure(self._training, self._device))
+        if draws:
+            self._watch.enter("sampling")
+            with self._training.averaged():
+                adapter = self._build()
+            with self._released():
+                self._watch.draw(step, adapter, is_last)
+        self._watch.enter("saving" if is_last else "training")
+
+    def _next(self) -> Step:
+        while True:
+            try:
+                return next(self._training)
+            except OUT_OF_MEMORY as error:
+                kind, text = type(error), str(error)
+            # Here, where the error and the tensors that its traceback holds are gone.
+            self._answer(kind, text)
+
+    def _answer(self, kind: type[BaseException], text: str) -> None:
+        self._training.rewind()
+        gc.collect()
+        model_management.soft_empty_cache()
+        step = len(self._training.losses) + 1
+        done = self._save_memory()
+        if done is None:
+            raise kind(
+                f"The memory did not last for step {step}, with gradient checkpointing and one picture at a time "
+                f"({text}). The {step - 1} steps before it are kept. Lower the resolution, close other programs, "
+                "or start ComfyUI with --lowvram, and queue the same again."
+            )
+        self._watch.warn([f"The memory did not last for step {step}: it is taken again {done}."])

@@ -1,0 +1,326 @@
+"""What is seen of a training while it runs, and what stays: samples, validation, kept adapters, log and events."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.host.trainings import SMALL, pictures, tensors_of
+
+PROMPTS = ("a photo of [trigger] toy", "a toy at night")
+
+
+class Run(NamedTuple):
+    adapter: Any
+    losses: list[float]
+    samples: torch.Tensor
+    summary: dict[str, Any]
+    events: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def sd15(load_checkpoint):
+    return load_checkpoint("sd15")
+
+
+@pytest.fixture
+def folder(adapters_folder) -> Path:
+    return adapters_folder
+
+
+@pytest.fixture
+def run(comfy_host, folder, sd15, monkeypatch) -> Callable[..., Run]:
+    """`run(steps=4, settings={...})` trains through the node, and hears what the browser would."""
+    import server
+
+    monkeypatch.setattr("sa_inject.nodes.host.drawing.preview.STEPS", 2)
+    events: list[dict[str, Any]] = []
+    monkeypatch.setattr(server.PromptServer.instance, "client_id", "browser", raising=False)
+    monkeypatch.setattr(
+        server.PromptServer.instance,
+        "send_sync",
+        lambda event, data, sid=None: (
+            events.append(data) if (event, sid) == ("sa_inject.training", "browser") else None
+        ),
+    )
+
+    def train(settings: dict[str, Any] | None = None, **inputs) -> Run:
+        events.clear()
+        model, clip, vae = sd15
+        given = {
+            "model": model,
+            "clip": clip,
+            "vae": vae,
+            "images": pictures(3),
+            **SMALL,
+            "file_name": "seen",
+            **inputs,
+        }
+        if settings is not None:
+            (given["settings"],) = comfy_host.execute("SAInjectTrainingSettings", **settings)
+        found = comfy_host.execute("TrainSAInjectAdapter", **given)
+        (summary,) = found.ui["sa_inject_training"]
+        return Run(found[0], found[2]["loss"], found[4], summary, list(events))
+
+    return train
+
+
+@pytest.fixture
+def stopped(run, sd15) -> Callable[..., None]:
+    """`stopped(2, ...)` trains, and cancels in the step after so many."""
+    import comfy.model_management as management
+
+    def train(after: int, **inputs) -> None:
+        from sa_inject.trainer.loop import Training
+
+        with pytest.MonkeyPatch.context() as patch:
+            take = Training.__next__
+
+            def cancel(self):
+                if len(self.losses) == after:
+                    raise management.InterruptProcessingException
+                return take(self)
+
+            patch.setattr(Training, "__next__", cancel)
+            with pytest.raises(management.InterruptProcessingException):
+                run(**inputs)
+
+    return train
+
+
+def same(one: Run, other: Run) -> bool:
+    ours, theirs = tensors_of(one.adapter), tensors_of(other.adapter)
+    return one.losses == other.losses and all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+SEEN: dict[str, Any] = {"settings": {"sample_every": 2, "sample_prompts": "\n".join(PROMPTS), "validation_every": 1}}
+
+
+def test_samples_and_validation_leave_the_adapter_bit_by_bit(run, stopped, folder):
+    unseen = run(steps=5)
+    shutil.rmtree(folder)
+    seen = run(steps=5, **SEEN)
+    assert same(seen, unseen)
+    shutil.rmtree(folder)
+    stopped(3, steps=5, **SEEN)
+    resumed = run(steps=5, **SEEN)
+    assert same(resumed, unseen) and resumed.summary["resumed_at"] == [3]
+    # The same is drawn and measured too, whether it was stopped or not.
+    assert torch.equal(resumed.samples, seen.samples)
+    assert resumed.summary["points"] == seen.summary["points"]
+
+
+def test_everything_seen_lies_in_the_folder_of_the_run(run, folder):
+    found = run(steps=5, **SEEN)
+    here = folder / "seen.training"
+    pictures_there = sorted(path.name for path in here.glob("*.png"))
+    assert pictures_there == [f"{step:06}-{index}.png" for step in (0, 2, 4, 5) for index in (0, 1)]
+    with Image.open(here / "000002-0.png") as picture:
+        assert picture.size == (64, 64)
+        assert json.loads(picture.info["sa_inject"]) == {"run": "seen", "step": 2, "prompt": "a photo of sainj toy"}
+    assert sorted(path.name for path in here.glob("*.safetensors")) == ["000002.safetensors", "000004.safetensors"]
+    with (here / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = {int(row["step"]): float(row["loss"]) for row in rows if row["loss"]}
+    assert losses == dict(enumerate(found.losses, start=1))
+    assert {int(row["step"]) for row in rows if row["validation"]} == {0, 1, 2, 3, 4, 5}
+    steps = [row for row in rows if row["loss"]]
+    assert all(float(row["learning_rate"]) == 1e-3 and float(row["gradient_norm"]) > 0 for row in steps)
+    assert found.samples.shape[0] == 1 and found.samples.shape[-1] == 3
+    assert found.samples.shape[1:3] == (4 * (64 + 16), 2 * 64)
+
+
+def test_the_summary_tells_the_run(run):
+    found = run(steps=5, **SEEN).summary
+    assert found["run"] == "seen" and found["phase"] == "done" and found["text"] == "saved seen.safetensors"
+    assert (found["step"], found["steps"], found["resumed_at"]) == (5, 5, [])
+    assert [point[0] for point in found["points"]] == [0, 1, 2, 3, 4, 5]
+    assert [sample["step"] for sample in found["samples"]] == [0, 2, 4, 5]
+    assert found["samples"][0] == {"step": 0, "prompts": ["a photo of sainj toy", "a toy at night"], "images": [0, 1]}
+    assert found["kept"] == [2, 4] and (found["placeholder_token"], found["class_word"]) == ("sainj", "toy")
+
+
+def test_a_kept_adapter_is_the_one_of_that_number_of_steps(run, folder):
+    from sa_inject.core.adapter_file import load_adapter
+
+    run(steps=4, sample_every=2)
+    kept = load_adapter(folder / "seen.training" / "000002.safetensors")
+    shutil.rmtree(folder)
+    short = run(steps=2)
+    assert all(torch.equal(tensors_of(kept)[name], tensor) for name, tensor in tensors_of(short.adapter).items())
+
+
+def test_only_the_last_adapters_are_kept(run, folder, comfy_host):
+    run(steps=4, settings={"sample_every": 1, "kept": 2})
+    assert sorted(path.name for path in (folder / "seen.training").glob("0*.safetensors")) == [
+        "000002.safetensors",
+        "000003.safetensors",
+    ]
+    names = comfy_host.node("LoadSAInjectAdapter").INPUT_TYPES()["required"]["adapter_name"][1]["options"]
+    assert names == ["seen.safetensors", "seen.training/000002.safetensors", "seen.training/000003.safetensors"]
+    adapter, _ = comfy_host.execute("LoadSAInjectAdapter", adapter_name=names[1])
+    assert adapter.info.training["steps"] == 2
+
+
+def test_another_training_of_the_name_puts_the_earlier_one_aside(run, folder):
+    run(steps=2, sample_every=1)
+    other = run(steps=2, sample_every=2, seed=7)
+    assert [sample["step"] for sample in other.summary["samples"]] == [0, 2]
+    assert other.summary["kept"] == [] and other.summary["resumed_at"] == []
+    (aside,) = (path for path in (folder / "seen.training").iterdir() if path.is_dir())
+    assert (aside / "log.csv").exists() and (aside / "000001.safetensors").exists()
+
+
+def test_the_browser_is_told_at_most_four_times_a_second(run):
+    found = run(steps=6, **SEEN)
+    assert found.events[0]["phase"] == "reading" and found.events[-1]["phase"] == "done"
+    assert [event["sample"] for event in found.events if event["sample"] is not None] == [0, 2, 4, 6]
+    spontaneous = [event["seconds"] for event in found.events[1:-1] if event["sample"] is None]
+    assert all(later - earlier >= 0.24 for earlier, later in zip(spontaneous, spontaneous[1:], strict=False))
+    assert set(found.events[0]) == {
+        *("node", "run", "prompt_id", "phase", "text", "step", "steps", "resumed_at", "loss", "smoothed", "validation"),
+        *("learning_rate", "token_learning_rate", "gradient_norm", "seconds", "left", "memory", "sample"),
+    }
+
+
+def test_a_resumed_run_says_from_where(run, stopped):
+    stopped(2, steps=4)
+    assert [event["resumed_at"] for event in run(steps=4).events if event["resumed_at"]] == [2]
+
+
+def test_a_stopped_and_a_failed_run_say_so(run, stopped, folder):
+    from sa_inject.nodes.host.training_runs import known_run
+
+    stopped(1, steps=3)
+    told = known_run("seen")
+    assert told is not None and told["phase"] == "stopped" and told["step"] == 1
+    with pytest.raises(ValueError):
+        run(captions="nothing of it")
+    told = known_run("seen")
+    assert told is not None and told["phase"] == "error" and "placeholder token" in told["text"]
+
+
+def test_a_run_is_known_after_a_restart(run, monkeypatch):
+    from sa_inject.nodes.host import training_runs
+
+    summary = run(steps=3, sample_every=2).summary
+    monkeypatch.setattr(training_runs, "_runs", {})
+    assert training_runs.known_run("seen") == summary
+    assert training_runs.known_run("../seen") is None and training_runs.known_run("") is None
+
+
+@pytest.mark.parametrize("wish, after", [("wants_finish", 2), ("wants_sample", 2)])
+def test_wishes_are_met_after_the_step(run, folder, monkeypatch, wish, after):
+    from sa_inject.nodes.host.training_progress import TrainingProgress
+
+    update = TrainingProgress.update
+
+    def wished(self, step):
+        update(self, step)
+        if step.number == after:
+            setattr(self.run, wish, True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingProgress, "update", wished)
+        found = run(steps=5)
+    if wish == "wants_sample":
+        assert len(found.losses) == 5 and [sample["step"] for sample in found.summary["samples"]] == [after]
+        return
+    assert len(found.losses) == after and found.adapter.info.training["steps"] == after
+    shutil.rmtree(folder)
+    short = run(steps=after)
+    assert same(found, short)
+
+
+def test_folder_that_cannot_be_written_ends_nothing(run, folder, monkeypatch):
+    folder.mkdir(parents=True)
+    (folder / "seen.training").write_text("a file of the user's")
+    found = run(steps=2, sample_every=1)
+    assert len(found.losses) == 2 and (folder / "seen.safetensors").exists()
+    assert any("could not be written" in warning for warning in found.summary["warnings"])
+
+
+def test_what_looks_wrong_is_said_before_the_first_step(run):
+    alike = pictures(3)[[0, 0, 0]] + torch.tensor([0.0, 0.01, 0.02]).view(3, 1, 1, 1)
+    warnings = run(images=alike.clamp(0, 1), resolution=128, captions=["a sainj toy", "a toy", "a toy"]).summary[
+        "warnings"
+    ]
+    assert len(warnings) == 3
+    assert "look alike" in warnings[0] and "3 of 3 pictures are smaller than the resolution 128" in warnings[1]
+    assert "2 of 3 captions do not hold the word 'sainj' (of pictures 2, 3)" in warnings[2]
+    assert run().summary["warnings"] == []
+
+
+def test_a_picture_is_held_out_where_there_are_six(run):
+    five, six = ({"images": pictures(count), "steps": 1} for count in (5, 6))
+    on = {"settings": {"hold_out": True, "validation_every": 1}}
+    off = {"settings": {"validation_every": 1}}
+    assert run(**five, **on).losses == run(**five, **off, seed=1).losses
+    held, whole = run(**six, **on), run(**six, **off)
+    assert held.losses != whole.losses
+    assert held.summary["points"][0][3] != whole.summary["points"][0][3]
+
+
+def test_a_new_training_begins_with_an_adapters_values(run, folder):
+    first = run(steps=3)
+    shutil.rmtree(folder)
+    frozen = {"lora_learning_rate": 1e-30, "token_learning_rate": 1e-30, "steps": 1}
+    begun = run(adapter=first.adapter, rank=16, token_vectors=1, **frozen)
+    assert begun.adapter.info.rank == 2 and len(begun.adapter.token_embedding["clip_l"]) == 4
+    for name, tensor in tensors_of(first.adapter).items():
+        assert torch.equal(tensors_of(begun.adapter)[name], tensor)
+    from_nothing = run(**frozen)
+    assert from_nothing.losses != begun.losses
+
+
+def test_memory_that_does_not_last_is_saved_and_the_step_taken_again(run, folder, sd15):
+    undisturbed = run(steps=3, batch_size=2)
+    shutil.rmtree(folder)
+    fail_at = {2, 3}
+    calls = []
+
+    def fail(module, args):
+        calls.append(len(args[0]))
+        if len(calls) in fail_at:
+            raise MemoryError("no more")
+
+    handle = sd15[0].model.diffusion_model.out.register_forward_pre_hook(fail)
+    found = run(steps=3, batch_size=2)
+    handle.remove()
+    first, second = found.summary["warnings"]
+    assert "it is taken again with gradient checkpointing" in first
+    assert "it is taken again with 1 of 2 pictures at a time" in second
+    assert found.losses == pytest.approx(undisturbed.losses, rel=1e-4)
+
+
+def test_memory_that_never_lasts_ends_the_training_with_what_is_kept(run, sd15):
+    calls = []
+
+    def fail(module, args):
+        calls.append(args[0])
+        if len(calls) > 1:
+            raise MemoryError("no more")
+
+    handle = sd15[0].model.diffusion_model.out.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError, match=r"did not last for step 2.*no more.*The 1 steps before it are kept"):
+        run(steps=3)
+    handle.remove()
+    assert run(steps=3).summary["resumed_at"] == [1]
+
+
+def test_the_state_is_saved_every_so_many_steps(run, folder, stopped, monkeypatch):
+    from sa_inject.nodes.host.learning.checkpoint import TrainingCheckpoint
+
+    saved = []
+    save = TrainingCheckpoint.save
+    monkeypatch.setattr(
+        TrainingCheckpoint, "save", lambda self, t, **more: (saved.append(len(t.losses)), save(self, t, **more))[1]
+    )
+    run(steps=5, settings={"save_every": 2})
+    assert saved == [2, 4, 5]

@@ -1,0 +1,67 @@
+"""The loss at pairs, noise and noise levels that never change: what a training is measured by while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .config import TrainConfig
+from .examples import Example, Pair, TrainingSet, group_by_shape
+from .loop import Training
+from .noised import NoisedPairs, noised_pairs
+
+LEVELS = (0.15, 0.4, 0.6, 0.85)  # shares of the noise schedule, from its clean end
+MOST_PICTURES = 4  # measured at: a round takes about as long as this many steps
+LEAST_TO_HOLD_OUT = 6  # pictures, of which one may be kept out of the training
+SEED = 20_000_003  # of a generator of its own, so that measuring changes nothing of what is learned
+
+
+class Validation:
+    """Pairs of all pictures, or of those that are held out, at fixed noise and noise levels."""
+
+    def __init__(self, data: TrainingSet, held_out: Sequence[Example], config: TrainConfig, sigmas: Tensor) -> None:
+        """sigmas (t,): every noise level of the model, ascending"""
+        generator = torch.Generator().manual_seed(SEED)
+        self._groups: list[NoisedPairs] = []
+        pairs = _pairs(data, held_out)
+        for share in LEVELS:
+            sigma = sigmas[int(share * (len(sigmas) - 1))]
+            used = share < 1 - config.reference_start
+            at_level = [pair if used else pair._replace(reference=None) for pair in pairs]
+            for places in group_by_shape(at_level):
+                group = [at_level[place] for place in places]
+                levels = sigma.repeat(len(group))
+                self._groups.append(noised_pairs(group, levels, config.reference_mode, generator))
+
+    def measure(self, training: Training, device: torch.device) -> float:
+        """The mean loss of what the training would end with now."""
+        total = rows = 0.0
+        with training.averaged():
+            for group in self._groups:
+                total += training.loss_of(group._replace(sigma=group.sigma.to(device))) * len(group.pairs)
+                rows += len(group.pairs)
+        return total / rows
+
+
+def held_out_of(data: TrainingSet) -> tuple[TrainingSet, list[Example]]:
+    """The set without its last picture, and what shows that picture; the whole set where there are too few."""
+    pictures = [place if example.picture is None else example.picture for place, example in enumerate(data.examples)]
+    if len(set(pictures)) < LEAST_TO_HOLD_OUT:
+        return data, []
+    last = pictures[-1]
+    kept = [example for example, picture in zip(data.examples, pictures, strict=True) if picture != last]
+    held = [example for example, picture in zip(data.examples, pictures, strict=True) if picture == last]
+    return TrainingSet(kept, data.views, data.class_pictures), held
+
+
+def _pairs(data: TrainingSet, held_out: Sequence[Example]) -> list[Pair]:
+    if held_out:
+        return [Pair(target, target.captions[0], data.examples[0]) for target in held_out[:MOST_PICTURES]]
+    count = len(data.examples)
+    places = [number * count // min(count, MOST_PICTURES) for number in range(min(count, MOST_PICTURES))]
+    return [
+        Pair(data.examples[at], data.examples[at].captions[0], (data.others(at) or list(data.views))[0])
+        for at in places
+    ]
