@@ -42,12 +42,20 @@ def inject(site: Site, references: Sequence[Reference]) -> Tensor:
     out = self-attention + sum over references of weight * query_mask * softmax(q k_r^T / sqrt(d)) v_r
 
     -> (b, n, heads*d). The network's own attention is one call for all rows, as without us; each reference is one more,
-    for the rows that see it.
+    for the rows that see it. What is added is added in place, unless a gradient goes through it.
     """
     out = site.self_attention()
     queries = {rule: site.picture_queries(rule) for rule in {reference.positions for reference in references}}
     for reference in references:
-        out = _add(out, attend_to_reference(queries[reference.positions], reference, site), reference, site)
+        added = attend_to_reference(queries[reference.positions], reference, site)
+        if out.requires_grad or added.requires_grad:
+            out = out.clone()
+        picture = out if site.tokens is None else out[:, site.tokens]
+        if isinstance(reference.rows, Tensor):
+            picture.index_add_(0, reference.rows, added.to(out), alpha=reference.weight)
+        else:
+            rows = picture if reference.rows is None else picture[reference.rows]
+            rows.add_(added, alpha=reference.weight)
     return out
 
 
@@ -65,16 +73,4 @@ def attend_to_reference(queries: Tensor, reference: Reference, site: Site) -> Te
         out = differentiable_attention(q, k, v, site.heads, reference.key_mask)
     if reference.query_mask is not None:
         out = out * reference.query_mask.to(q)[:, None]
-    return out
-
-
-def _add(out: Tensor, added: Tensor, reference: Reference, site: Site) -> Tensor:
-    """The weighted term in its rows and tokens. In place, unless a gradient goes through."""
-    if out.requires_grad or added.requires_grad:
-        out = out.clone()
-    picture = out if site.tokens is None else out[:, site.tokens]
-    if isinstance(reference.rows, Tensor):
-        picture.index_add_(0, reference.rows, added.to(out), alpha=reference.weight)
-    else:
-        (picture if reference.rows is None else picture[reference.rows]).add_(added, alpha=reference.weight)
     return out

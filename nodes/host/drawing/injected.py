@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ....core.injection import Reference, inject
-from ....core.kv import BlockKey, KVBank
+from ....core.kv import KVBank
 from ....core.lora import LoRADeltas
 from ....core.site import Site
 from .batched_reference import BatchedReferences
@@ -35,12 +35,9 @@ class InjectedCall:
         self._joined = joined
         # Of the call, with pictures that are rows of it.
         self._rows = len(sources[0].rows) + sum(len(pictures.prompt.pictures) for pictures in joined)
+        # Where a bank holds something, or is about to.
+        self.blocks = {s for source in sources for s in source.injection.blocks if s in source.bank or joined}
         self._selected: dict[tuple[int, torch.device], list[tuple[Source, slice | Tensor]]] = {}
-
-    @property
-    def blocks(self) -> set[BlockKey]:
-        """Where a bank holds something, or is about to."""
-        return {s for source in self._sources for s in source.injection.blocks if s in source.bank or self._joined}
 
     def at(self, site: Site) -> Tensor:
         for pictures in self._joined:
@@ -53,7 +50,7 @@ class InjectedCall:
             self._run.record_skip("another node changed the number of rows on the way there", site.key)
             return []
         references = []
-        for source, rows in self._selections(fold, site.q.device):
+        for source, rows in self._select_rows(fold, site.q.device):
             if site.key not in source.bank:
                 continue
             query_mask = None
@@ -74,19 +71,14 @@ class InjectedCall:
             )
         return references
 
-    def _selections(self, fold: int, device: torch.device) -> list[tuple[Source, slice | Tensor]]:
+    def _select_rows(self, fold: int, device: torch.device) -> list[tuple[Source, slice | Tensor]]:
         """Sources and their rows, where every row of the call has become `fold` rows of an attention."""
         key = (fold, device)
         if key not in self._selected:
-            self._selected[key] = [
-                (source, _selection([row for row, sees in enumerate(source.rows) if sees], fold, device))
-                for source in self._sources
-            ]
+            self._selected[key] = []
+            for source in self._sources:
+                rows = [row * fold + part for row, sees in enumerate(source.rows) if sees for part in range(fold)]
+                is_slice = rows[-1] - rows[0] + 1 == len(rows)  # of neighbours, which copies nothing
+                chosen = slice(rows[0], rows[-1] + 1) if is_slice else torch.tensor(rows, device=device)
+                self._selected[key].append((source, chosen))
         return self._selected[key]
-
-
-def _selection(rows: Sequence[int], fold: int, device: torch.device) -> slice | Tensor:
-    """Neighbours are a slice, which copies nothing."""
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return slice(rows[0] * fold, (rows[-1] + 1) * fold)
-    return torch.tensor([row * fold + part for row in rows for part in range(fold)], device=device)

@@ -132,8 +132,9 @@ class SelfAttentionInjection:
         if replaced:
             # What another's function returns may be meant to be wrong, as guidance nodes do it.
             run.record_skip(REPLACED, *replaced)
-        blocks = injected.blocks - replaced
-        with attending(unet, options, injected.at, blocks, keeps_hidden=bool(joined.pictures)) as options:
+        with attending(
+            unet, options, injected.at, injected.blocks - replaced, keeps_hidden=bool(joined.pictures)
+        ) as options:
             out = executor(*joined.arguments, options, **kwargs)
         run.banks.update((key, pictures.bank) for key, pictures in joined.pictures.items())
         return out[: len(x)] if joined.pictures else out

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor, nn
 
-from ....core.attention import Attention
 from ....core.kv import BlockKey
 from ....core.site import AtSite, Site
 
@@ -30,7 +30,7 @@ def attending(
     patches, replaced = options.get("patches", {}), options.get("patches_replace", {})
     if keeps_hidden:
         patches = {**patches, "attn1_patch": [store_hidden_states]}
-    attn1 = {**replaced.get("attn1", {}), **dict.fromkeys(map(tuple, blocks), SiteHook(at))}
+    attn1 = {**replaced.get("attn1", {}), **dict.fromkeys(map(tuple, blocks), partial(call_at_site, at))}
     yield {**options, "patches": patches, "patches_replace": {**replaced, "attn1": attn1}}
 
 
@@ -40,19 +40,18 @@ def replaced_blocks(options: dict[str, Any], blocks: Collection[BlockKey]) -> fr
     return frozenset(key for key in blocks if attn1.get(tuple(key)) or attn1.get((key.stage, key.index)))
 
 
-class SiteHook:
-    """A replacement of a self-attention that makes a site of what it is given."""
-
-    def __init__(self, at: AtSite) -> None:
-        self._at = at
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        if q.shape[0] != k.shape[0]:
-            # Tiling nodes fold tiles of q into the batch and leave k and v whole; the kernels would reshape them so.
-            k, v = (x.reshape(q.shape[0], -1, x.shape[-1]) for x in (k, v))
-        (stage, index), (height, width) = extra_options["block"], extra_options["activations_shape"][-2:]
-        rows = extra_options.get("original_shape")
-        site = Site(
+def call_at_site(at: AtSite, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+    """A replacement of a self-attention, which makes a site of what it is given."""
+    if q.shape[0] != k.shape[0]:
+        # Tiling nodes fold tiles of q into the batch and leave k and v whole; the kernels would reshape them so.
+        k, v = (x.reshape(q.shape[0], -1, x.shape[-1]) for x in (k, v))
+    (stage, index), (height, width) = extra_options["block"], extra_options["activations_shape"][-2:]
+    rows = extra_options.get("original_shape")
+    # The kernel finds the override of another pack in the options that the host gives each layer.
+    precision = extra_options.get("attn_precision")
+    attend = partial(optimized_attention, attn_precision=precision, transformer_options=extra_options)
+    return at(
+        Site(
             key=BlockKey(stage, index, extra_options["block_index"]),
             q=q,
             k=k,
@@ -60,11 +59,11 @@ class SiteHook:
             heads=extra_options["n_heads"],
             height=height,
             width=width,
-            attend=host_attention(extra_options),
+            attend=attend,
             rows=None if rows is None else rows[0],
             hidden=extra_options.get(HIDDEN_STATES_KEY),
         )
-        return self._at(site)
+    )
 
 
 def store_hidden_states(
@@ -73,14 +72,3 @@ def store_hidden_states(
     """A patch that changes nothing, and keeps what the projections of a self-attention are about to read."""
     extra_options[HIDDEN_STATES_KEY] = hidden
     return hidden, context, value
-
-
-def host_attention(extra_options: dict[str, Any]) -> Attention:
-    """The host's attention kernel, with whatever override another pack put into this call's options."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        return optimized_attention(
-            q, k, v, heads, attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options
-        )
-
-    return attend
