@@ -42,3 +42,19 @@ FULL_SIZE: dict[str, tuple[str, dict[str, Any], int]] = {
     "Z-Image": ("ZImage", Z_IMAGE, 32),
     "Flux.1": ("Flux", FLUX_1, 57),
 }
+
+
+def on_meta(name: str) -> Any:
+    """Such a model without weights, as something that has the `model` of a patcher."""
+    from types import SimpleNamespace
+
+    import comfy.supported_models
+    import torch
+    from comfy.ldm.flux.model import FluxParams
+
+    config, numbers, _ = FULL_SIZE[name]
+    if config == "Flux" and "txt_ids_dims" in FluxParams.__dataclass_fields__:  # since 0.16
+        numbers = {**numbers, "txt_ids_dims": []}
+    built = getattr(comfy.supported_models, config)(dict(numbers))
+    built.set_inference_dtype(torch.bfloat16, None)
+    return SimpleNamespace(model=built.get_model({}, "", device=torch.device("meta")))

@@ -155,7 +155,8 @@ def test_gradient_of_the_word_is_that_of_a_finite_difference(clip, checkpointing
             text = encode_text(teach(clip, moved), prompts)
             return torch.cat([part.double().flatten() for part in text[:2] if part is not None])
 
-        stock = encoded(0.0).detach()
+        with torch.no_grad():
+            stock = encoded(0.0)
         with out_of_place_text_encoder(clip, checkpointing):
             found = encoded(0.0)
             weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

@@ -158,3 +158,39 @@ def test_pictures_and_texts_of_another_model_are_refused(comfy_host, model):
     prompt = with_text(make_prompt(model), [TextConditioning(random(1, 7, 33))])
     with pytest.raises(ValueError, match="is 33 wide, but the model wants 64"):
         apply(comfy_host, model, make_adapter(model), prompt)
+
+
+def test_blocks_that_another_pack_replaces_are_still_called(comfy_host, model):
+    """They are called with ours inside, or around ours where the network has no such hook."""
+    network = model.model.diffusion_model
+    if not hasattr(network, "double_blocks"):
+        pytest.skip("NextDiT lets no block be replaced")
+    calls: list[int] = []
+
+    def replacement(args, extra):
+        calls.append(args["img"].shape[1])
+        out = extra["original_block"](args)
+        return {**out, "img": out["img"] * 0.5}
+
+    adapter, prompt, text = make_adapter(model), make_prompt(model), text_for(model, 9, seed=7)
+    replaced = model.clone()
+    for name in (("double_block", 1), ("single_block", 0)):
+        replaced.set_model_patch_replace(replacement, "dit", *name)
+    x = x_of(model)
+    theirs = call(replaced, x, SIGMA, text, [0])
+    both = call(apply(comfy_host, replaced, adapter, prompt), x, SIGMA, text, [0])
+    ours = call(apply(comfy_host, model, adapter, prompt), x, SIGMA, text, [0])
+    assert len(calls) == 4  # twice for each: a reference is read without what others do to a drawing
+    assert relative_error(both, theirs) > 1e-3 and relative_error(both, ours) > 1e-3
+
+
+def test_a_compiled_model_runs_uncompiled_and_the_log_says_so(comfy_host, model, caplog):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    patched = apply(comfy_host, model, make_adapter(model))
+    compiled = patched.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    expected = sample(comfy_host, patched)
+    assert "torch.compile" not in caplog.text
+    assert relative_error(sample(comfy_host, compiled), expected) < 1e-4
+    assert caplog.text.count("It runs uncompiled") == 1

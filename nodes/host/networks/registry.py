@@ -42,6 +42,7 @@ def describe(model: Any) -> UnetDescription:
 
 
 def is_transformer(network: Any) -> bool:
+    network = getattr(network, "_orig_mod", network)  # while a compiled one stands in its place
     return nextdit.is_nextdit(network) or flux.is_flux(network)
 
 
