@@ -136,7 +136,9 @@ def test_node_trains_an_adapter_that_is_saved_loaded_and_drawn_with(comfy_host, 
     model = tiny_transformer(kind)
     before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
     plain = sample(comfy_host, model)
-    adapter, taught, losses, _ = train(comfy_host, kind, model, captions=["sainj", "a sainj toy", "one sainj on grass"])
+    captions = ["sainj", "a sainj toy", "one sainj on grass"]
+    adapter, _, losses, previews, *_ = train(comfy_host, kind, model, captions=captions, previews=1)
+    assert previews.shape == (1, 64, 64, 3) and previews.isfinite().all()
     assert len(losses["loss"]) == 3 and all(loss > 0 for loss in losses["loss"])
     assert all(torch.equal(weight, before[name]) for name, weight in model.model.state_dict().items())
     assert torch.equal(sample(comfy_host, model), plain)

@@ -14,6 +14,7 @@ from ....core.image_prompt import ImagePrompt
 from ....core.schedule import DEFAULT_STRENGTH, REFERENCE_START
 from ....trainer.captions import TEMPLATES, subject_phrase
 from ..images import decode_latents
+from ..networks.registry import is_distilled
 from ..text import clip_with_token
 from .patched_model import patch_model
 from .sampling_run import Injection
@@ -56,8 +57,9 @@ def _draw(
     patched = patch_model(model, default_injection(adapter, prompt))
     latent = torch.zeros(count, *prompt.pictures[0].latent.shape[1:])
     noise = comfy.sample.prepare_noise(latent, seed)
+    guidance = 1.0 if is_distilled(model.model) else GUIDANCE
     samples = comfy.sample.sample(
-        patched, noise, STEPS, GUIDANCE, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=seed
+        patched, noise, STEPS, guidance, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=seed
     )
     return decode_latents(vae, samples)
 

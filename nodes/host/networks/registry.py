@@ -107,6 +107,11 @@ def positions(architecture: str) -> PositionRule:
     return ARCHITECTURES[architecture].positions if architecture in ARCHITECTURES else "none"
 
 
+def is_distilled(base: Any) -> bool:
+    """Whether the network is told how strongly to follow the text, so that it is sampled without a negative prompt."""
+    return is_transformer(base.diffusion_model) and transformers.is_told_guidance(base)
+
+
 def warn_if_experimental(architecture: str) -> None:
     if architecture in ARCHITECTURES and ARCHITECTURES[architecture].is_experimental:
         log.warning(

@@ -27,7 +27,7 @@ def model_conditions(base: Any, latent: Tensor, text: TextConditioning) -> dict[
     latent (b, c, h, w) already scaled, text with b rows of one length
     """
     b, _, h, w = latent.shape
-    guidance = {"guidance": GUIDANCE} if _is_told_guidance(base) else {}
+    guidance = {"guidance": GUIDANCE} if is_told_guidance(base) else {}
     conditions = type(base).extra_conds(
         base,
         noise=latent,
@@ -68,7 +68,7 @@ def pooled_width(base: Any) -> int | None:
     return base.model_config.unet_config.get("vec_in_dim")
 
 
-def _is_told_guidance(base: Any) -> bool:
+def is_told_guidance(base: Any) -> bool:
     return bool(base.model_config.unet_config.get("guidance_embed"))
 
 
