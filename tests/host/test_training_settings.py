@@ -19,6 +19,7 @@ FACE = {
     "sample_every",
     "preset",
     "settings",
+    "adapter",
 }
 
 
@@ -55,7 +56,7 @@ def test_the_training_node_shows_a_face_and_keeps_the_rest_behind_it(client):
     inputs = {**info["required"], **info["optional"]}
     advanced = {name for name, spec in inputs.items() if len(spec) > 1 and spec[1].get("advanced")}
     assert inputs.keys() - advanced == FACE
-    assert list(info["optional"])[-3:] == ["sample_every", "preset", "settings"]
+    assert list(info["optional"])[-4:] == ["sample_every", "preset", "settings", "adapter"]
 
 
 @pytest.mark.parametrize("preset, steps", [("as set", 1), ("quick", 2)])
