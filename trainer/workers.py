@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .loop import Training
 
 
 class Workers(Protocol):
@@ -29,6 +35,43 @@ class Alone:
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    def share(self, data: bytes | None) -> bytes | None:
+        return data
+
+
+class FollowerDoneError(RuntimeError):
+    """Raised in every process but the first where the training has ended, which is the first one's to save."""
+
+
+_workers: ContextVar[Workers] = ContextVar("workers")
+
+
+def current_workers() -> Workers:
+    """The processes that share the training which is prepared here."""
+    return _workers.get(Alone())
+
+
+@contextlib.contextmanager
+def working_with(workers: Workers) -> Iterator[None]:
+    token = _workers.set(workers)
+    try:
+        yield
+    finally:
+        _workers.reset(token)
+
+
+def share_state(training: Training, workers: Workers) -> None:
+    """Let every process go on from where the first one does."""
+    if workers.count == 1:
+        return
+    buffer = io.BytesIO()
+    if workers.rank == 0:
+        torch.save(training.state_dict(), buffer)
+    data = workers.share(buffer.getvalue())
+    if workers.rank > 0 and data is not None:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        training.load_state_dict(state)
+
 
 def sum_gradients(parameters: Sequence[nn.Parameter], loss: float, workers: Workers) -> float:
     """Sum gradients over all processes, and return the summed loss.
@@ -41,6 +84,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], loss: float, workers: Work
     flags = [loss, *(float(parameter.grad is not None) for parameter in parameters)]
     parts = [torch.tensor(flags, device=device)]
     parts += [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+
     total, *sums = workers.sum(torch.cat(parts)).split([len(part) for part in parts])
     for parameter, gradient, found in zip(parameters, sums, total[1:].tolist(), strict=True):
         parameter.grad = gradient.view_as(parameter).clone() if found else None

@@ -50,7 +50,11 @@ def read_dataset(name: str, placeholder_token: str) -> Dataset:
 
     Files that cannot be used are left out and reported. Raises ValueError if nothing is left.
     """
-    folder = dataset_folder(name)
+    return read_folder(dataset_folder(name), name, placeholder_token)
+
+
+def read_folder(folder: Path, name: str, placeholder_token: str) -> Dataset:
+    """`read_dataset` of any folder; messages call it `name`."""
     entries = list_entries(folder)
     if not entries:
         raise ValueError(_empty(name, folder))

@@ -21,6 +21,7 @@ from ...core.adapter_file import save_adapter
 from ...core.atomic_write import atomic_write
 from ...trainer.loop import Step, Training
 from ...trainer.settings import TrainingSettings
+from ...trainer.workers import FollowerDoneError
 from .contact_sheet import contact_sheet
 from .images import to_comfy
 from .progress import show_on_node
@@ -65,7 +66,7 @@ class TrainingProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if self.run.phase in ENDED:
+        if self.run.phase in ENDED or kind is FollowerDoneError:  # the first process shows and writes it
             return
         if kind is None:
             self._end("done", self.run.text)

@@ -14,7 +14,7 @@ from tests.trainer.tiny_denoiser import example, fresh_subject
 class Threads:
     """Workers that are threads of this process: `sum` waits until all have called it."""
 
-    def __init__(self, rank: int, count: int, barrier: threading.Barrier, given: dict[int, torch.Tensor]) -> None:
+    def __init__(self, rank: int, count: int, barrier: threading.Barrier, given: dict) -> None:
         self.rank, self.count = rank, count
         self._barrier, self._given = barrier, given
 
@@ -24,6 +24,12 @@ class Threads:
         total = torch.stack([self._given[rank] for rank in range(self.count)]).sum(dim=0)
         self._barrier.wait(60)
         return total
+
+    def share(self, data: bytes | None) -> bytes | None:
+        if self.rank == 0:
+            self._given[-1] = data
+        self._barrier.wait(60)
+        return self._given[-1]
 
 
 def together(count: int, data, steps: int, options: dict, **settings) -> list[tuple[list[float], dict]]:

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.model_management as model_management
 import torch
@@ -25,6 +25,7 @@ from ....trainer.loop import Training
 from ....trainer.optimizers import check_optimizer
 from ....trainer.validation import Validation, held_out_of
 from ....trainer.watch import Watch
+from ....trainer.workers import FollowerDoneError, current_workers, share_state
 from ..adapter_index import warn_of_adapters_with
 from ..embeddings import embedding_from_file
 from ..networks.registry import describe, is_transformer, positions, warn_if_experimental
@@ -150,11 +151,14 @@ class AdapterTraining:
         What was learned is kept in `folder`, however this ends; the next run over the same things goes on from there.
         """
         training = self.loop()
+        if current_workers().rank > 0:
+            _follow(training)
         self.reference_text = training.reference_text
         self.fingerprint = self._fingerprint()
         warn_of_adapters_with(self.subject.placeholder_token, self.fingerprint)
         checkpoint = TrainingCheckpoint(folder, self.fingerprint, watch.settings.save_every)
         checkpoint.resume(training, self.config.steps)
+        share_state(training, current_workers())
         watch.begin(training, self.fingerprint)
         watch.warn(preflight(self.subject, self._captions, finder(self.clip, self.subject.placeholder_token)))
         steps = Steps(
@@ -184,6 +188,7 @@ class AdapterTraining:
             dataclasses.replace(self.config, **changes),
             device=self.device,
             compute_dtype=self.dtype,
+            workers=current_workers(),
         )
 
     def build(self, name: str, steps: int | None = None) -> Adapter:
@@ -330,6 +335,14 @@ class AdapterTraining:
 def load_fully(patchers: list[Any]) -> None:
     """Load models and keep nothing else: they are given more room than any device has."""
     model_management.load_models_gpu(patchers, memory_required=1e20, force_full_load=True)
+
+
+def _follow(training: Training) -> NoReturn:
+    """Take every step together with the first process, which alone keeps, shows and saves anything."""
+    share_state(training, current_workers())
+    for _ in training:
+        pass
+    raise FollowerDoneError
 
 
 def _rounded(tensor: Tensor) -> Tensor:

@@ -1,0 +1,29 @@
+"""Checkpoints of ComfyUI by their names, loaded as the stock loader loads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.sd
+import folder_paths
+
+
+def checkpoint_path(name: str) -> str:
+    """Raises ValueError, with what there is, where there is no such file."""
+    path = folder_paths.get_full_path("checkpoints", name)
+    if path is None:
+        known = folder_paths.get_filename_list("checkpoints")
+        raise ValueError(
+            f"there is no checkpoint '{name}' in models/checkpoints. There is: {', '.join(known) or 'none at all'}."
+        )
+    return path
+
+
+def load_checkpoint(name: str) -> tuple[Any, Any, Any]:
+    """-> model, clip, vae"""
+    return comfy.sd.load_checkpoint_guess_config(
+        checkpoint_path(name),
+        output_vae=True,
+        output_clip=True,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+    )[:3]
