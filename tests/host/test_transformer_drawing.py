@@ -156,7 +156,7 @@ def test_pictures_and_texts_of_another_model_are_refused(comfy_host, model):
     with pytest.raises(ValueError, match="Encode it with the VAE of this base model"):
         apply(comfy_host, model, make_adapter(model), ImagePrompt((ReferenceImage(random(1, 4, 8, 8)),)))
     prompt = with_text(make_prompt(model), [TextConditioning(random(1, 7, 33))])
-    with pytest.raises(ValueError, match="is 33 wide, but the model wants 64"):
+    with pytest.raises(ValueError, match="embedding size 33, but the model expects 64"):
         apply(comfy_host, model, make_adapter(model), prompt)
 
 
