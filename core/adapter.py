@@ -35,7 +35,7 @@ class AdapterInfo:
     reference_mode: ReferenceMode
     placeholder_token: str
     class_word: str
-    training: dict[str, Any] = field(default_factory=dict)  # settings of the run, for people to read
+    training: dict[str, Any] = field(default_factory=dict[str, Any])  # settings of the run, for people to read
     positions: PositionRule = "none"  # between a picture and its references, in networks that have positions
 
 

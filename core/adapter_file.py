@@ -11,11 +11,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]  # of a bare PathLike
 from torch import Tensor
 
 from .adapter import Adapter, AdapterInfo
-from .adapter_metadata import FORMAT, FORMAT_VERSION, MAX_WIDTH, UnusableMetadata, from_metadata, shortened, to_metadata
+from .adapter_metadata import (
+    FORMAT,
+    FORMAT_VERSION,
+    MAX_WIDTH,
+    UnusableMetadataError,
+    from_metadata,
+    shortened,
+    to_metadata,
+)
 from .atomic_write import atomic_write
 from .image_prompt import TextConditioning
 from .layers import SelfAttentionLayer
@@ -60,8 +68,9 @@ def holds_adapter(path: Path, adapter: Adapter) -> bool:
     """Whether a file holds this adapter, as `save_adapter` writes it. Its name, date and workflow do not matter."""
     wanted = _tensors(adapter, FILE_DTYPE)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        opened: Any = safe_open(path, framework="pt")
+        with opened as file:
+            metadata: dict[str, str] = file.metadata() or {}
             if any(metadata.get(key) != value for key, value in to_metadata(adapter.info).items()):
                 return False
             if set(file.keys()) != wanted.keys():
@@ -94,11 +103,12 @@ def load_adapter(path: Path) -> Adapter:
     name = path.name
     _refuse_other_kinds(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        opened: Any = safe_open(path, framework="pt")
+        with opened as file:
             info = _info(name, file.metadata() or {})
             _check_header(name, file, info)
             # float() copies half precision, clone() the rest, so that the file is not kept mapped.
-            tensors = {key: file.get_tensor(key).float().clone() for key in file.keys()}
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key).float().clone() for key in file.keys()}
     except SafetensorError as error:
         raise AdapterFileError(
             f"'{name}' is truncated or damaged ({shortened(error)}). Copy it again, or train it again."
@@ -130,7 +140,8 @@ def header_metadata(path: Path) -> dict[str, str]:
     Raises OSError when the file cannot be read.
     """
     try:
-        with safe_open(path, framework="np") as file:
+        opened: Any = safe_open(path, framework="np")
+        with opened as file:
             return file.metadata() or {}
     except SafetensorError:
         return {}
@@ -176,7 +187,7 @@ def _info(name: str, metadata: Mapping[str, str]) -> AdapterInfo:
         return from_metadata(metadata)
     except KeyError as error:
         raise AdapterFileError(f"'{name}' lacks the metadata entry {error}. Train it again.") from error
-    except UnusableMetadata as error:
+    except UnusableMetadataError as error:
         raise AdapterFileError(f"'{name}' has unreadable metadata ({error}). Train it again.") from error
 
 

@@ -6,14 +6,14 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from .adapter import REFERENCE_MODES, AdapterInfo
+from .adapter import REFERENCE_MODES, AdapterInfo, ReferenceMode
 from .kv import BlockKey
 from .layers import SelfAttentionLayer
-from .positions import POSITION_RULES
+from .positions import POSITION_RULES, PositionRule
 
 FORMAT = "sa_inject"
 FORMAT_VERSION = "1"
@@ -30,7 +30,7 @@ PATH = re.compile(r"\w{1,64}(\.\w{1,64}){0,15}", re.ASCII)
 EMPTY_MODULE = nn.Module()
 
 
-class UnusableMetadata(ValueError):
+class UnusableMetadataError(ValueError):
     """A value that cannot be meant. The message names it."""
 
 
@@ -51,63 +51,63 @@ def to_metadata(info: AdapterInfo) -> dict[str, str]:
 
 
 def from_metadata(metadata: Mapping[str, str]) -> AdapterInfo:
-    """Raises KeyError for an entry that is missing, UnusableMetadata for one that no training writes."""
+    """Raises KeyError for an entry that is missing, UnusableMetadataError for one that no training writes."""
     mode = metadata["reference_mode"]
     if mode not in REFERENCE_MODES:
-        raise UnusableMetadata(f"reference_mode is '{shortened(mode)}'")
+        raise UnusableMetadataError(f"reference_mode is '{shortened(mode)}'")
     positions = metadata.get("positions", "none")
     if positions not in POSITION_RULES:
-        raise UnusableMetadata(f"positions is '{shortened(positions)}'")
+        raise UnusableMetadataError(f"positions is '{shortened(positions)}'")
     rank = _number(metadata["rank"], int, "rank")
     alpha = _number(metadata["alpha"], float, "alpha")
     if not 1 <= rank <= MAX_RANK:
-        raise UnusableMetadata(f"rank is {shortened(rank)}")
+        raise UnusableMetadataError(f"rank is {shortened(rank)}")
     if not (math.isfinite(alpha) and 0 < alpha <= MAX_ALPHA):
-        raise UnusableMetadata(f"alpha is {alpha}")
+        raise UnusableMetadataError(f"alpha is {alpha}")
     placeholder_token = metadata["placeholder"]
     if not 0 < len(placeholder_token) <= MAX_WORD or re.search(r"\s", placeholder_token):
-        raise UnusableMetadata(f"placeholder is '{shortened(placeholder_token)}'")
+        raise UnusableMetadataError(f"placeholder is '{shortened(placeholder_token)}'")
     training = _json(metadata["training"], "training")
     if not isinstance(training, dict):
-        raise UnusableMetadata("training is no list of settings")
+        raise UnusableMetadataError("training is no list of settings")
     return AdapterInfo(
         architecture=metadata["architecture"],
         layers=_layers(_json(metadata["blocks"], "blocks")),
         rank=rank,
         alpha=alpha,
-        reference_mode=mode,
+        reference_mode=cast(ReferenceMode, mode),
         placeholder_token=placeholder_token,
         class_word=metadata["class_word"],
-        training=training,
-        positions=positions,
+        training=cast("dict[str, Any]", training),
+        positions=cast(PositionRule, positions),
     )
 
 
 def _layers(entries: Any) -> tuple[SelfAttentionLayer, ...]:
-    if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_LAYERS:
-        raise UnusableMetadata(f"blocks is no list of 1 to {MAX_LAYERS} layers")
-    layers = tuple(_layer(entry) for entry in entries)
+    if not isinstance(entries, list) or not 1 <= len(cast("list[Any]", entries)) <= MAX_LAYERS:
+        raise UnusableMetadataError(f"blocks is no list of 1 to {MAX_LAYERS} layers")
+    layers = tuple(_layer(entry) for entry in cast("list[Any]", entries))
     if len({layer.key for layer in layers}) < len(layers):
-        raise UnusableMetadata("blocks names a layer twice")
+        raise UnusableMetadataError("blocks names a layer twice")
     # Sorted, a path stands right before the first of those that lie inside it.
     paths = sorted(layer.path.split(".") for layer in layers)
     for outer, inner in zip(paths, paths[1:], strict=False):
         if inner[: len(outer)] == outer:
-            raise UnusableMetadata(f"blocks has a layer at {shortened('.'.join(outer))} and one inside it")
+            raise UnusableMetadataError(f"blocks has a layer at {shortened('.'.join(outer))} and one inside it")
     return layers
 
 
 def _layer(entry: Any) -> SelfAttentionLayer:
-    if not isinstance(entry, list) or len(entry) != 6:
-        raise UnusableMetadata(f"blocks has the entry {shortened(entry)}")
-    stage, index, depth, path, query_dim, inner_dim = entry
+    if not isinstance(entry, list) or len(cast("list[Any]", entry)) != 6:
+        raise UnusableMetadataError(f"blocks has the entry {shortened(entry)}")
+    stage, index, depth, path, query_dim, inner_dim = cast("list[Any]", entry)
     places = all(type(place) is int and 0 <= place < MAX_PLACE for place in (index, depth))
     widths = all(type(width) is int and 1 <= width <= MAX_WIDTH for width in (query_dim, inner_dim))
     named = isinstance(path, str) and PATH.fullmatch(path) is not None
     if stage not in STAGES or not places or not widths or not named:
-        raise UnusableMetadata(f"blocks has the entry {shortened(entry)}")
+        raise UnusableMetadataError(f"blocks has the entry {shortened(entry)}")
     if any(hasattr(EMPTY_MODULE, name) for name in path.split(".")):  # no module can have a part of that name
-        raise UnusableMetadata(f"blocks has a layer at {shortened(path)}")
+        raise UnusableMetadataError(f"blocks has a layer at {shortened(path)}")
     return SelfAttentionLayer(BlockKey(stage, index, depth), path, query_dim, inner_dim)
 
 
@@ -115,14 +115,14 @@ def _number(text: str, kind: type, entry: str) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise UnusableMetadata(f"{entry} is '{shortened(text)}'") from error
+        raise UnusableMetadataError(f"{entry} is '{shortened(text)}'") from error
 
 
 def _json(text: str, entry: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UnusableMetadata(f"{entry} is no JSON: {shortened(error)}") from error
+        raise UnusableMetadataError(f"{entry} is no JSON: {shortened(error)}") from error
 
 
 def shortened(value: Any) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 PARTIAL = re.compile(r"\..*-[a-z0-9_]{8}\.part")  # names of files that are being written
@@ -18,7 +18,7 @@ class NameTakenError(OSError):
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, replace: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path, replace: bool = True) -> Generator[Path]:
     """Yield a temporary path. It is renamed to `path` if the block succeeds; otherwise `path` is unchanged.
 
     Raises OSError if the folder cannot be written; nothing is left behind. Without `replace`, an existing file is kept

@@ -45,7 +45,8 @@ def inject(site: Site, references: Sequence[Reference]) -> Tensor:
     for the rows that see it. What is added is added in place, unless a gradient goes through it.
     """
     out = site.self_attention()
-    queries = {rule: site.picture_queries(rule) for rule in {reference.positions for reference in references}}
+    rules: set[PositionRule] = {reference.positions for reference in references}
+    queries = {rule: site.picture_queries(rule) for rule in rules}
     for reference in references:
         added = attend_to_reference(queries[reference.positions], reference, site)
         if out.requires_grad or added.requires_grad:

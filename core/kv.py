@@ -11,7 +11,7 @@ class BlockKey(NamedTuple):
     """Address of one transformer block: of a UNet's in the words of ComfyUI's patches, else by the list it is in."""
 
     stage: str  # "input", "middle" or "output"; or the list's name, such as "layers" or "double_blocks"
-    index: int  # place in that stage's list of blocks
+    index: int  # place in that stage's list of blocks  # pyright: ignore[reportIncompatibleMethodOverride]
     depth: int = 0  # place in the spatial transformer of a UNet's block
 
     def __str__(self) -> str:

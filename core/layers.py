@@ -6,7 +6,7 @@ Only names and sizes are read. Weights are not touched: they may be offloaded, o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -30,10 +30,11 @@ def self_attention_layers(
     originals: modules by path, as they were before another node replaced them.
     Empty if the module has no transformer blocks in `input_blocks`, `middle_block` and `output_blocks`.
     """
-    found = []
+    found: list[SelfAttentionLayer] = []
     for key, path, block in _transformer_blocks(unet):
         if not getattr(block, "disable_self_attn", False):
-            to_q = (originals or {}).get(f"{path}.attn1", block.attn1).to_q
+            attention: Any = (originals or {}).get(f"{path}.attn1", block.attn1)
+            to_q = attention.to_q
             found.append(SelfAttentionLayer(key, f"{path}.attn1", to_q.in_features, to_q.out_features))
     return tuple(found)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,9 @@ class SelfAttentionLoRA:
         self._addresses = {
             f"{layer.path}.{projection}": (layer.key, projection) for layer in layers for projection in self.projections
         }
-        with torch.random.fork_rng(devices=[]):  # in case that PEFT draws numbers of its own, which are not kept
+        with cast(Any, torch.random).fork_rng(
+            devices=[]
+        ):  # in case that PEFT draws numbers of its own, which are not kept
             self.skeleton = _build_meta_projections(layers, self._addresses, rank, alpha)
         for path in self._addresses:
             a, b = self._linears(path)
@@ -85,8 +87,8 @@ class SelfAttentionLoRA:
         """Yield the trainables under the keys that PEFT writes to a file."""
         for path in self._addresses:
             a, b = self._linears(path)
-            yield f"{KEY_PREFIX}{path}.lora_A.weight", a.weight
-            yield f"{KEY_PREFIX}{path}.lora_B.weight", b.weight
+            yield f"{KEY_PREFIX}{path}.lora_A.weight", cast(nn.Parameter, a.weight)
+            yield f"{KEY_PREFIX}{path}.lora_B.weight", cast(nn.Parameter, b.weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
@@ -105,11 +107,12 @@ class SelfAttentionLoRA:
         return self
 
     def _linears(self, path: str) -> tuple[nn.Linear, nn.Linear]:
-        layer = self.skeleton.get_submodule(path)
+        layer: Any = self.skeleton.get_submodule(path)
         return layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
 
     def _scaling(self, path: str) -> float:
-        return self.skeleton.get_submodule(path).scaling[ADAPTER_NAME]
+        layer: Any = self.skeleton.get_submodule(path)
+        return layer.scaling[ADAPTER_NAME]
 
 
 def parameter_shapes(layers: Sequence[SelfAttentionLayer], rank: int) -> dict[str, tuple[int, int]]:

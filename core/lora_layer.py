@@ -84,7 +84,7 @@ def _involved(error: BaseException | None) -> Iterator[str]:
     yield from _involved(error.__cause__ or error.__context__)
     if isinstance(error, ImportError) and error.name:
         yield error.name.split(".")[0]
-    modules = []
+    modules: list[str] = []
     frame = error.__traceback__ and error.__traceback__.tb_next  # after our own frame
     while frame is not None:
         modules.append(frame.tb_frame.f_globals.get("__name__", "").split(".")[0])

@@ -55,7 +55,7 @@ class Rotation:
 
 
 def _rotated(x: Tensor, matrices: Tensor, heads: int) -> Tensor:
-    pairs = x.float().unflatten(-1, (heads, -1, 1, 2))  # (b, m, heads, pairs, 1, 2)
+    pairs = x.float().reshape(*x.shape[:-1], heads, -1, 1, 2)  # (b, m, heads, pairs, 1, 2)
     return (matrices[:, :, None].float() * pairs).sum(-1).flatten(2).to(x.dtype)
 
 

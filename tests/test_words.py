@@ -43,6 +43,8 @@ RETIRED = {
     "Taught": "TrainedModel",
     "TokenizerWithWord": "PlaceholderTokenizer",
     "ToldTheLevel": "WithTimestep",
+    "UnreadablePicture": "UnreadablePictureError",
+    "UnusableMetadata": "UnusableMetadataError",
     "USUAL_STRENGTH": "DEFAULT_STRENGTH",
     "Unfinished": "TrainingCheckpoint",
     "WithChance": "WithGenerator",

@@ -27,14 +27,14 @@ def random_window(
         allowed = F.max_pool2d(mask[None, None].float(), (height, width), stride=1)[0, 0] >= LEAST_COVER
     places = allowed.nonzero()  # (places, 2)
     chosen = int(torch.randint(max(1, len(places)), (), generator=generator))
-    top, left = places[chosen].tolist() if len(places) else (rows // 2, columns // 2)
+    top, left = map(int, places[chosen]) if len(places) else (rows // 2, columns // 2)
     part = (..., slice(top, top + height), slice(left, left + width))
     return latent[part], None if mask is None else mask[part]
 
 
 def jittered(picture: Tensor, amount: float, generator: torch.Generator) -> Tensor:
     """Change brightness, contrast and saturation of a picture (1, 3, h, w) by factors of up to 1 +- amount."""
-    brightness, contrast, saturation = (1 + amount * (2 * torch.rand(3, generator=generator) - 1)).tolist()
+    brightness, contrast, saturation = map(float, 1 + amount * (2 * torch.rand(3, generator=generator) - 1))
     picture = (picture * brightness).clamp(0, 1)
     grey = _luminance(picture)
     picture = (grey.mean() + contrast * (picture - grey.mean())).clamp(0, 1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .augment import random_window
+
+T = TypeVar("T")
 
 
 class Version(NamedTuple):
@@ -40,7 +42,8 @@ class Example:
         if not versions:
             return self
         latent, mask = choice(versions, generator)
-        latent, mask = random_window(latent, mask, self.latent.shape[-2:], generator)
+        height, width = self.latent.shape[-2:]
+        latent, mask = random_window(latent, mask, (height, width), generator)
         return dataclasses.replace(self, latent=latent, mask=mask)
 
 
@@ -93,7 +96,7 @@ class PairStream(Iterator[Pair]):
     def __next__(self) -> Pair:
         examples, generator = self._data.examples, self._generator
         if not self.waiting:
-            self.waiting = torch.randperm(len(examples), generator=generator).tolist()
+            self.waiting = list(map(int, torch.randperm(len(examples), generator=generator)))
         place = self.waiting.pop(0)
         target = examples[place]
         others = self._data.others(place) or list(self._data.views)
@@ -104,13 +107,13 @@ class PairStream(Iterator[Pair]):
         return Pair(target, caption, None if dropped else reference)
 
 
-def choice(options: Sequence, generator: torch.Generator):
+def choice(options: Sequence[T], generator: torch.Generator) -> T:
     return options[int(torch.randint(len(options), (), generator=generator))]
 
 
 def group_by_shape(pairs: Sequence[Pair]) -> list[list[int]]:
     """Indices of pairs that can be stacked: equal sizes of targets and of references."""
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[torch.Size, torch.Size | None], list[int]] = {}
     for place, pair in enumerate(pairs):
         reference = None if pair.reference is None else pair.reference.latent.shape
         groups.setdefault((pair.target.latent.shape, reference), []).append(place)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
+from torch.nn.grad import conv2d_input  # pyright: ignore[reportUnknownVariableType]
 
 
 class CastBuffer:
@@ -39,7 +39,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBu
 
     Only the weight is stored for the backward pass, without a copy.
     """
-    return _Linear.apply(x, weight, bias, buffer)
+    return _apply(_Linear, x, weight, bias, buffer)
 
 
 def frozen_conv2d(
@@ -49,12 +49,18 @@ def frozen_conv2d(
 
     Only the weight is stored for the backward pass, without a copy.
     """
-    return _Convolution.apply(x, weight, bias, buffer, (stride, padding, *settings))
+    return _apply(_Convolution, x, weight, bias, buffer, (stride, padding, *settings))
 
 
 def recompute(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """run(x), storing only x. `run` must be a frozen function: only x gets a gradient."""
-    return _Recomputed.apply(run, x)
+    return _apply(_Recomputed, run, x)
+
+
+def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
+    """Torch leaves untyped what a function of ours returns."""
+    untyped: Any = function
+    return untyped.apply(*inputs)
 
 
 class _Linear(torch.autograd.Function):
@@ -72,7 +78,9 @@ class _Linear(torch.autograd.Function):
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBuffer, how: tuple) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, buffer: CastBuffer, how: tuple[Any, ...]
+    ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.buffer, ctx.size, ctx.how = buffer, x.shape, how
         return F.conv2d(x, buffer.cast(weight, x), None if bias is None else bias.to(x.dtype), *how)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from ..core.image_prompt import TextConditioning
 from ..core.lora import SelfAttentionLoRA
@@ -76,7 +77,7 @@ class Training(Iterator[Step]):
             None if config.average_power is None else PolynomialAverage(self._create_trainables, config.average_power)
         )
         self._tokens = list(tokens)
-        self._token_norms = [token.detach().norm(dim=-1, keepdim=True) for token in tokens]
+        self._token_norms = [_norms(token.detach()) for token in tokens]
         self._workers = workers or Alone()
         for token in tokens:
             token.requires_grad_(config.token_learning_rate > 0)
@@ -90,7 +91,7 @@ class Training(Iterator[Step]):
         self._rng_state = self._capture_rng_state()  # as the last whole step left it
         self._optimizer = build_optimizer(config, lora.parameters(), self._tokens)
         self._schedule = build_schedule(self._optimizer, config)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=config.loss_scaling)
+        self._scaler = GradScaler(device.type, enabled=config.loss_scaling)
         self._scale = self._scaler.state_dict()  # as the last whole step left it
 
     def __next__(self) -> Step:
@@ -105,7 +106,7 @@ class Training(Iterator[Step]):
             self._freeze_tokens()
         for _ in range(OVERFLOWS_IN_A_ROW):
             loss = sum(self._accumulate_gradients() for _ in range(self._config.gradient_accumulation))
-            loss = sum_gradients(self._create_trainables, loss, self._workers)
+            loss = sum_gradients(list(self._create_trainables), loss, self._workers)
             if not math.isfinite(loss):
                 raise DivergedError(
                     f"The loss became {loss} at step {number}. Lower the learning rates, or choose a wider precision."
@@ -164,7 +165,7 @@ class Training(Iterator[Step]):
             return
         with torch.no_grad():
             for token, norm in zip(self._tokens, self._token_norms, strict=True):
-                token.mul_(norm / token.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(token.dtype).tiny))
+                token.mul_(norm / _norms(token).clamp(min=torch.finfo(token.dtype).tiny))
 
     @property
     def reference_text(self) -> TextConditioning:
@@ -178,7 +179,7 @@ class Training(Iterator[Step]):
             self._restore_token_norms()
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> Generator[None]:
         """Let the trainables be what `apply_average` makes of them, for as long as this lasts."""
         before = [parameter.detach().clone() for parameter in self._create_trainables]
         try:
@@ -277,7 +278,7 @@ class Training(Iterator[Step]):
                 for loss, shares_its_graph in losses(part):
                     loss = share * loss
                     if loss.requires_grad:  # not without a reference where the word does not learn
-                        self._scaler.scale(loss).backward(retain_graph=shares_its_graph)
+                        torch.autograd.backward(self._scaler.scale(loss), retain_graph=shares_its_graph)
                     total += loss.item()
                     del loss
         return total
@@ -290,11 +291,16 @@ class Training(Iterator[Step]):
             yield group.rows(mine[first : first + at_once])
 
 
+def _norms(vectors: Tensor) -> Tensor:
+    """(n, width) -> (n, 1)"""
+    return cast(Any, vectors).norm(dim=-1, keepdim=True)
+
+
 def _drop_references_at_high_noise(batch: Sequence[Pair], levels: Tensor, first: float) -> list[Pair]:
     """Let the word stand alone at noise levels from `first` on, which a sampler goes through first."""
     return [
         pair if level < first else pair._replace(reference=None)
-        for pair, level in zip(batch, levels.tolist(), strict=True)
+        for pair, level in zip(batch, map(int, levels), strict=True)
     ]
 
 
@@ -303,4 +309,4 @@ def _drop_captions(batch: Sequence[Pair], share: float, generator: torch.Generat
     if share == 0:
         return list(batch)
     dropped = torch.rand(len(batch), generator=generator) < share
-    return [pair._replace(caption="") if drop else pair for pair, drop in zip(batch, dropped.tolist(), strict=True)]
+    return [pair._replace(caption="") if drop else pair for pair, drop in zip(batch, map(bool, dropped), strict=True)]

@@ -55,7 +55,7 @@ class PairLosses:
         references = self._read_references(part)
         keeps_class = self._uses_frozen_prior and references is not None
         yield Loss(self._prediction_loss(part, latent, noisy, references), keeps_class)
-        if keeps_class:
+        if keeps_class and references is not None:
             scale = self._denoiser.output_scale(part.sigma)
             text = self.reference_text.expand(len(part.pairs))
             moved = frozen_prediction_loss(self._denoiser, noisy, part.sigma, text, references, scale)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -54,7 +55,7 @@ def build_optimizer(config: TrainConfig, lora: Sequence[nn.Parameter], tokens: S
     for group in groups:
         is_frozen = group["lr"] == 0
         group.update({"lr": 0.0, "weight_decay": 0.0} if is_frozen else {"lr": 1.0})
-    return Prodigy(groups, use_bias_correction=True, safeguard_warmup=config.options.warmup_steps > 0)
+    return cast(Any, Prodigy)(groups, use_bias_correction=True, safeguard_warmup=config.options.warmup_steps > 0)
 
 
 def build_schedule(optimizer: Optimizer, config: TrainConfig) -> LambdaLR | None:

@@ -20,7 +20,7 @@ def augmented_views(
 
 
 def _view(picture: Tensor, mask: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    flip, plain, zoom, x, y, *colour = torch.rand(8, generator=generator).tolist()
+    flip, plain, zoom, x, y, *colour = map(float, torch.rand(8, generator=generator))
     layers = picture if mask is None else torch.cat([picture, mask[None, None].to(picture)], dim=1)
     if flip < 0.5:
         layers = layers.flip(-1)

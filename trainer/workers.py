@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +23,10 @@ class Workers(Protocol):
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes. Every process must call it."""
+        ...
+
+    def share(self, data: bytes | None) -> bytes | None:
+        """What the first process gives, in every process. Every process must call it."""
         ...
 
 
@@ -52,7 +56,7 @@ def current_workers() -> Workers:
 
 
 @contextlib.contextmanager
-def working_with(workers: Workers) -> Iterator[None]:
+def working_with(workers: Workers) -> Generator[None]:
     token = _workers.set(workers)
     try:
         yield
@@ -84,8 +88,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], loss: float, workers: Work
     flags = [loss, *(float(parameter.grad is not None) for parameter in parameters)]
     parts = [torch.tensor(flags, device=device)]
     parts += [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
-
-    total, *sums = workers.sum(torch.cat(parts)).split([len(part) for part in parts])
-    for parameter, gradient, found in zip(parameters, sums, total[1:].tolist(), strict=True):
+    total, *sums = torch.split(workers.sum(torch.cat(parts)), [len(part) for part in parts])
+    for parameter, gradient, found in zip(parameters, sums, map(float, total[1:]), strict=True):
         parameter.grad = gradient.view_as(parameter).clone() if found else None
     return total[0].item()

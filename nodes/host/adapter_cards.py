@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.adapter_file import adapter_metadata
-from ...core.adapter_metadata import FORMAT_VERSION, UnusableMetadata, from_metadata, shortened
+from ...core.adapter_metadata import FORMAT_VERSION, UnusableMetadataError, from_metadata, shortened
 from .files import EXTENSION, adapter_names, adapter_path
 
 MOST_HEADER = 16 * 2**20  # bytes of a header that is read for a card; a workflow takes some hundred kB
@@ -77,7 +77,7 @@ def _read(path: Path) -> Card:
         return {"error": f"it has format version {_text(version)}; this pack reads version {FORMAT_VERSION}"}
     try:
         info = from_metadata(metadata)
-    except (KeyError, UnusableMetadata) as error:
+    except (KeyError, UnusableMetadataError) as error:
         return {"error": f"its metadata cannot be used ({_text(error)})"}
     return {
         "placeholder_token": _text(info.placeholder_token),

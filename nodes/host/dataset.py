@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .dataset_files import Entry, children, dataset_folder, is_hidden, list_entries
 from .masks import keeps_something
-from .picture_file import UnreadablePicture, read_mask, read_picture, shown
+from .picture_file import UnreadablePictureError, read_mask, read_picture, shown
 from .tensor_store import TensorStore
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def read_folder(folder: Path, name: str, placeholder_token: str) -> Dataset:
         model_management.throw_exception_if_processing_interrupted()
         try:
             image, mask = _read(entry)
-        except UnreadablePicture as error:
+        except UnreadablePictureError as error:
             left_out.append(f"{shown(entry.picture.relative_to(folder).as_posix())}: {error}")
             continue
         images.append(store.keep(image))
@@ -89,11 +89,11 @@ def _read(entry: Entry) -> tuple[Tensor, Tensor]:
     if entry.mask is not None:
         try:
             mask = mask * _fitted(read_mask(entry.mask), height, width)
-        except UnreadablePicture as error:
-            raise UnreadablePicture(f"its mask {shown(entry.mask.name)} cannot be used, {error}") from error
+        except UnreadablePictureError as error:
+            raise UnreadablePictureError(f"its mask {shown(entry.mask.name)} cannot be used, {error}") from error
     if not keeps_something(mask):
         cause = "it is transparent everywhere" if entry.mask is None else "its mask leaves nothing of it"
-        raise UnreadablePicture(f"{cause} (white is the subject)" if entry.mask is not None else cause)
+        raise UnreadablePictureError(f"{cause} (white is the subject)" if entry.mask is not None else cause)
     return image, mask
 
 
@@ -105,7 +105,7 @@ def _fitted(mask: Tensor, height: int, width: int) -> Tensor:
     if abs(wide * height / (tall * width) - 1) > SAME_ASPECT:
         turned = abs(tall * height / (wide * width) - 1) <= SAME_ASPECT
         hint = ": it lies on its side" if turned else ""
-        raise UnreadablePicture(f"it is {wide}x{tall} pixels and the picture {width}x{height}{hint}")
+        raise UnreadablePictureError(f"it is {wide}x{tall} pixels and the picture {width}x{height}{hint}")
     return F.interpolate(mask[None, None], (height, width), mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
 
 

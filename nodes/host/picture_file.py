@@ -31,14 +31,14 @@ ENOUGH_PIXELS = 4096 * 4096  # larger pictures are scaled down
 SIXTEEN_BIT = 65535.0
 
 
-class UnreadablePicture(ValueError):
+class UnreadablePictureError(ValueError):
     """The file cannot be used. The text gives the reason, to be put behind the file's name."""
 
 
 def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:
     """The first frame as IMAGE (1, h, w, 3) in 0..1, and its alpha (h, w), None if it is opaque.
 
-    Transparent parts are composed onto grey. Raises UnreadablePicture.
+    Transparent parts are composed onto grey. Raises UnreadablePictureError.
     """
     with _reasons(path):
         picture = _opened(path)
@@ -54,7 +54,7 @@ def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:
 
 
 def read_mask(path: Path) -> Tensor:
-    """A mask file as (h, w) in 0..1: its brightness. Transparent parts are black. Raises UnreadablePicture."""
+    """A mask file as (h, w) in 0..1: its brightness. Transparent parts are black. Raises UnreadablePictureError."""
     with _reasons(path):
         picture = _opened(path)
         if not _has_alpha(picture):
@@ -65,29 +65,31 @@ def read_mask(path: Path) -> Tensor:
 
 @contextlib.contextmanager
 def _reasons(path: Path) -> Iterator[None]:
-    """Turn PIL's exceptions into UnreadablePicture with a short reason."""
+    """Turn PIL's exceptions into UnreadablePictureError with a short reason."""
     suffix = path.suffix.lower()
     try:
         yield
-    except UnreadablePicture:
+    except UnreadablePictureError:
         raise
     except Image.UnidentifiedImageError:
         if suffix in (".heic", ".heif", ".hif", ".avif", ".jxl"):
-            raise UnreadablePicture(f"this Python cannot read {suffix[1:].upper()}: save it as PNG or JPEG") from None
-        raise UnreadablePicture("it is no picture, or damaged") from None
+            raise UnreadablePictureError(
+                f"this Python cannot read {suffix[1:].upper()}: save it as PNG or JPEG"
+            ) from None
+        raise UnreadablePictureError("it is no picture, or damaged") from None
     except Image.DecompressionBombError:
-        raise UnreadablePicture("it claims more pixels than any picture has: save it smaller") from None
+        raise UnreadablePictureError("it claims more pixels than any picture has: save it smaller") from None
     except MemoryError:
-        raise UnreadablePicture("there is not enough memory for it") from None
+        raise UnreadablePictureError("there is not enough memory for it") from None
     except Exception as error:  # PIL's readers raise many kinds of exceptions
-        raise UnreadablePicture(f"it is damaged ({error or type(error).__name__})") from error
+        raise UnreadablePictureError(f"it is damaged ({error or type(error).__name__})") from error
 
 
 def _opened(path: Path) -> Image.Image:
     """Decode, turn upright, and limit the size."""
     suffix = path.suffix.lower()
     if suffix in UNSUPPORTED:
-        raise UnreadablePicture(f"{suffix[1:].upper()} is no finished picture: export it as PNG or JPEG")
+        raise UnreadablePictureError(f"{suffix[1:].upper()} is no finished picture: export it as PNG or JPEG")
     with _strictly(), Image.open(path) as file:
         _check_size(*file.size)
         file.load()
@@ -111,11 +113,11 @@ def _of_useful_size(picture: Image.Image) -> Image.Image:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
-        raise UnreadablePicture(f"it is {width}x{height} pixels: save it smaller")
+        raise UnreadablePictureError(f"it is {width}x{height} pixels: save it smaller")
     if min(width, height) < LEAST_SIDE:
-        raise UnreadablePicture(f"it is only {width}x{height} pixels")
+        raise UnreadablePictureError(f"it is only {width}x{height} pixels")
     if max(width, height) > MOST_ASPECT * min(width, height):
-        raise UnreadablePicture(f"it is {width}x{height} pixels, a strip: cut it to the subject")
+        raise UnreadablePictureError(f"it is {width}x{height} pixels, a strip: cut it to the subject")
 
 
 @contextlib.contextmanager
