@@ -27,8 +27,8 @@ def register_run_routes() -> None:
 
 
 async def get_run(request: web.Request) -> web.Response:
-    found = await asyncio.to_thread(known_run, request.match_info["run"])
-    return web.json_response(found) if found else _error(404, "There is no such training.")
+    """What is known of a training; null where there is none, which is no error of a page that asks."""
+    return web.json_response(await asyncio.to_thread(known_run, request.match_info["run"]))
 
 
 async def get_sample(request: web.Request) -> web.Response:

@@ -63,6 +63,7 @@ class TrainingRun:
         self.left: float | None = None
         self.memory: int | None = None
         self.wants_finish = self.wants_sample = False
+        self._has_begun = False  # what is refused before the first step leaves no folder
         self._smoothed: float | None = None
         self._start, self._seconds = time.monotonic(), 0.0
         with _lock:
@@ -78,7 +79,7 @@ class TrainingRun:
 
     def begin(self, fingerprint: str, losses: Sequence[float]) -> None:
         """Go on from these steps. What the folder holds of another training is put aside."""
-        self.fingerprint, self.step = fingerprint, len(losses)
+        self.fingerprint, self.step, self._has_begun = fingerprint, len(losses), True
         with self.disk():
             self._take_folder()
         if losses:
@@ -125,6 +126,8 @@ class TrainingRun:
 
     def write(self) -> None:
         """Keep what is known, for a page that asks when ComfyUI was started anew."""
+        if not self._has_begun:
+            return
         with self.disk(), atomic_write(self.folder / SUMMARY) as temporary:
             known = {**self.as_dict(MOST_POINTS), "fingerprint": self.fingerprint}
             known["sample_prompts"] = {str(step): texts for step, texts in self.prompts.items()}

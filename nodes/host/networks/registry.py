@@ -122,7 +122,7 @@ def warn_if_experimental(architecture: str) -> None:
 
 
 def _family(base: Any, network: Any) -> str | None:
-    config = type(base.model_config).__name__
+    config = type(getattr(base, "model_config", None)).__name__
     if nextdit.is_nextdit(network):
         return "Z-Image" if config == "ZImage" and getattr(network, "siglip_embedder", None) is None else None
     if not flux.is_flux(network) or not flux.is_plain(network):

@@ -52,8 +52,7 @@ async def get_sample(request):
 
 @routes.get(f"/sa_inject/runs/{NAME}")
 async def get_run(request):
-    run = runs.get(request.match_info["run"])
-    return web.json_response(run) if run else web.json_response({"error": "There is no such run."}, status=404)
+    return web.json_response(runs.get(request.match_info["run"]))
 
 
 @routes.post(f"/sa_inject/runs/{NAME}/{{wish}}")
