@@ -191,8 +191,8 @@ def reads(text_of: Callable[[Subject, int], str]) -> Callable[[TrainingTask], Tr
 class WithGenerator(ComfyDenoiser):
     """Has a generator of its own, so that the loop draws what it draws for all."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         self._generator = torch.Generator().manual_seed(0)
 
 

@@ -154,7 +154,7 @@ def test_preview_shows_the_subject_that_lies_outside_of_the_square(train, monkey
     monkeypatch.setattr("sa_inject.nodes.host.drawing.preview.STEPS", 1)
     mask = torch.zeros(1, 128, 256)
     mask[:, :, :48] = 1  # outside of the square in the middle, inside of the training size
-    *_, previews = train(pictures(1, 128, 256), mask, previews=1, resolution=128, file_name="test_masks wide")
+    _, _, _, previews, *_ = train(pictures(1, 128, 256), mask, previews=1, resolution=128, file_name="test_masks wide")
     assert previews.shape == (1, 128, 128, 3) and previews.isfinite().all()
 
 
