@@ -1,14 +1,14 @@
 """The method on one page: a frozen diffusion network attends to pictures of a subject. Torch only, no ComfyUI.
 
-At every self-attention layer, with q, K and V the network's own:
+In every self-attention layer, where q, K and V are the network's own queries, keys and values:
 
     out = softmax(q K^T / sqrt(d)) V  +  weight * softmax(q k_r^T / sqrt(d)) v_r
 
     k_r = W_k z_r + dW_k z_r        v_r = dW_v z_r
 
-z_r is what the layer reads when the same network is called on a picture of the subject. W_k is the network's own
-projection. dW_k and dW_v are LoRA; beside the embedding of a word they are all that is learned. A fresh LoRA has
-dW_v = 0, so it adds nothing.
+z_r is the layer's input when the same network is called on a picture of the subject. W_k is the network's own key
+projection. dW_k and dW_v are LoRA. Only they and one token embedding are trained. A fresh LoRA has dW_v = 0, so it
+adds nothing.
 
 Six terms:
 
@@ -17,9 +17,9 @@ Six terms:
     bank             the keys and values of all layers, a KV for each BlockKey (kv.py)
     site             one call of one attention layer, of any kind of network (site.py)
     injection        the second term of the formula, added at a site (injection.py)
-    adapter          the LoRA, and the token embedding of the word (adapter.py, lora.py)
+    adapter          the LoRA, and the embedding of the placeholder token (adapter.py, lora.py)
 
-The whole of it on random tensors:
+The whole method on random tensors:
 
     >>> import torch
     >>> from sa_inject.core.attention import differentiable_attention
@@ -49,10 +49,10 @@ The whole of it on random tensors:
 
 Ten minutes of reading, in this order:
 
-    core/attention.py, core/kv.py           the two types that all of it speaks of         1 min
-    core/site.py                            what recording and injecting know of a layer   1 min
+    core/attention.py, core/kv.py           the basic types                                1 min
+    core/site.py                            one call of one attention layer                1 min
     core/injection.py                       the formula                                    1 min
-    core/reference.py                       how k_r and v_r come about                     2 min
+    core/reference.py                       how k_r and v_r are computed                   2 min
     core/lora.py                            LoRADelta; skip the rest at first              1 min
     core/schedule.py                        when, how strong, and why                      1 min
     core/image_prompt.py, core/adapter.py   what goes in, what is saved                    1 min

@@ -1,4 +1,7 @@
-"""The adapter: LoRA for the reference pass, the learned word, and the text that the reference pass reads."""
+"""The adapter: LoRA for the reference pass, the token embedding, and the class conditioning.
+
+Papers: LoRA (Hu et al., 2021, arXiv 2106.09685) and Textual Inversion (Gal et al., 2022, arXiv 2208.01618).
+"""
 
 from __future__ import annotations
 
@@ -21,30 +24,30 @@ PREDICTION_TYPES = ("eps", "v_prediction", "edm", "x0", "flow")
 
 
 class AdapterMismatchError(ValueError):
-    """An adapter and a model that do not belong together."""
+    """An adapter and a model that do not fit. The message names both."""
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter is, apart from its tensors."""
+    """The description of an adapter: everything but its tensors. A file stores it as metadata."""
 
-    architecture: str  # the family of the base model in words, "SD1.x"
+    architecture: str  # the family of the base model, such as "SD1.x"
     layers: tuple[SelfAttentionLayer, ...]
     rank: int
     alpha: float
     reference_mode: ReferenceMode
     placeholder_token: str
     class_word: str
-    training: dict[str, Any] = field(default_factory=dict[str, Any])  # settings of the run, for people to read
-    positions: PositionRule = "none"  # between a picture and its references, in networks that have positions
+    training: dict[str, Any] = field(default_factory=dict[str, Any])  # settings of the run, for information
+    positions: PositionRule = "none"  # how references are positioned, in networks with position embeddings
 
 
 @dataclass
 class Adapter:
-    """A learned subject.
+    """A trained adapter for one subject.
 
-    `token_embedding` holds the learned word's vectors for every text encoder: "clip_l" -> (vectors, width).
-    `class_conditioning` is the encoded class word, read by the reference pass unless the image prompt has a text.
+    `token_embedding` maps each text encoder to the vectors of the placeholder token: "clip_l" -> (vectors, width).
+    `class_conditioning` is the encoded class word. The reference pass reads it if the image prompt has no text.
     """
 
     name: str
@@ -59,11 +62,9 @@ class Adapter:
     def check_fits(
         self, architecture: str, layers: Sequence[SelfAttentionLayer], prediction_type: str | None = None
     ) -> None:
-        """Refuse a model of another shape, or one that predicts something else.
+        """Check that a model has the adapter's layers and predicts the same quantity.
 
-        Raises AdapterMismatchError, which names both.
-
-        What a model predicts is known by names such as "eps" and "v_prediction"; where one is not known, any will do.
+        Raises AdapterMismatchError. Prediction types are compared only if both are in PREDICTION_TYPES.
         """
         if architecture != self.info.architecture or tuple(layers) != self.info.layers:
             raise AdapterMismatchError(

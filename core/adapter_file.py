@@ -1,4 +1,4 @@
-"""Adapter files: one `.safetensors` for each adapter, written whole and checked when it is read.
+"""Adapter files: one `.safetensors` per adapter, written atomically and checked when it is read.
 
 The header is read and checked first. The tensors are read only if the header is that of an adapter.
 """
@@ -33,14 +33,14 @@ TOKEN_PREFIX = "token_embedding."
 TEXT_KEY = "reference_text.cross_attn"
 POOLED_KEY = "reference_text.pooled"
 FILE_DTYPE = torch.float16
-TEXT_BYTES = 2**19  # reserved for class conditioning and token embedding; SDXL's are the largest
+TEXT_BYTES = 2**19  # reserved for class conditioning and token embedding; SDXL has the largest
 MAX_NUMBERS = 2**29  # in one file, 2 GB as float32; rank 128 on SDXL has 46 million
 FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 class AdapterFileError(ValueError):
-    """A file that is no usable adapter. The message says what is wrong and what to do."""
+    """A file that is not a usable adapter. The message says what is wrong and what to do."""
 
 
 def save_adapter(
@@ -60,7 +60,7 @@ def save_adapter(
     with atomic_write(path, replace) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:  # its own name for a full disk
+        except SafetensorError as error:  # safetensors raises it for a full disk
             raise OSError(str(error)) from error
 
 

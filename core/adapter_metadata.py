@@ -1,4 +1,4 @@
-"""What an adapter file says about itself: written as text, and believed only after every value was checked."""
+"""Adapter metadata as text entries of the file's header. Every value is checked when it is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .positions import POSITION_RULES, PositionRule
 FORMAT = "sa_inject"
 FORMAT_VERSION = "1"
 
-# Far above anything useful: a damaged number must not ask for all the memory or time there is.
+# Limits far above useful values, so that a damaged number cannot use up memory or time.
 MAX_RANK = 1024
 MAX_ALPHA = 2.0**20
 MAX_LAYERS = 1000
@@ -31,7 +31,7 @@ EMPTY_MODULE = nn.Module()
 
 
 class UnusableMetadataError(ValueError):
-    """A value that cannot be meant. The message names it."""
+    """A metadata value that is not valid. The message names it."""
 
 
 def to_metadata(info: AdapterInfo) -> dict[str, str]:
@@ -51,7 +51,10 @@ def to_metadata(info: AdapterInfo) -> dict[str, str]:
 
 
 def from_metadata(metadata: Mapping[str, str]) -> AdapterInfo:
-    """Raises KeyError for an entry that is missing, UnusableMetadataError for one that no training writes."""
+    """Read and check the entries that `to_metadata` writes.
+
+    Raises KeyError for a missing entry, and UnusableMetadataError for an invalid one.
+    """
     mode = metadata["reference_mode"]
     if mode not in REFERENCE_MODES:
         raise UnusableMetadataError(f"reference_mode is '{shortened(mode)}'")
@@ -89,7 +92,7 @@ def _layers(entries: Any) -> tuple[SelfAttentionLayer, ...]:
     layers = tuple(_layer(entry) for entry in cast("list[Any]", entries))
     if len({layer.key for layer in layers}) < len(layers):
         raise UnusableMetadataError("blocks names a layer twice")
-    # Sorted, a path stands right before the first of those that lie inside it.
+    # In sorted order, a path is followed directly by the paths inside it.
     paths = sorted(layer.path.split(".") for layer in layers)
     for outer, inner in zip(paths, paths[1:], strict=False):
         if inner[: len(outer)] == outer:
@@ -106,7 +109,7 @@ def _layer(entry: Any) -> SelfAttentionLayer:
     named = isinstance(path, str) and PATH.fullmatch(path) is not None
     if stage not in STAGES or not places or not widths or not named:
         raise UnusableMetadataError(f"blocks has the entry {shortened(entry)}")
-    if any(hasattr(EMPTY_MODULE, name) for name in path.split(".")):  # no module can have a part of that name
+    if any(hasattr(EMPTY_MODULE, name) for name in path.split(".")):  # names of module attributes cannot be submodules
         raise UnusableMetadataError(f"blocks has a layer at {shortened(path)}")
     return SelfAttentionLayer(BlockKey(stage, index, depth), path, query_dim, inner_dim)
 
@@ -126,6 +129,6 @@ def _json(text: str, entry: str) -> Any:
 
 
 def shortened(value: Any) -> str:
-    """What a message says of a value that a file may have made any length."""
+    """The value as text of at most 100 characters, for messages. A file may hold a value of any length."""
     text = str(value)
     return text if len(text) <= 100 else f"{text[:100]}..."

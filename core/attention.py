@@ -1,4 +1,4 @@
-"""The interface of an attention kernel, which the host or training supplies, and torch's own."""
+"""The interface of an attention kernel, and an implementation with torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class Attention(Protocol):
-    """Multi-head attention without a mask, scaled by one over the root of the head width.
+    """Multi-head attention without a mask, scaled by 1 / sqrt(d).
 
     q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d)
     """
@@ -19,10 +19,11 @@ class Attention(Protocol):
 
 
 def differentiable_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, key_mask: Tensor | None = None) -> Tensor:
-    """Attend with torch's own kernel, which has a backward pass on every device.
+    """Attention with torch's kernel, which is differentiable on every device.
 
-    q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d). key_mask (b, m): bool
-    leaves tokens out; floats are added to the logits.
+    q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d)
+
+    key_mask (b, m): bool, False leaves a token out; or float, added to the logits.
     """
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, None if key_mask is None else key_mask[:, None, None])

@@ -1,4 +1,4 @@
-"""An image prompt: VAE latents of pictures of a subject, each with an optional mask and an optional text."""
+"""Image prompts: VAE latents of pictures of a subject, each with an optional mask and an optional text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MOST_REPEATS: int = 4  # of the shortest text
+MOST_REPEATS: int = 4  # how often the shortest text of a batch may be repeated
 
 
 class TextConditioning(NamedTuple):
@@ -26,18 +26,18 @@ class TextConditioning(NamedTuple):
     lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TextConditioning:
-        """Move, and cast where a dtype is given."""
+        """Move to a device, and cast if a dtype is given."""
         cross_attn, pooled = (None if x is None else x.to(device, dtype) for x in (self.cross_attn, self.pooled))
         return self._replace(cross_attn=cross_attn, pooled=pooled)
 
     def expand(self, rows: int) -> TextConditioning:
-        """Repeat a text of one row. -> rows rows, without a copy"""
+        """Expand a text of one row to `rows` rows, without a copy."""
         pooled = None if self.pooled is None else self.pooled.expand(rows, *self.pooled.shape[1:])
         lengths = None if self.lengths is None else self.lengths * rows
         return TextConditioning(self.cross_attn.expand(rows, *self.cross_attn.shape[1:]), pooled, lengths)
 
     def take(self, rows: Sequence[int]) -> TextConditioning:
-        """Select rows, in this order. Padding that none of them needs is cut off."""
+        """Select rows, in this order. Padding that none of them needs is removed."""
         places = list(rows)
         pooled = None if self.pooled is None else self.pooled[places]
         if self.lengths is None:
@@ -46,7 +46,7 @@ class TextConditioning(NamedTuple):
         return TextConditioning(self.cross_attn[places, : max(lengths)], pooled, lengths)
 
     def by_length(self) -> list[list[int]]:
-        """Indices of rows with equal numbers of tokens, which can share one call."""
+        """Indices of rows, grouped by number of tokens. A group can share one call."""
         if self.lengths is None:
             return [list(range(len(self.cross_attn)))]
         return [
@@ -87,16 +87,16 @@ def repeated(cross_attn: Tensor, length: int) -> Tensor:
 
 
 def fit_together(lengths: Sequence[int]) -> bool:
-    """Whether texts of these lengths may share a batch: ComfyUI's own rule."""
+    """Whether texts of these lengths may share a batch. ComfyUI has the same rule."""
     return math.lcm(*lengths) <= MOST_REPEATS * min(lengths)
 
 
 @dataclass(frozen=True)
 class ReferenceImage:
-    """One image prompt.
+    """One picture of an image prompt.
 
-    latent (1, c, h, w) from the VAE; mask (h_px, w_px) in 0..1, white where the subject is. `text` is the text of the
-    reference pass; None: the adapter's class conditioning.
+    latent (1, c, h, w) from the VAE, unscaled. mask (h_px, w_px) in 0..1, 1 where the subject is; None: everywhere.
+    `text` is the text of the reference pass. None: the adapter's class conditioning.
     """
 
     latent: Tensor
@@ -106,7 +106,7 @@ class ReferenceImage:
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """One or more pictures. Their tokens share one softmax, so together they count as much as one."""
+    """One or more pictures. Their tokens share one softmax, so several pictures together count as much as one."""
 
     pictures: tuple[ReferenceImage, ...]
 

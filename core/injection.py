@@ -1,9 +1,10 @@
-"""Self-attention injection: the frozen network's queries meet the reference's keys and values beside its own.
+"""Self-attention injection: a second attention to the reference's keys and values is added to the self-attention.
 
-Li and Sun, IMAVIS 151 (2024) 105296, describe injecting the copy's self-attention features; that they are attended to
-in a softmax of their own and added is our reading of it. A fresh adapter hands over values of zero, so training begins
-at the base model and not at an attention that has to be unlearned. Concatenating to the network's own keys and values
-begins there; trained, it draws as well (ablation "concatenated" of bench/quality.py), and it needs a bias on tokens.
+The method follows Li and Sun, IMAVIS 151 (2024) 105296: self-attention features of a copy are injected. A separate
+softmax, whose result is added, is our interpretation. Values of a fresh adapter are zero, so training starts at the
+base model. The alternative is to concatenate the reference's tokens to the network's own, in one softmax. It changes
+the attention before training, and needs a bias for the numbers of tokens. The ablation "concatenated" of
+`bench/quality` measures it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from .site import Site
 
 
 class Reference(NamedTuple):
-    """Tokens to attend to, and how much comes of it.
+    """The keys and values of one reference at one layer, and how they are added.
 
-    kv (1 or b, m, heads*d). `weight` multiplies what is added. query_mask (n,) in 0..1 says how much each query is
-    given; key_mask (b, m) bool, for training, which tokens are there at all, at least one in a row. `rows` are those
-    of the site that attend to it; None: all.
+    kv (1 or b, m, heads*d). `weight` multiplies what is added.
+    query_mask (n,) in 0..1 multiplies it for each query. None: 1.
+    key_mask (b, m) bool, for training: False leaves a token out. At least one token per row is True.
+    `rows` are the rows of the site that use the reference. None: all.
+    `positions` is the position rule of the adapter.
+    `widen` maps values that are stored at LoRA rank (b, m, r) to (b, m, heads*d). None: they have full width.
     """
 
     kv: KV
@@ -37,12 +41,12 @@ class Reference(NamedTuple):
 
 
 def inject(site: Site, references: Sequence[Reference]) -> Tensor:
-    """Add what each reference gives the picture's queries to what they have made of the network's own tokens.
+    """Self-attention with added references, which is the formula of the method. -> (b, n, heads*d)
 
-    out = self-attention + sum over references of weight * query_mask * softmax(q k_r^T / sqrt(d)) v_r
+        out = softmax(q k^T / sqrt(d)) v + sum over references of weight * query_mask * softmax(q k_r^T / sqrt(d)) v_r
 
-    -> (b, n, heads*d). The network's own attention is one call for all rows, as without us; each reference is one more,
-    for the rows that see it. What is added is added in place, unless a gradient goes through it.
+    The network's own attention is one kernel call for all rows. Each reference is one more call, for its rows only. The
+    sum is computed in place, unless it needs a gradient.
     """
     out = site.self_attention()
     rules: set[PositionRule] = {reference.positions for reference in references}
@@ -61,7 +65,7 @@ def inject(site: Site, references: Sequence[Reference]) -> Tensor:
 
 
 def attend_to_reference(queries: Tensor, reference: Reference, site: Site) -> Tensor:
-    """One reference's term of that sum, before its weight: whoever adds it can weigh it for nothing.
+    """One reference's term of the sum, without its weight. The weight is applied by the addition itself.
 
     queries (b, m, heads*d) -> (rows, m, heads*d)
     """

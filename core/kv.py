@@ -1,4 +1,4 @@
-"""The vocabulary of the injection: where an attention sits, and what it hands over."""
+"""The basic types: the address of an attention layer, and its keys and values."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from torch import Tensor
 
 
 class BlockKey(NamedTuple):
-    """Address of one transformer block: of a UNet's in the words of ComfyUI's patches, else by the list it is in."""
+    """Address of one transformer block.
+
+    In a UNet, it is named as in ComfyUI's patches. In other networks, by the list of blocks that holds it.
+    """
 
     stage: str  # "input", "middle" or "output"; or the list's name, such as "layers" or "double_blocks"
     index: int  # place in that stage's list of blocks  # pyright: ignore[reportIncompatibleMethodOverride]
-    depth: int = 0  # place in the spatial transformer of a UNet's block
+    depth: int = 0  # index in the spatial transformer of a UNet's block
 
     def __str__(self) -> str:
         return f"{self.stage} {self.index}.{self.depth}"

@@ -14,7 +14,7 @@ from .kv import BlockKey
 
 
 class SelfAttentionLayer(NamedTuple):
-    """One self-attention (`attn1`): its block key, module path and sizes."""
+    """One self-attention layer (`attn1`): its block key, module path, and sizes of input and output."""
 
     key: BlockKey
     path: str  # "input_blocks.1.1.transformer_blocks.0.attn1"

@@ -1,8 +1,8 @@
-"""The trainable part of the copy: LoRA on the projections of its self-attention, carried by PEFT.
+"""LoRA on the key and value projections of the self-attention layers, stored with PEFT.
 
-PEFT never sees the live UNet. Its layers stand in a skeleton: a tree of empty Linear layers on the `meta` device that
-has the names and sizes of the UNet's key and value projections. The reference pass then applies the low-rank products
-beside the frozen projections, so that no weight of the model is ever touched.
+PEFT never sees the live network. Its layers wrap empty Linear layers on the `meta` device, in a module tree with the
+paths and sizes of the network's projections. The reference pass adds the low-rank products to the frozen projections.
+So no weight of the model is changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEY_PREFIX = "base_model.model."  # PEFT's prefix in the files it writes
 
 
 class LoRADelta(NamedTuple):
-    """One low-rank product, ready to use. a (r, in), b (out, r), with the scaling alpha/r folded into b."""
+    """One low-rank product: a (r, in), b (out, r). The factor alpha/r is part of b."""
 
     a: Tensor
     b: Tensor
@@ -45,23 +45,22 @@ LoRADeltas = dict[tuple[BlockKey, str], LoRADelta]
 
 
 class SelfAttentionLoRA:
-    """LoRA for every self-attention layer of one UNet; a fresh one changes nothing, for its `lora_B` is zero."""
+    """LoRA for all self-attention layers of one network. A fresh one has no effect, because `lora_B` is zero."""
 
-    projections: tuple[str, ...] = ("to_k", "to_v")  # what a layer hands over; the pass itself is the frozen UNet's
+    projections: tuple[str, ...] = ("to_k", "to_v")  # the layer's own output is not adapted
 
     def __init__(
         self, layers: Sequence[SelfAttentionLayer], rank: int, alpha: float, generator: torch.Generator | None = None
     ) -> None:
-        """Build float32 trainables on the CPU, `lora_A` drawn from `generator` as PEFT draws it (Kaiming uniform)."""
+        """Create float32 parameters on the CPU. `lora_A` is drawn from `generator`, with PEFT's distribution."""
         self.layers = tuple(layers)
         self.rank = rank
         self.alpha = alpha
         self._addresses = {
             f"{layer.path}.{projection}": (layer.key, projection) for layer in layers for projection in self.projections
         }
-        with cast(Any, torch.random).fork_rng(
-            devices=[]
-        ):  # in case that PEFT draws numbers of its own, which are not kept
+        # PEFT may draw initial values, which are replaced below
+        with cast(Any, torch.random).fork_rng(devices=[]):
             self.skeleton = _build_meta_projections(layers, self._addresses, rank, alpha)
         for path in self._addresses:
             a, b = self._linears(path)
@@ -73,7 +72,7 @@ class SelfAttentionLoRA:
                 b.weight.zero_()
 
     def deltas(self, device: torch.device, dtype: torch.dtype) -> LoRADeltas:
-        """Cast the products for use on `device` in `dtype`; gradients flow back to the float32 parameters."""
+        """Cast the products to `device` and `dtype`. Gradients reach the float32 parameters."""
         return {
             address: LoRADelta(a.weight.to(device, dtype), b.weight.to(device, dtype) * self._scaling(path))
             for path, address in self._addresses.items()
@@ -84,7 +83,7 @@ class SelfAttentionLoRA:
         return [parameter for _, parameter in self.named_parameters()]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trainables under the keys that PEFT writes to a file."""
+        """Yield the trainables under the keys that PEFT uses in files."""
         for path in self._addresses:
             a, b = self._linears(path)
             yield f"{KEY_PREFIX}{path}.lora_A.weight", cast(nn.Parameter, a.weight)
@@ -94,13 +93,13 @@ class SelfAttentionLoRA:
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Copy values in by key. Keys and shapes must be exactly those of `state_dict`."""
+        """Copy values by key. Keys and shapes must be exactly those of `state_dict`."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(tensors[name])
 
     def to(self, device: torch.device) -> SelfAttentionLoRA:
-        """Move the trainables only: the rest of the skeleton has no storage to move."""
+        """Move the trainables. The other layers are on `meta` and have no storage."""
         for path in self._addresses:
             for linear in self._linears(path):
                 linear.to(device)
@@ -116,7 +115,7 @@ class SelfAttentionLoRA:
 
 
 def parameter_shapes(layers: Sequence[SelfAttentionLayer], rank: int) -> dict[str, tuple[int, int]]:
-    """The keys and shapes of the state dict that a LoRA for these layers has."""
+    """Keys and shapes of the state dict of a LoRA for these layers."""
     return {
         f"{KEY_PREFIX}{layer.path}.{projection}.lora_{matrix}.weight": shape
         for layer in layers

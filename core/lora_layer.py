@@ -1,7 +1,7 @@
-"""PEFT's LoRA layer, also if other installed packages are broken.
+"""PEFT's LoRA layer, even if other installed packages are broken.
 
-PEFT tries every quantization package that it knows, and an old or broken one raises an error. So the layer is built
-directly, and a package that breaks the import of PEFT is hidden from that import.
+PEFT tries to import every quantization package that it supports, and an old or broken one raises an error. So the layer
+is created directly, and a package that breaks the import of PEFT is hidden while PEFT is imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 ADAPTER_NAME = "default"
 REQUIREMENT = "peft>=0.18.1"  # the same as in requirements.txt; README says what it was tested with
-NEEDED = {"peft", "transformers", "accelerate", "torch"}  # without one of these there is no PEFT
+NEEDED = {"peft", "transformers", "accelerate", "torch"}  # PEFT cannot do without these
 
 
 def lora_linear(base: nn.Linear, rank: int, alpha: float) -> nn.Module:
@@ -78,7 +78,7 @@ def _advice(error: Exception, broken: str | None) -> str:
 
 
 def _involved(error: BaseException | None) -> Iterator[str]:
-    """The packages in which an import failed: the innermost first, causes before effects."""
+    """The packages in which an import failed: innermost first, causes before effects."""
     if error is None:
         return
     yield from _involved(error.__cause__ or error.__context__)

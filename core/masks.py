@@ -8,13 +8,13 @@ from torch.nn import functional as F
 
 from .schedule import MASK_THRESHOLD
 
-TIE: float = 1e-4  # averages this close to the best count as equal, so that rounding does not decide
+TIE: float = 1e-4  # averages this close to the best count as equal, against rounding
 
 
 def downsample_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """Average masks over the area of every token. mask (..., h, w) in 0..1 -> (..., height*width) in 0..1
+    """Average masks over the area of each token. mask (..., h, w) in 0..1 -> (..., height*width) in 0..1
 
-    Computed on the CPU, because Metal cannot average areas of unequal size. The result stays there.
+    Computed on the CPU, because Metal cannot average areas of unequal size. The result stays on the CPU.
     """
     single = mask.cpu().float().reshape(-1, 1, *mask.shape[-2:])
     return F.adaptive_avg_pool2d(single, (height, width)).reshape(*mask.shape[:-2], height * width)

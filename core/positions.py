@@ -1,8 +1,9 @@
-"""Positions between a picture and its references, in networks that rotate queries and keys by them.
+"""Positions of references, in networks with rotary position embeddings.
 
-Diffusion transformers turn every pair of neighbouring numbers of a query or key by an angle that says where its token
-stands (rotary positions; Su et al., 2021, arXiv 2104.09864). A reference was read elsewhere, and possibly at another
-size and beside a text of another length, so what its keys carry cannot be met by a picture's queries as it is.
+Diffusion transformers rotate each pair of numbers of a query or key by an angle that encodes the token's position.
+These are rotary position embeddings (Su et al., 2021, arXiv 2104.09864). The reference pass may have another size, and
+a text of another length, than the main call. So its keys are rotated for other positions than the queries that attend
+to them.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-# none: both rotations are undone, and only content decides, as in a UNet.
-# same: the reference lies on the same grid as the picture, in the same place of the sequence.
-# index: the same grid, as another picture beside it, which is how models that edit are shown their references.
+# none: both rotations are removed, and only content counts, as in a UNet.
+# same: the reference is at the same positions as the picture.
+# index: the same grid, with the index of another picture. Editing models get their references like this.
 PositionRule = Literal["none", "same", "index"]
 POSITION_RULES: tuple[str, ...] = get_args(PositionRule)
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """By what a picture's tokens were rotated at one layer.
+    """The rotation of a picture's queries and keys at one layer.
 
-    matrices (1 or b, m, pairs, 2, 2), one for each pair of a head's numbers. The first `index_pairs` of them say of
-    which picture a token is, and how long the text before it is; the others, where in the picture it lies.
-    next_index (index_pairs, 2, 2): what turns the first to another picture.
+    matrices (1 or b, m, pairs, 2, 2), one for each pair of a head's numbers. The first `index_pairs` encode the index
+    of the picture and the length of the text before it. The others encode the position in the picture.
+    next_index (index_pairs, 2, 2): the rotations for the index of another picture.
     """
 
     matrices: Tensor
@@ -34,18 +35,21 @@ class Rotation:
     next_index: Tensor
 
     def undone(self, x: Tensor, heads: int) -> Tensor:
-        """Queries or keys of the picture without their positions. (b, m, heads*d) -> (b, m, heads*d)"""
+        """Queries or keys of the picture without their rotation. (b, m, heads*d) -> (b, m, heads*d)"""
         return _rotated(x, self.matrices.mT, heads)
 
     def of_queries(self, x: Tensor, heads: int, rule: PositionRule) -> Tensor:
-        """The picture's queries as references expect them: without the position that depends on the text's length."""
+        """Rotate the picture's queries as references need them: without the part that depends on the text's length.
+
+        (b, m, heads*d) -> (b, m, heads*d)
+        """
         if rule == "none":
             return self.undone(x, heads)
         index = self.matrices[:, :, : self.index_pairs].mT
         return _rotated(x, torch.cat([index, _identity_like(self.matrices[:, :, self.index_pairs :])], dim=2), heads)
 
     def of_keys(self, x: Tensor, heads: int, rule: PositionRule) -> Tensor:
-        """Keys without positions, of a picture that is a reference, at the positions where queries meet them."""
+        """Rotate a reference's unrotated keys for these queries. (b, m, heads*d) -> (b, m, heads*d)"""
         if rule == "none":
             return x
         index = _identity_like(self.matrices[:, :, : self.index_pairs])

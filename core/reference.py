@@ -1,14 +1,14 @@
-"""The reference pass: the network reads an image prompt, and hands over keys and values that the LoRA adapts.
+"""The reference pass: the network is called on an image prompt, to record keys and values that the LoRA adapts.
 
-It is an ordinary call of the same diffusion model with hooks of its own, so the "trainable copy" costs no second
-set of weights, and whatever was done to the weights (a user's LoRA, offloading, fp8) holds for it too.
+The trainable copy is the same diffusion model, called again with other hooks. So there is no second set of weights, and
+a user's LoRA, offloading or fp8 weights apply to it as well.
 
-The LoRA acts on what a layer hands over, not on what it passes on to the next: what the pass computes of a picture does
-not change while the LoRA learns, and no gradient has to go through it. Adapting the whole pass drew no better on the
-subjects that were tried (ablation "LoRA in the whole pass" of bench/quality.py), at a third more work for each step.
+The LoRA adapts the keys and values that are recorded. It does not change the layer's output, so the hidden states do
+not depend on the LoRA, and no gradient goes through the pass. The ablation "LoRA in the whole pass" of
+`bench/quality` measures the alternative.
 
-Keys are those of the frozen network and the LoRA's share; values are the LoRA's share alone, so that a fresh adapter,
-whose `lora_B` is zero, adds nothing.
+Keys are the frozen keys plus the LoRA's product. Values are the LoRA's product alone. `lora_B` of a fresh adapter is
+zero, so its values are zero and it adds nothing.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .site import Site
 
 
 class ReferencePassComplete(Exception):
-    """Raised when the last wanted keys and values are in the bank: the rest of the pass would be thrown away.
+    """Raised when all wanted keys and values are in the bank. The rest of the pass is not needed.
 
-    It is no error, as StopIteration is none, and is not named like one.
+    It is not an error, like StopIteration, and so its name does not end in Error.
     """
 
 
 class ReferenceKV(NamedTuple):
-    """Keys and values of a batch of references at one layer, with the layer's height and width in tokens."""
+    """Keys and values of a batch of references at one layer, and the layer's height and width in tokens."""
 
     kv: KV  # (b, height*width, heads*d)
     height: int
@@ -41,11 +41,11 @@ class ReferenceKV(NamedTuple):
 
 
 class KVRecorder:
-    """Turns one call of the network into a reference pass, when its attention layers are computed by `at`.
+    """Makes one call of the network a reference pass. The attention layers call `at`.
 
-    After the call `bank` holds what every layer in `wanted` handed over, or what `select` took of it there and then, so
-    that the rest takes up no memory while the call goes on. At the layer `stop_at` the call ends with
-    ReferencePassComplete. Keys get `positions`; with `narrow_values` the values are kept at the LoRA's rank.
+    Afterwards `bank` maps each layer in `wanted` to its keys and values. `select` can reduce them at once, to save
+    memory. At the layer `stop_at`, the call ends with ReferencePassComplete. `positions` is applied to the keys. With
+    `narrow_values`, the values are kept at the LoRA's rank: (b, m, r).
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class KVRecorder:
         self._narrow_values = narrow_values
 
     def at(self, site: Site) -> Tensor:
-        """Record what the layer hands over, and attend as without us. -> (b, n, heads*d)"""
+        """Record keys and values, and return the layer's own self-attention. -> (b, n, heads*d)"""
         self.record(site)
         return site.self_attention()
 
@@ -78,7 +78,7 @@ class KVRecorder:
             raise ReferencePassComplete
 
     def project_keys_values(self, site: Site) -> KV:
-        """k_r = (W_k + dW_k) z_r and v_r = dW_v z_r; the site's keys are what the frozen projection made of z_r."""
+        """k_r = (W_k + dW_k) z_r and v_r = dW_v z_r. The site's keys are W_k z_r already. -> (b, m, heads*d) each"""
         assert site.hidden is not None, "a reference pass keeps what the projections read"
         k, to_v = self._deltas[site.key, "to_k"](site.hidden), self._deltas[site.key, "to_v"]
         v = to_v.narrow(site.hidden) if self._narrow_values else to_v(site.hidden)
@@ -86,7 +86,7 @@ class KVRecorder:
 
 
 def run_reference_pass(call: Callable[[], Any], recorder: KVRecorder) -> dict[BlockKey, Any]:
-    """Call the network until the recorder has all it wants, and return the bank."""
+    """Call the network until the recorder is done, and return the bank."""
     try:
         call()
     except ReferencePassComplete:
@@ -95,9 +95,9 @@ def run_reference_pass(call: Callable[[], Any], recorder: KVRecorder) -> dict[Bl
 
 
 def select_tokens(kv: KV, row: int, kept: Tensor | None) -> KV:
-    """Take one reference out of a batch, without its masked-out tokens.
+    """Select one reference of a batch, without its masked-out tokens. -> (1, m, heads*d) each
 
-    kept (n,) bool, on the CPU, where counting them waits for no device -> (1, m, heads*d) each
+    kept (n,) bool, on the CPU, because counting them on a GPU would wait for it.
     """
     k, v = kv.k[row : row + 1], kv.v[row : row + 1]
     if kept is None:
