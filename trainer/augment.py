@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LEAST_COVER = 0.1  # of one latent cell: crops that show less of the subject are not used
+LEAST_COVER = 0.1  # of one latent cell; crops that show less of the subject are not used
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -15,7 +15,8 @@ def random_window(
 ) -> tuple[Tensor, Tensor | None]:
     """A random crop of a latent (1, c, h, w) and its mask (h, w) that shows some of the subject.
 
-    All positions that do are equally likely. If there is none, the centre is used.
+    `size` is the height and width of the crop in latent cells. All positions that show the subject are equally likely.
+    If there is none, the crop is centred.
     """
     height, width = size
     rows, columns = latent.shape[-2] - height + 1, latent.shape[-1] - width + 1
@@ -25,7 +26,7 @@ def random_window(
         allowed = torch.ones(rows, columns)
     else:
         allowed = F.max_pool2d(mask[None, None].float(), (height, width), stride=1)[0, 0] >= LEAST_COVER
-    places = allowed.nonzero()  # (places, 2)
+    places = allowed.nonzero()  # (positions, 2)
     chosen = int(torch.randint(max(1, len(places)), (), generator=generator))
     top, left = map(int, places[chosen]) if len(places) else (rows // 2, columns // 2)
     part = (..., slice(top, top + height), slice(left, left + width))

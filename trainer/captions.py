@@ -1,10 +1,10 @@
-"""What is said about the training pictures, with the learned word in it."""
+"""Captions of training pictures and class pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-# After DreamBooth and Textual Inversion: neutral wordings, so that the word takes up the subject and not the scene.
+# Neutral templates, as in DreamBooth and Textual Inversion, so that the token learns the subject and not the scene.
 TEMPLATES: tuple[str, ...] = (
     "a photo of {}",
     "a picture of {}",
@@ -16,22 +16,22 @@ TEMPLATES: tuple[str, ...] = (
 
 
 def subject_phrase(placeholder_token: str, class_word: str) -> str:
-    """How the subject is named where nothing else is said: the learned word and what kind of thing it is."""
+    """The name of the subject in prompts: the placeholder token and the class word."""
     return f"{placeholder_token} {class_word}".strip()
 
 
 def class_captions(class_word: str) -> tuple[str, ...]:
-    """What is said about pictures of the class, which have nothing to do with the learned word."""
+    """Templates with the class word alone, for class pictures. They do not contain the placeholder token."""
     return tuple(template.format(class_word) for template in TEMPLATES)
 
 
 def captions_for(
     captions: Sequence[str] | None, count: int, placeholder_token: str, class_word: str, has_word: Callable[[str], bool]
 ) -> list[tuple[str, ...]]:
-    """Captions of every picture; templates stand in where there is none.
+    """The captions of each picture. Pictures without a caption get the templates.
 
-    One caption alone serves all pictures. Raises ValueError for another number of captions than pictures, and when
-    `has_word` finds it in none of them, for then nothing would teach the placeholder.
+    One caption alone is used for all pictures. Raises ValueError if the number of captions is wrong. Also if `has_word`
+    finds the placeholder token in none of them, because nothing would train its embedding.
     """
     templates = tuple(template.format(subject_phrase(placeholder_token, class_word)) for template in TEMPLATES)
     given = [caption.strip() for caption in captions or []]

@@ -24,7 +24,7 @@ class TrainConfig:
     alpha: float = 16.0
     reference_mode: ReferenceMode = "clean"
     seed: int = 0
-    reference_dropout: float = 0.1  # fraction of examples without a reference, so that the token is trained alone too
+    reference_dropout: float = 0.1  # fraction of examples without a reference, so that the token is also trained alone
     reference_start: float = REFERENCE_START
     # Weight averaging: step t has weight t**average_power. None: use the last step.
     average_power: float | None = 4.0

@@ -12,7 +12,7 @@ from ..core.injection import Reference
 from ..core.kv import BlockKey
 from ..core.lora import LoRADeltas
 
-References = Mapping[BlockKey, Reference]  # one row for each example: kv (b, m, heads*d)
+References = Mapping[BlockKey, Reference]  # one row per example: kv (b, m, heads*d)
 
 
 class Denoiser(Protocol):
@@ -42,5 +42,5 @@ class Denoiser(Protocol):
         ...
 
     def denoise(self, noisy: Tensor, sigma: Tensor, text: TextConditioning, references: References | None) -> Tensor:
-        """Predict the clean latents, float32, with the references if there are any."""
+        """Predict the clean latents (b, c, h, w), float32. references: the result of the reference pass, or None."""
         ...

@@ -59,7 +59,7 @@ class Pair(NamedTuple):
 class TrainingSet:
     """Pictures of one subject. `views` are augmented versions, needed if there is no other picture.
 
-    `class_pictures` show others of its kind, with captions without the placeholder token.
+    `class_pictures` show other subjects of the class. Their captions do not contain the placeholder token.
 
     The reference is never the picture that is denoised: identical pairs teach the model to copy.
     """
@@ -88,7 +88,7 @@ class PairStream(Iterator[Pair]):
     """An endless stream of pairs. Every picture is used once before any is repeated."""
 
     def __init__(self, data: TrainingSet, reference_dropout: float, generator: torch.Generator) -> None:
-        self.waiting: list[int] = []  # places of the pictures that have still to come before all begin again
+        self.waiting: list[int] = []  # indices of the pictures that are still to come in this round
         self._data = data
         self._reference_dropout = reference_dropout
         self._generator = generator

@@ -1,7 +1,7 @@
 """Operations of a frozen network that store little for the backward pass, with the same results as torch's.
 
-Torch stores what the gradients of all arguments need. In a frozen layer only the gradient of the input is needed. That
-takes the weight alone, which is in memory anyway.
+Torch stores what the gradients of all arguments need. A frozen layer needs the gradient of its input only. The weight
+is enough for that, and it is in memory anyway.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.grad import conv2d_input  # pyright: ignore[reportUnknownVariableT
 
 
 class CastBuffer:
-    """Casts weights into one piece of memory. Each cast overwrites the last.
+    """Casts weights into one buffer. Each cast overwrites the last.
 
     New memory for each cast would fragment the memory between stored tensors.
     """

@@ -11,8 +11,8 @@ def prediction_loss(denoised: Tensor, latent: Tensor, output_scale: Tensor, mask
 
     denoised, latent (b, c, h, w), output_scale (b, 1, 1, 1), mask (b, 1, h, w) in 0..1 -> (b,)
 
-    `denoised` is affine in the raw output F with slope `output_scale`, so ((denoised - latent) / output_scale)^2 is
-    (F - F*)^2: the eps, v or flow loss that the model was trained with.
+    `denoised` is affine in the raw output F with slope `output_scale`. So ((denoised - latent) / output_scale)^2 is (F
+    - F*)^2, the eps, v or flow loss that the model was trained with.
     """
     error = ((denoised.float() - latent.float()) / output_scale).square()  # (b, c, h, w)
     if mask is None:

@@ -39,9 +39,10 @@ def check_optimizer(name: str) -> None:
 def build_optimizer(config: TrainConfig, lora: Sequence[nn.Parameter], tokens: Sequence[nn.Parameter]) -> Optimizer:
     """An optimizer with two groups: the parameters of the LoRA and of the token embedding.
 
-    Prodigy (Mishchenko and Defazio, 2023) estimates one learning rate for both. Of our learning rates only zeros count:
-    they freeze their group. The settings are those that its authors advise for diffusion models. `safeguard_warmup` is
-    used with a warm-up only: otherwise the rate stays near its far too small first value for a hundred steps.
+    Prodigy (Mishchenko and Defazio, 2023, arXiv 2306.06101) estimates one learning rate for both. Our learning rates
+    have no effect with it, except that 0 freezes a group. The settings are those that its authors advise for diffusion
+    models. `safeguard_warmup` is used with a warm-up only. Otherwise the rate would stay near its much too small
+    initial value for about a hundred steps.
     """
     groups = [
         {"params": list(lora), "lr": config.lora_learning_rate, "weight_decay": config.weight_decay},
@@ -70,7 +71,7 @@ def build_schedule(optimizer: Optimizer, config: TrainConfig) -> LambdaLR | None
 
 
 def learning_rate_factor(done: int, steps: int, schedule: options.Schedule, warmup: int) -> float:
-    """The factor after `done` steps: rises linearly for `warmup` steps, then is constant or decays towards 0."""
+    """The factor after `done` steps: rises linearly for `warmup` steps, then stays constant or decays to 0."""
     if done < warmup:
         return (done + 1) / warmup
     progress = min(1.0, (done - warmup) / max(1, steps - warmup))  # from 0 to below 1

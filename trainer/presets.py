@@ -7,7 +7,7 @@ from typing import Any
 
 AS_SET = "as set"  # every input as it is
 
-# steps, and what else makes a training fast or faithful. Everything that is not named stays as it is set.
+# Number of steps, and settings for speed or likeness. Inputs that are not named keep their values.
 PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
         AS_SET: {},
@@ -19,7 +19,7 @@ PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
 
 
 def with_preset(inputs: dict[str, Any], preset: str) -> dict[str, Any]:
-    """The inputs with those replaced that the preset names. Raises ValueError for a preset that does not exist."""
+    """Replace the inputs that the preset names. Raises ValueError for an unknown preset."""
     if preset not in PRESETS:
         raise ValueError(f"preset is '{preset}'; it is one of {', '.join(PRESETS)}.")
     return {**inputs, **PRESETS[preset]}

@@ -1,7 +1,7 @@
-"""Prior preservation: pictures of the class word alone stay as the frozen model draws them.
+"""Prior preservation: prompts with the class word alone keep the result of the frozen model.
 
-Without the placeholder token and without a reference, the model is frozen and nothing could change. So both losses use
-a reference of the subject: with the class word alone it must change nothing.
+Without the placeholder token and without a reference, the model is frozen, and there is nothing to preserve. So both
+losses use a reference of the subject: with the class word alone, it must have no effect.
 """
 
 from __future__ import annotations

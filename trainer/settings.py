@@ -1,4 +1,4 @@
-"""What a training may be told beyond its numbers: what is seen of it while it runs, and what is kept."""
+"""Settings of a training besides its numbers: samples, validation, what is saved, and optional parts."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from torch import Tensor
 
 from .options import TrainOptions
 
-NEVER = -1  # in the place of a number of steps
-UNLIMITED = 1e30  # longer than any gradient
+NEVER = -1  # a number of steps that is never reached
+UNLIMITED = 1e30  # larger than any gradient norm
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Inputs of SA-Inject Training Settings, under the same names. Its defaults are what holds without that node.
+    """Inputs of SA-Inject Training Settings, with the same names. The defaults apply if that node is not used.
 
-    The last five change what is learned, the others only what is seen of it.
+    The last five change what is learned. The others do not.
     """
 
-    sample_every: int = 0  # steps between sample pictures; 0: as the training node has it
-    sample_prompts: tuple[str, ...] = ()  # none: a template with the learned word
-    kept: int = 4  # adapters of the last samples that stay beside the finished one
-    validation_every: int = 0  # steps between measurements; 0: at every sample; NEVER
-    hold_out: bool = False  # measure at a picture that is not learned, where there are six or more
-    save_every: int = 0  # steps after which the state is saved, besides every five minutes; 0: never
+    sample_every: int = 0  # steps between sample pictures; 0: at the training node's own interval
+    sample_prompts: tuple[str, ...] = ()  # none: a template with the placeholder token
+    kept: int = 4  # number of adapters that are kept from the last samples
+    validation_every: int = 0  # steps between measurements; 0: with every sample; NEVER
+    hold_out: bool = False  # measure on a picture that is left out of the training, if there are six or more
+    save_every: int = 0  # steps between saved states, in addition to every five minutes; 0: never
     weight_decay: float = 1e-2
-    max_gradient_norm: float = 1.0  # 0: gradients are not clipped
-    initial_embedding: str = ""  # the embedding that the word begins with; none: the class word's
-    class_images: tuple[Tensor, ...] = ()  # IMAGE batches (b, h, w, c) that show others of the subject's kind
+    max_gradient_norm: float = 1.0  # maximum gradient norm; 0: no clipping
+    initial_embedding: str = ""  # file of the initial token embedding; none: the class word's embedding
+    class_images: tuple[Tensor, ...] = ()  # IMAGE batches (b, h, w, c) of other subjects of the class
     options: TrainOptions = field(default_factory=TrainOptions)
 
     def __post_init__(self) -> None:
@@ -38,11 +38,11 @@ class TrainingSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
 
     def for_config(self) -> dict[str, Any]:
-        """The settings that a TrainConfig has."""
+        """The settings that are part of a TrainConfig."""
         clipped = self.max_gradient_norm or UNLIMITED
         return {"weight_decay": self.weight_decay, "max_gradient_norm": clipped, "options": self.options}
 
 
 def prompt_lines(text: str) -> tuple[str, ...]:
-    """A text with one prompt a line, as prompts."""
+    """Split a text with one prompt per line."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())

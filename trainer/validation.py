@@ -1,4 +1,4 @@
-"""The loss at pairs, noise and noise levels that never change: what a training is measured by while it runs."""
+"""Validation loss: the loss of fixed pairs with fixed noise and noise levels, measured during training."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .examples import Example, Pair, TrainingSet, group_by_shape
 from .loop import Training
 from .noised import NoisedPairs, noised_pairs
 
-LEVELS = (0.15, 0.4, 0.6, 0.85)  # shares of the noise schedule, from its clean end
-MOST_PICTURES = 4  # measured at: a round takes about as long as this many steps
-LEAST_TO_HOLD_OUT = 6  # pictures, of which one may be kept out of the training
-SEED = 20_000_003  # of a generator of its own, so that measuring changes nothing of what is learned
+LEVELS = (0.15, 0.4, 0.6, 0.85)  # fractions of the noise schedule, from its clean end
+MOST_PICTURES = 4  # denoised per measurement, which then takes about as long as this many steps
+LEAST_TO_HOLD_OUT = 6  # pictures, of which one may be left out of the training
+SEED = 20_000_003  # seed of a separate generator, so that measuring does not change the training
 
 
 class Validation:
-    """Pairs of all pictures, or of those that are held out, at fixed noise and noise levels."""
+    """Pairs of all pictures, or of the held-out ones, with fixed noise and noise levels."""
 
     def __init__(self, data: TrainingSet, held_out: Sequence[Example], config: TrainConfig, sigmas: Tensor) -> None:
-        """sigmas (t,): every noise level of the model, ascending"""
+        """sigmas (t,): all noise levels of the model, ascending"""
         generator = torch.Generator().manual_seed(SEED)
         self._groups: list[NoisedPairs] = []
         pairs = _pairs(data, held_out)
@@ -36,7 +36,7 @@ class Validation:
                 self._groups.append(noised_pairs(group, levels, config.reference_mode, generator))
 
     def measure(self, training: Training, device: torch.device) -> float:
-        """The mean loss of what the training would end with now."""
+        """The mean loss of the adapter that the training would give now."""
         total = rows = 0.0
         with training.averaged():
             for group in self._groups:
@@ -46,7 +46,7 @@ class Validation:
 
 
 def held_out_of(data: TrainingSet) -> tuple[TrainingSet, list[Example]]:
-    """The set without its last picture, and what shows that picture; the whole set where there are too few."""
+    """The set without its last picture, and that picture's examples. The whole set if it has too few pictures."""
     pictures = [place if example.picture is None else example.picture for place, example in enumerate(data.examples)]
     if len(set(pictures)) < LEAST_TO_HOLD_OUT:
         return data, []

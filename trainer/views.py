@@ -14,7 +14,7 @@ def augmented_views(
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Flip, scale and move. If there is a mask, also change the background.
 
-    picture (1, 3, h, w) in 0..1, mask (h, w) in 0..1 -> `count` of the same sizes
+    picture (1, 3, h, w) in 0..1, mask (h, w) in 0..1 -> `count` pairs of the same sizes
     """
     return [_view(picture, mask, generator) for _ in range(count)]
 

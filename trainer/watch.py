@@ -1,4 +1,4 @@
-"""What a training asks of whoever watches it: to be told, to draw, and when to end."""
+"""The interface through which a training reports progress, requests samples, and learns when to stop."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .settings import TrainingSettings
 
 
 class Watch(Protocol):
-    """`on_step` and `draw` may raise to stop the training."""
+    """Callbacks of a training. `on_step` and `draw` may raise to stop it."""
 
     settings: TrainingSettings
 
     def begin(self, training: Training, fingerprint: str) -> None:
-        """The next step is about to be taken. It is not the first where the training goes on from an earlier run."""
+        """The next step begins. Its number is above 1 if the training was resumed."""
         ...
 
     def enter(self, phase: str) -> None:
@@ -24,7 +24,7 @@ class Watch(Protocol):
         ...
 
     def warn(self, texts: Sequence[str]) -> None:
-        """Something that the user should know."""
+        """A message for the user."""
         ...
 
     def on_step(self, step: Step, training: Training) -> None:
@@ -32,17 +32,17 @@ class Watch(Protocol):
         ...
 
     def on_validation(self, step: int, loss: float) -> None:
-        """Measured after that step."""
+        """A validation loss, measured after this step."""
         ...
 
     def wants_sample(self, step: int, is_last: bool) -> bool:
-        """Whether pictures are to be drawn after that step."""
+        """Whether to draw sample pictures after this step."""
         ...
 
     def draw(self, step: int, adapter: Adapter, is_last: bool) -> None:
-        """Draw with the adapter as it would be now. The models are as every other node has them."""
+        """Draw with the current adapter. The models are unpatched, as other nodes get them."""
         ...
 
     def wants_finish(self) -> bool:
-        """Whether to end here, as if no more steps had been wanted."""
+        """Whether to end after this step, as if it were the last."""
         ...

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class Workers(Protocol):
-    """The processes of one training, as seen by one of them."""
+    """The processes of one training, as one of them sees them."""
 
-    rank: int  # of this process, from 0
+    rank: int  # index of this process, from 0
     count: int
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes. Every process must call it."""
+        """The sum over all processes. Must be called in all processes."""
         ...
 
     def share(self, data: bytes | None) -> bytes | None:
-        """What the first process gives, in every process. Every process must call it."""
+        """The value of the first process, in every process. Must be called in all processes."""
         ...
 
 
@@ -44,14 +44,14 @@ class Alone:
 
 
 class FollowerDoneError(RuntimeError):
-    """Raised in every process but the first where the training has ended, which is the first one's to save."""
+    """Raised at the end of a training in every process but the first, which saves the adapter."""
 
 
 _workers: ContextVar[Workers] = ContextVar("workers")
 
 
 def current_workers() -> Workers:
-    """The processes that share the training which is prepared here."""
+    """The processes that share the training that is prepared here."""
     return _workers.get(Alone())
 
 
@@ -65,7 +65,7 @@ def working_with(workers: Workers) -> Generator[None]:
 
 
 def share_state(training: Training, workers: Workers) -> None:
-    """Let every process go on from where the first one does."""
+    """Give the state of the first process to all others."""
     if workers.count == 1:
         return
     buffer = io.BytesIO()
