@@ -100,7 +100,7 @@ class Scene:
 
     def prompt(self, references: int, masked: bool) -> ImagePrompt:
         mask = quarter_mask(self.side) if masked else None
-        return ImagePrompt(tuple(ReferenceImage(self.latent(100 + place), mask) for place in range(references)))
+        return ImagePrompt(tuple(ReferenceImage(self.latent(100 + index), mask) for index in range(references)))
 
     def adapter(self, mode: ReferenceMode) -> Adapter:
         return untrained_adapter(self.description, self.text(seed=7), mode)

@@ -23,7 +23,7 @@ MAX_RANK = 1024
 MAX_ALPHA = 2.0**20
 MAX_LAYERS = 1000
 MAX_WIDTH = 2**16
-MAX_PLACE = 1000  # of a block in its stage, and of a layer in its block
+MAX_INDEX = 1000  # of a block in its stage, and of a layer in its block
 MAX_WORD = 200  # letters
 STAGES = ("input", "middle", "output", "noise_refiner", "layers", "double_blocks", "single_blocks")
 PATH = re.compile(r"\w{1,64}(\.\w{1,64}){0,15}", re.ASCII)
@@ -104,10 +104,10 @@ def _layer(entry: Any) -> SelfAttentionLayer:
     if not isinstance(entry, list) or len(cast("list[Any]", entry)) != 6:
         raise UnusableMetadataError(f"blocks has the entry {shortened(entry)}")
     stage, index, depth, path, query_dim, inner_dim = cast("list[Any]", entry)
-    places = all(type(place) is int and 0 <= place < MAX_PLACE for place in (index, depth))
+    indices = all(type(number) is int and 0 <= number < MAX_INDEX for number in (index, depth))
     widths = all(type(width) is int and 1 <= width <= MAX_WIDTH for width in (query_dim, inner_dim))
     named = isinstance(path, str) and PATH.fullmatch(path) is not None
-    if stage not in STAGES or not places or not widths or not named:
+    if stage not in STAGES or not indices or not widths or not named:
         raise UnusableMetadataError(f"blocks has the entry {shortened(entry)}")
     if any(hasattr(EMPTY_MODULE, name) for name in path.split(".")):  # names of module attributes cannot be submodules
         raise UnusableMetadataError(f"blocks has a layer at {shortened(path)}")

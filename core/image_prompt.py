@@ -38,19 +38,19 @@ class TextConditioning(NamedTuple):
 
     def take(self, rows: Sequence[int]) -> TextConditioning:
         """Select rows, in this order. Padding that none of them needs is removed."""
-        places = list(rows)
-        pooled = None if self.pooled is None else self.pooled[places]
+        indices = list(rows)
+        pooled = None if self.pooled is None else self.pooled[indices]
         if self.lengths is None:
-            return TextConditioning(self.cross_attn[places], pooled)
-        lengths = tuple(self.lengths[place] for place in places)
-        return TextConditioning(self.cross_attn[places, : max(lengths)], pooled, lengths)
+            return TextConditioning(self.cross_attn[indices], pooled)
+        lengths = tuple(self.lengths[index] for index in indices)
+        return TextConditioning(self.cross_attn[indices, : max(lengths)], pooled, lengths)
 
     def by_length(self) -> list[list[int]]:
         """Indices of rows, grouped by number of tokens. A group can share one call."""
         if self.lengths is None:
             return [list(range(len(self.cross_attn)))]
         return [
-            [place for place, n in enumerate(self.lengths) if n == length] for length in dict.fromkeys(self.lengths)
+            [index for index, n in enumerate(self.lengths) if n == length] for length in dict.fromkeys(self.lengths)
         ]
 
     @staticmethod

@@ -102,5 +102,5 @@ def select_tokens(kv: KV, row: int, kept: Tensor | None) -> KV:
     k, v = kv.k[row : row + 1], kv.v[row : row + 1]
     if kept is None:
         return KV(k, v)
-    places = torch.nonzero(kept.cpu()).flatten().to(k.device)
-    return KV(k.index_select(1, places), v.index_select(1, places))
+    indices = torch.nonzero(kept.cpu()).flatten().to(k.device)
+    return KV(k.index_select(1, indices), v.index_select(1, indices))

@@ -45,9 +45,9 @@ def draw_sheet(subject: Sequence[Image.Image], base_name: str, rows: Sequence[Ro
 
 
 def _pictures(sheet: Image.Image, pictures: Sequence[Image.Image], x: int, y: int) -> None:
-    for place, picture in enumerate(pictures):
+    for index, picture in enumerate(pictures):
         cell = picture.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
-        sheet.paste(cell, (x + place * (CELL + GAP), y))
+        sheet.paste(cell, (x + index * (CELL + GAP), y))
 
 
 def _text(pen: ImageDraw.ImageDraw, x: int, y: int, words: str, colour: str) -> None:

@@ -26,9 +26,9 @@ def random_window(
         allowed = torch.ones(rows, columns)
     else:
         allowed = F.max_pool2d(mask[None, None].float(), (height, width), stride=1)[0, 0] >= LEAST_COVER
-    places = allowed.nonzero()  # (positions, 2)
-    chosen = int(torch.randint(max(1, len(places)), (), generator=generator))
-    top, left = map(int, places[chosen]) if len(places) else (rows // 2, columns // 2)
+    positions = allowed.nonzero()  # (positions, 2)
+    chosen = int(torch.randint(max(1, len(positions)), (), generator=generator))
+    top, left = map(int, positions[chosen]) if len(positions) else (rows // 2, columns // 2)
     part = (..., slice(top, top + height), slice(left, left + width))
     return latent[part], None if mask is None else mask[part]
 

@@ -97,9 +97,9 @@ class PairStream(Iterator[Pair]):
         examples, generator = self._data.examples, self._generator
         if not self.waiting:
             self.waiting = list(map(int, torch.randperm(len(examples), generator=generator)))
-        place = self.waiting.pop(0)
-        target = examples[place]
-        others = self._data.others(place) or list(self._data.views)
+        index = self.waiting.pop(0)
+        target = examples[index]
+        others = self._data.others(index) or list(self._data.views)
         dropped = torch.rand((), generator=generator).item() < self._reference_dropout
         reference, caption = choice(others, generator), choice(target.captions, generator)
         target = target.drawn(target.as_target, generator)
@@ -114,7 +114,7 @@ def choice(options: Sequence[T], generator: torch.Generator) -> T:
 def group_by_shape(pairs: Sequence[Pair]) -> list[list[int]]:
     """Indices of pairs that can be stacked: equal sizes of targets and of references."""
     groups: dict[tuple[torch.Size, torch.Size | None], list[int]] = {}
-    for place, pair in enumerate(pairs):
+    for index, pair in enumerate(pairs):
         reference = None if pair.reference is None else pair.reference.latent.shape
-        groups.setdefault((pair.target.latent.shape, reference), []).append(place)
+        groups.setdefault((pair.target.latent.shape, reference), []).append(index)
     return list(groups.values())

@@ -20,13 +20,14 @@ class NoisedPairs(NamedTuple):
     noise: Tensor
     reference_noise: Tensor | None
 
-    def rows(self, places: Sequence[int]) -> NoisedPairs:
+    def rows(self, indices: Sequence[int]) -> NoisedPairs:
         """Select rows with their noise."""
-        if list(places) == list(range(len(self.pairs))):
+        if list(indices) == list(range(len(self.pairs))):
             return self
-        places = list(places)
-        reference_noise = None if self.reference_noise is None else self.reference_noise[places]
-        return NoisedPairs([self.pairs[at] for at in places], self.sigma[places], self.noise[places], reference_noise)
+        indices = list(indices)
+        reference_noise = None if self.reference_noise is None else self.reference_noise[indices]
+        pairs = [self.pairs[index] for index in indices]
+        return NoisedPairs(pairs, self.sigma[indices], self.noise[indices], reference_noise)
 
 
 def noised_pairs(pairs: Sequence[Pair], sigma: Tensor, mode: ReferenceMode, generator: torch.Generator) -> NoisedPairs:

@@ -30,8 +30,8 @@ class Validation:
             sigma = sigmas[int(share * (len(sigmas) - 1))]
             used = share < 1 - config.reference_start
             at_level = [pair if used else pair._replace(reference=None) for pair in pairs]
-            for places in group_by_shape(at_level):
-                group = [at_level[place] for place in places]
+            for indices in group_by_shape(at_level):
+                group = [at_level[index] for index in indices]
                 levels = sigma.repeat(len(group))
                 self._groups.append(noised_pairs(group, levels, config.reference_mode, generator))
 
@@ -47,7 +47,7 @@ class Validation:
 
 def held_out_of(data: TrainingSet) -> tuple[TrainingSet, list[Example]]:
     """The set without its last picture, and that picture's examples. The whole set if it has too few pictures."""
-    pictures = [place if example.picture is None else example.picture for place, example in enumerate(data.examples)]
+    pictures = [index if example.picture is None else example.picture for index, example in enumerate(data.examples)]
     if len(set(pictures)) < LEAST_TO_HOLD_OUT:
         return data, []
     last = pictures[-1]
@@ -60,8 +60,8 @@ def _pairs(data: TrainingSet, held_out: Sequence[Example]) -> list[Pair]:
     if held_out:
         return [Pair(target, target.captions[0], data.examples[0]) for target in held_out[:MOST_PICTURES]]
     count = len(data.examples)
-    places = [number * count // min(count, MOST_PICTURES) for number in range(min(count, MOST_PICTURES))]
+    indices = [number * count // min(count, MOST_PICTURES) for number in range(min(count, MOST_PICTURES))]
     return [
-        Pair(data.examples[at], data.examples[at].captions[0], (data.others(at) or list(data.views))[0])
-        for at in places
+        Pair(data.examples[index], data.examples[index].captions[0], (data.others(index) or list(data.views))[0])
+        for index in indices
     ]

@@ -172,8 +172,8 @@ def reads(text_of: Callable[[Subject, int], str]) -> Callable[[TrainingTask], Tr
 
         class Reads(ComfyDenoiser):
             def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: LoRADeltas) -> Any:
-                places = [next(p for p, known in enumerate(latents) if torch.equal(known, row)) for row in latent]
-                text = self.encode([text_of(subject, place) for place in places])
+                indices = [next(p for p, known in enumerate(latents) if torch.equal(known, row)) for row in latent]
+                text = self.encode([text_of(subject, index) for index in indices])
                 return super().read_reference(latent, sigma, text, mask, deltas)
 
         with training_setup(task.models, task.training_subject(), task.config(), denoiser_class=Reads) as setup:
@@ -206,10 +206,10 @@ class LightlyNoised(WithGenerator):
 
 
 def lightly_noised_inputs(
-    base: Any, adapter: Any, pictures: Any, places: Any, sigma: Any, seed: int, like: Tensor
+    base: Any, adapter: Any, pictures: Any, indices: Any, sigma: Any, seed: int, like: Tensor
 ) -> Any:
     """The same while sampling, in place of bank.reference_inputs."""
-    return reference_inputs(base, adapter, pictures, places, clean_reference_sigma(base.model_sampling), seed, like)
+    return reference_inputs(base, adapter, pictures, indices, clean_reference_sigma(base.model_sampling), seed, like)
 
 
 def lowest_sigma(sampling: Any) -> float:
@@ -229,10 +229,10 @@ class OwnBeginnings(WithGenerator):
         return super().add_noise(latent, noise, sigma)
 
     def denoise(self, noisy: Tensor, sigma: Tensor, text: Any, references: Any) -> Tensor:
-        places = torch.searchsorted(self.sigmas.cpu(), sigma.cpu())
-        further = places + torch.randint(*OWN_BEGINNINGS, places.shape, generator=self._generator)
+        indices = torch.searchsorted(self.sigmas.cpu(), sigma.cpu())
+        further = indices + torch.randint(*OWN_BEGINNINGS, indices.shape, generator=self._generator)
         highest = len(self.sigmas) - 1 if references is None else int((1 - REFERENCE_START) * len(self.sigmas))
-        higher = self.sigmas[torch.maximum(further.clamp(max=highest), places)].to(sigma)
+        higher = self.sigmas[torch.maximum(further.clamp(max=highest), indices)].to(sigma)
         with torch.no_grad():
             earlier = super().add_noise(self._clean, self._noise, higher)
             denoised = super().denoise(earlier, higher, text, references)
@@ -259,17 +259,17 @@ class WithTimestep(ComfyDenoiser):
         return super().read_reference(self._clean * scale.view(-1, 1, 1, 1), told, text, mask, deltas)
 
 
-def level_to_tell(sampling: Any, sigma: float, places: tuple[float, ...]) -> float:
+def level_to_tell(sampling: Any, sigma: float, fractions: tuple[float, ...]) -> float:
     """The nearest of those at these places of the schedule; sigma itself where there are none."""
-    levels = [float(sampling.percent_to_sigma(1 - place)) for place in places]
+    levels = [float(sampling.percent_to_sigma(1 - fraction)) for fraction in fractions]
     return min(levels, key=lambda level: abs(math.log(level / max(sigma, 1e-3))), default=sigma)
 
 
 def inputs_with_timestep(told_at: tuple[float, ...]) -> Callable[..., Any]:
     """The same while sampling, in place of bank.reference_inputs."""
 
-    def inputs(base: Any, adapter: Any, pictures: Any, places: Any, sigma: Any, seed: int, like: Tensor) -> Any:
-        found = reference_inputs(base, adapter, pictures, places, None, seed, like)
+    def inputs(base: Any, adapter: Any, pictures: Any, indices: Any, sigma: Any, seed: int, like: Tensor) -> Any:
+        found = reference_inputs(base, adapter, pictures, indices, None, seed, like)
         level = torch.full((len(pictures),), level_to_tell(base.model_sampling, sigma, told_at), device=like.device)
         return found._replace(timestep=base.model_sampling.timestep(level).float())
 
@@ -337,8 +337,8 @@ ABLATIONS: dict[str, Callable[[TrainingTask], TrainedModel]] = {
     "encoder only": drawn_with(blocks="encoder"),
     "middle and decoder only": drawn_with(blocks="middle and decoder"),
     "middle and decoder only, trained so": decoder_from_the_start,
-    "references read with the word": reads(lambda subject, place: subject.phrase),
-    "references read with their captions": reads(lambda subject, place: subject.captions(subject.phrase)[place]),
+    "references read with the word": reads(lambda subject, index: subject.phrase),
+    "references read with their captions": reads(lambda subject, index: subject.captions(subject.phrase)[index]),
     "references lightly noised": lambda task: learned(task, denoiser_class=LightlyNoised),
     "references read as clean": ours,
     **{f"references read at {share}": ours for share in (0.1, 0.5)},

@@ -357,7 +357,7 @@ def unprompted(task: TrainingTask) -> Any:
 
 def draw(task: TrainingTask, trained: TrainedModel, texts: Sequence[str], pictures: int) -> list[Image.Image]:
     """So many pictures of every prompt, in the order of the prompts; seeds depend on the prompt's place alone."""
-    seeds = [1000 * place for place in range(len(texts))]
+    seeds = [1000 * index for index in range(len(texts))]
     return decoded(task, sample(task, trained, texts, pictures, seeds))
 
 

@@ -284,8 +284,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
     methods = by_method(results)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
     sizes: list[float] = []
-    for place, (name, subjects) in enumerate(methods.items()):
-        colour = f"C{place % 10}"
+    for index, (name, subjects) in enumerate(methods.items()):
+        colour = f"C{index % 10}"
         marker = "*" if name.startswith("ours") else "x" if name in REAL else "o"
         point = mean(subjects, "fidelity"), mean(subjects, "similarity")
         left.scatter(*point, 90, color=colour, marker=marker, label=name)
@@ -318,8 +318,8 @@ def picture_file(part: str, method: str, subject: str) -> Path:
 def strip(images: Sequence[Image.Image]) -> Image.Image:
     """Pictures side by side."""
     joined = Image.new("RGB", ((CELL + GAP) * len(images) - GAP, CELL), "white")
-    for place, image in enumerate(images):
-        joined.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (place * (CELL + GAP), 0))
+    for index, image in enumerate(images):
+        joined.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (index * (CELL + GAP), 0))
     return joined
 
 

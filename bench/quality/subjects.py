@@ -51,7 +51,7 @@ class Subject(NamedTuple):
 
     def captions(self, word: str) -> list[str]:
         """What the reference scenes show, in various wordings."""
-        return [caption(scene, place % len(WORDINGS), word) for place, scene in enumerate(self.references)]
+        return [caption(scene, index % len(WORDINGS), word) for index, scene in enumerate(self.references)]
 
     def prompt_texts(self, word: str) -> list[str]:
         return texts_of(self.prompts, word)
@@ -69,7 +69,7 @@ def moved(scenes: tuple[Scene, ...]) -> tuple[Scene, ...]:
 
 def texts_of(scenes: tuple[Scene, ...], word: str | None) -> list[str]:
     """A prompt for each scene; the wording changes from one to the next. None says each object's own word."""
-    return [caption(scene, place % len(WORDINGS), word) for place, scene in enumerate(scenes)]
+    return [caption(scene, index % len(WORDINGS), word) for index, scene in enumerate(scenes)]
 
 
 def make_subject(artwork: Artwork, references: int = REFERENCES, prompts: int = PROMPTS) -> Subject:

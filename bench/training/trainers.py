@@ -137,8 +137,8 @@ def train_all_weights(task: Task, steps: int) -> list[float]:
         progress = ProgressBar(steps)
         for step in range(steps):
             latent = latents[step % PICTURES][None]
-            place = torch.randint(len(base.model_sampling.sigmas), (1,), generator=generator)
-            sigma = base.model_sampling.sigmas.cpu()[place].to(device)
+            index = torch.randint(len(base.model_sampling.sigmas), (1,), generator=generator)
+            sigma = base.model_sampling.sigmas.cpu()[index].to(device)
             noise = torch.randn(latent.shape, generator=generator).to(latent)
             noisy = base.model_sampling.noise_scaling(sigma.view(-1, 1, 1, 1), noise.clone(), latent)
             inputs = network_inputs(base, noisy, sigma, text, torch.float32)
