@@ -1,6 +1,7 @@
 """Train adapters without a browser: `python headless.py jobs.toml`. docs/headless.md describes the file.
 
-Under `accelerate launch` the jobs are shared out over all processes. With `data_parallel = true` each job's batch is.
+Under `accelerate launch`, each process trains some of the jobs. With `data_parallel = true`, all processes train every
+job, and share its batches.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from typing import Any
 
 ROOT = Path(__file__).absolute().parent
 PACK = "sa_inject"
-LONGEST_WAIT = datetime.timedelta(days=30)  # of one process for another that trains longer
+LONGEST_WAIT = datetime.timedelta(days=30)  # for other processes, which may train longer
 
 log = logging.getLogger("sa_inject.headless")
 
 
 class JobError(Exception):
-    """A file, or an installation, that cannot be used. Its text says what to do."""
+    """A jobs file or an installation that cannot be used. The message says what to do."""
 
 
 def main(arguments: list[str]) -> int:
-    """Train every job. -> 0: all are trained; 1: some failed; 2: nothing could begin; 130: stopped"""
+    """Train all jobs. -> exit code: 0 all are trained; 1 some failed; 2 no job could start; 130 interrupted"""
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(prog="headless.py", description=__doc__)
     parser.add_argument("jobs", type=Path, help="a TOML file; everything after -- goes to ComfyUI, as in: -- --lowvram")
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
         log.error("%s", error)
         return 2
     except KeyboardInterrupt:
-        log.error("Stopped. Run the same again to go on from there.")
+        log.error("Stopped. Run the same command again to resume.")
         return 130
     return 1 if failed else 0
 
@@ -79,7 +80,7 @@ def read_jobs(file: Path) -> dict[str, Any]:
 
 
 def find_comfyui() -> Path:
-    """The folder that COMFYUI_PATH names, or the one in whose custom_nodes this pack lies. Raises JobError."""
+    """The folder in COMFYUI_PATH, or the one whose custom_nodes holds this pack. Raises JobError."""
     named = os.environ.get("COMFYUI_PATH")
     places = [Path(named).expanduser().absolute()] if named else [ROOT.parents[1], ROOT.resolve().parents[1]]
     for place in places:
@@ -92,7 +93,7 @@ def find_comfyui() -> Path:
 
 
 def start_comfyui(comfyui: Path, arguments: list[str]) -> None:
-    """Make ComfyUI's modules and this pack importable, as they are inside of it. `arguments` are ComfyUI's own."""
+    """Make ComfyUI's modules and this pack importable. `arguments` are ComfyUI's own."""
     # Both have a top-level folder called nodes, so ours must not be on the path.
     sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != ROOT.resolve()]
     sys.path.insert(0, str(comfyui))
@@ -125,7 +126,7 @@ def _has_other_device() -> bool:
 
 
 class ProgressBars:
-    """What ComfyUI's progress bars show, in the terminal: one bar for each number of steps in a row."""
+    """Show ComfyUI's progress bars in the terminal."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -150,7 +151,7 @@ class ProgressBars:
 
 
 class Processes:
-    """All processes that `accelerate launch` has started: the trainer's Workers, by Hugging Face accelerate."""
+    """The processes of `accelerate launch`, as the trainer's `Workers`."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
@@ -159,7 +160,7 @@ class Processes:
 
     @classmethod
     def launched(cls, uses_cpu: bool) -> Processes | None:
-        """None where this process is the only one."""
+        """The processes, or None if this process is the only one."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return None
         import torch
@@ -184,9 +185,9 @@ class Processes:
 
 
 def train_all(settings: dict[str, Any], folder: Path, workers: Processes | None) -> int:
-    """Train the jobs that are this process's, or every job together with the others. -> how many failed
+    """Train this process's jobs, or with `data_parallel` all jobs together with the others. -> number of failed jobs
 
-    A job that fails does not keep the next from being trained, except where processes train it together.
+    After a failed job the next one is trained, except if processes train together.
     """
     jobs: list[dict[str, Any]] = settings["jobs"]
     together = workers is not None and settings["data_parallel"]
@@ -211,13 +212,13 @@ def train_all(settings: dict[str, Any], folder: Path, workers: Processes | None)
             if together:
                 raise  # the others wait for this process, and accelerate ends them
     if workers is not None:
-        workers.wait()  # a process that ends early with an error would end the others
+        workers.wait()  # if a process ends early, accelerate ends the others
     return failed
 
 
 @contextlib.contextmanager
 def _sharing(workers: Processes | None) -> Iterator[None]:
-    """Take each step of what is trained in here together with the other processes."""
+    """Inside, the processes share each training step."""
     module = importlib.import_module(f"{PACK}.trainer.workers")
     with contextlib.ExitStack() as stack:
         if workers is not None:

@@ -58,8 +58,8 @@ class LoadSAInjectDataset(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder=None) -> bool | str:
-        """Replaces the host's own check, which refuses new folders as 'not in list'."""
-        if folder is None:  # it comes from another node
+        """Replaces the host's check, which rejects new folders as 'not in list'."""
+        if folder is None:  # connected to another node
             return True
         try:
             dataset_folder(folder)

@@ -21,7 +21,7 @@ class EncodeImagePrompt(io.ComfyNode):
             display_name=NAME,
             category=CATEGORY,
             description="Encodes pictures of a subject as an image prompt for Apply Self-Attention Injection.",
-            is_input_list=True,  # so that a list of pictures of different sizes makes one prompt
+            is_input_list=True,  # so that pictures of different sizes can come as a list
             inputs=[
                 io.Image.Input(
                     "images",

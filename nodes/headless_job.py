@@ -1,4 +1,4 @@
-"""One training job of a file: a checkpoint, and the inputs of the training node and its settings under their names."""
+"""One job of a jobs file: a checkpoint, and inputs of the training node and its settings node by name."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .host.files import read_adapter
 from .settings import SAInjectTrainingSettings
 from .train import TrainSAInjectAdapter
 
-FOLDERS = ("images", "class_images")  # inputs that are pictures: here the folder that holds them
-ADAPTERS = ("adapter",)  # here the name of a file in models/sa_inject
-NOT_HERE = ("model", "clip", "vae", "captions", "masks", "settings")  # they come from the checkpoint and the folder
+FOLDERS = ("images", "class_images")  # picture inputs: in the file, the path of a folder
+ADAPTERS = ("adapter",)  # adapter inputs: in the file, the name of a file in models/sa_inject
+NOT_HERE = ("model", "clip", "vae", "captions", "masks", "settings")  # these come from the checkpoint and the folder
 
 
 def checked_job(job: dict[str, Any], beside: Path) -> dict[str, Any]:
-    """The job with all inputs that are left out at their defaults, but without previews, which nobody would see.
+    """Check a job and add the defaults of all other inputs. Previews are off, because nobody would see them.
 
-    `beside` is the folder from which others are named. Raises ValueError, naming the input.
+    `beside` is the folder that relative paths start from. Raises ValueError, which names the input.
     """
     job = {"previews": 0, **job}
     checkpoint, settings = job.pop("checkpoint", None), job.pop("settings", {})
@@ -45,7 +45,7 @@ def checked_job(job: dict[str, Any], beside: Path) -> dict[str, Any]:
 
 
 def train_job(job: dict[str, Any]) -> None:
-    """Train it with the nodes themselves, as ComfyUI runs them."""
+    """Run the training node as ComfyUI runs it. The node saves the adapter."""
     job = dict(job)
     settings = dict(job.pop("settings"))
     with torch.inference_mode():
@@ -65,7 +65,7 @@ def train_job(job: dict[str, Any]) -> None:
 
 def _execute(node: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:
     hidden: dict[Any, Any] = {io.Hidden.unique_id: None, io.Hidden.prompt: {}, io.Hidden.extra_pnginfo: {}}
-    hidden["hidden_inputs"] = dict(hidden)  # where hosts newer than 0.3.75 look for them
+    hidden["hidden_inputs"] = dict(hidden)  # hosts newer than 0.3.75 look for them here
     clone = node.PREPARE_CLASS_CLONE(hidden)
     result = clone.execute(**{name: value if isinstance(value, list) else [value] for name, value in inputs.items()})
     assert not inspect.isawaitable(result)
@@ -83,7 +83,7 @@ def _checked_inputs(node: Any, given: dict[str, Any], beside: Path) -> dict[str,
 
 
 def _checked_value(socket: Any, value: Any, beside: Path) -> Any:
-    """The value of a file for an input, checked as ComfyUI checks those of a prompt."""
+    """A value of the file for one input, with the checks that ComfyUI makes for a prompt. Raises ValueError."""
     name = socket.id
     if name in FOLDERS:
         return _folder(name, value, beside)
@@ -102,7 +102,7 @@ def _checked_value(socket: Any, value: Any, beside: Path) -> Any:
 
 
 def _folder(name: str, value: Any, beside: Path) -> Path:
-    """A folder beside the file, by its whole path, or inside ComfyUI/input."""
+    """A folder relative to the file, by its full path, or inside ComfyUI/input. Raises ValueError."""
     if isinstance(value, str) and (beside / value).is_dir():
         return beside / value
     try:

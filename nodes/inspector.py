@@ -1,4 +1,4 @@
-"""InspectSelfAttnInjection: pictures of where a reference acts while a model samples, and of where it looks."""
+"""InspectSelfAttnInjection: heat maps of what a reference adds while sampling, and of its attention."""
 
 from __future__ import annotations
 

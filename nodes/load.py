@@ -1,4 +1,4 @@
-"""LoadSAInjectAdapter: load an adapter file, and teach its token to a CLIP."""
+"""LoadSAInjectAdapter: load an adapter file, and add its placeholder token to a CLIP."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class LoadSAInjectAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name=None, write_embedding=False, **kwargs) -> str:
-        """Inputs from other nodes are None or missing."""
+        """Inputs that come from other nodes are None or missing."""
         deleted = 0 if write_embedding is False or adapter_name is None else times_deleted(adapter_name)
         return f"{adapter_fingerprint(adapter_name)} {deleted}"
 

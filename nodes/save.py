@@ -40,7 +40,7 @@ class SaveSAInjectAdapter(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file_name=None) -> bool | str:
-        """Check name and folder before anything runs: earlier nodes may take hours."""
+        """Check name and folder before the graph runs: earlier nodes may take hours."""
         if file_name is None:  # it comes from another node and is not known yet
             return True
         try:

@@ -1,4 +1,4 @@
-"""SAInjectTrainingSettings: what a training may be told beyond the inputs of its own node."""
+"""SAInjectTrainingSettings: optional settings of the training node."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ class SAInjectTrainingSettings(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, optimizer=None, initial_embedding=None) -> bool | str:
-        """In the place of the host's own check, which only calls them 'not in list'."""
+        """Replaces the host's check, which only reports 'not in list'."""
         try:
             for chosen in optimizer or ():
                 check_optimizer(chosen)
