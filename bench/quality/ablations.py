@@ -46,7 +46,7 @@ MAY_JOIN = (f"{HOST}.drawing.batched_reference.ExtendedBatch.can_append",)
 def learned(
     task: TrainingTask,
     before: Callable[[TrainingSetup], None] = lambda setup: None,
-    word_learns: bool = True,
+    trains_token: bool = True,
     denoiser_class: type[ComfyDenoiser] = ComfyDenoiser,
     applied: dict[str, Any] | None = None,
     **changes: Any,
@@ -55,7 +55,7 @@ def learned(
 
     applied: inputs of ApplySelfAttnInjection afterwards.
     """
-    if not word_learns:
+    if not trains_token:
         changes["token_learning_rate"] = 0.0
     config = task.config(**changes)
     with training_setup(task.models, task.training_subject(), config, denoiser_class=denoiser_class) as setup:
@@ -163,20 +163,22 @@ def decoder_from_the_start(task: TrainingTask) -> TrainedModel:
     return learned(task, denoiser_class=MiddleAndDecoder, applied={"blocks": "middle and decoder"})
 
 
-def reads(text_of: Callable[[Subject, int], str]) -> Callable[[TrainingTask], TrainedModel]:
+def with_reference_text(text_of: Callable[[Subject, int], str]) -> Callable[[TrainingTask], TrainedModel]:
     """Another text for the reference pass to read than the class word: `text_of` says it of a picture by its place."""
 
-    def teach(task: TrainingTask) -> TrainedModel:
+    def train(task: TrainingTask) -> TrainedModel:
         subject = task.subject
         latents: list[Tensor] = []
 
-        class Reads(ComfyDenoiser):
+        class WithReferenceText(ComfyDenoiser):
             def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: LoRADeltas) -> Any:
                 indices = [next(p for p, known in enumerate(latents) if torch.equal(known, row)) for row in latent]
                 text = self.encode([text_of(subject, index) for index in indices])
                 return super().read_reference(latent, sigma, text, mask, deltas)
 
-        with training_setup(task.models, task.training_subject(), task.config(), denoiser_class=Reads) as setup:
+        with training_setup(
+            task.models, task.training_subject(), task.config(), denoiser_class=WithReferenceText
+        ) as setup:
             latents.extend(example.latent[0].to(setup.device, torch.float32) for example in setup.data.examples)
             setup.learn(setup.lora)
             adapter = setup.adapter()
@@ -185,7 +187,7 @@ def reads(text_of: Callable[[Subject, int], str]) -> Callable[[TrainingTask], Tr
         task.reference_texts = [text.to(torch.device("cpu")) for text in texts]
         return trained_model(task, adapter, with_word(task.models, adapter.token_embedding, PLACEHOLDER))
 
-    return teach
+    return train
 
 
 class WithGenerator(ComfyDenoiser):
@@ -218,10 +220,10 @@ def lowest_sigma(sampling: Any) -> float:
 
 
 THREE_LEVELS = (0.1, 0.3, 0.55)  # of the 0.7 in which there are references
-OWN_BEGINNINGS = (50, 250)  # so many places of the schedule further up
+EXTRA_NOISE = (50, 250)  # so many places of the schedule further up
 
 
-class OwnBeginnings(WithGenerator):
+class ScheduledSampling(WithGenerator):
     """Learns from what the model itself makes of a noisier picture, as while drawing."""
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -230,7 +232,7 @@ class OwnBeginnings(WithGenerator):
 
     def denoise(self, noisy: Tensor, sigma: Tensor, text: Any, references: Any) -> Tensor:
         indices = torch.searchsorted(self.sigmas.cpu(), sigma.cpu())
-        further = indices + torch.randint(*OWN_BEGINNINGS, indices.shape, generator=self._generator)
+        further = indices + torch.randint(*EXTRA_NOISE, indices.shape, generator=self._generator)
         highest = len(self.sigmas) - 1 if references is None else int((1 - REFERENCE_START) * len(self.sigmas))
         higher = self.sigmas[torch.maximum(further.clamp(max=highest), indices)].to(sigma)
         with torch.no_grad():
@@ -244,7 +246,7 @@ class OwnBeginnings(WithGenerator):
 class WithTimestep(ComfyDenoiser):
     """Reads a clean reference, but says of it the noise level of the picture; or the nearest of some levels."""
 
-    told_at: tuple[float, ...] = ()  # places in the schedule
+    levels: tuple[float, ...] = ()  # places in the schedule
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         self._clean = latent  # a reference's, when what is noised is read next
@@ -252,36 +254,37 @@ class WithTimestep(ComfyDenoiser):
 
     def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: LoRADeltas) -> Any:
         sampling = self._sampling
-        told = sigma.new_tensor([level_to_tell(sampling, level, self.told_at) for level in sigma.tolist()])
-        one = torch.ones_like(told)
-        clean = torch.full_like(told, clean_reference_sigma(sampling))
-        scale = sampling.calculate_input(clean, one) / sampling.calculate_input(told, one)  # as large as a clean one
-        return super().read_reference(self._clean * scale.view(-1, 1, 1, 1), told, text, mask, deltas)
+        given = sigma.new_tensor([nearest_level(sampling, level, self.levels) for level in sigma.tolist()])
+        one = torch.ones_like(given)
+        clean = torch.full_like(given, clean_reference_sigma(sampling))
+        # The input of the network is as large as a clean reference's.
+        scale = sampling.calculate_input(clean, one) / sampling.calculate_input(given, one)
+        return super().read_reference(self._clean * scale.view(-1, 1, 1, 1), given, text, mask, deltas)
 
 
-def level_to_tell(sampling: Any, sigma: float, fractions: tuple[float, ...]) -> float:
+def nearest_level(sampling: Any, sigma: float, fractions: tuple[float, ...]) -> float:
     """The nearest of those at these places of the schedule; sigma itself where there are none."""
     levels = [float(sampling.percent_to_sigma(1 - fraction)) for fraction in fractions]
     return min(levels, key=lambda level: abs(math.log(level / max(sigma, 1e-3))), default=sigma)
 
 
-def inputs_with_timestep(told_at: tuple[float, ...]) -> Callable[..., Any]:
+def inputs_with_timestep(levels: tuple[float, ...]) -> Callable[..., Any]:
     """The same while sampling, in place of bank.reference_inputs."""
 
     def inputs(base: Any, adapter: Any, pictures: Any, indices: Any, sigma: Any, seed: int, like: Tensor) -> Any:
         found = reference_inputs(base, adapter, pictures, indices, None, seed, like)
-        level = torch.full((len(pictures),), level_to_tell(base.model_sampling, sigma, told_at), device=like.device)
+        level = torch.full((len(pictures),), nearest_level(base.model_sampling, sigma, levels), device=like.device)
         return found._replace(timestep=base.model_sampling.timestep(level).float())
 
     return inputs
 
 
-def told(*told_at: float) -> Callable[[TrainingTask], TrainedModel]:
-    class Told(WithTimestep):
+def with_timestep(*levels: float) -> Callable[[TrainingTask], TrainedModel]:
+    class AtLevels(WithTimestep):
         pass
 
-    Told.told_at = told_at
-    return lambda task: learned(task, denoiser_class=Told, reference_mode="noised")
+    AtLevels.levels = levels
+    return lambda task: learned(task, denoiser_class=AtLevels, reference_mode="noised")
 
 
 def sigma_at(share: float) -> Callable[[Any], float]:
@@ -290,22 +293,22 @@ def sigma_at(share: float) -> Callable[[Any], float]:
 
 
 def with_references(count: int) -> Callable[[TrainingTask], TrainedModel]:
-    def teach(task: TrainingTask) -> TrainedModel:
+    def train(task: TrainingTask) -> TrainedModel:
         task.subject = make_subject(task.subject.artwork, references=count)
         return ours(task)
 
-    return teach
+    return train
 
 
 def drawn_with(cfg: float | None = None, **changes: Any) -> Callable[[TrainingTask], TrainedModel]:
     """The adapter as it is, applied otherwise; so it is learned only once for a subject."""
 
-    def teach(task: TrainingTask) -> TrainedModel:
+    def train(task: TrainingTask) -> TrainedModel:
         adapter, clip = learned_once(task)
         task.settings = task.settings._replace(cfg=cfg or task.settings.cfg)
         return trained_model(task, adapter, clip, **changes)
 
-    return teach
+    return train
 
 
 _learned: dict[tuple, tuple[Any, Any]] = {}
@@ -328,7 +331,7 @@ ABLATIONS: dict[str, Callable[[TrainingTask], TrainedModel]] = {
     **{f"rank {rank}": lambda task, rank=rank: ours(task, rank=rank) for rank in (1, 4, 64)},
     **{f"word of {n} tokens": lambda task, n=n: ours(task, token_vectors=n) for n in (1, 2, 8)},
     "last step, not averaged": lambda task: learned(task, average_power=None),
-    "word not learned": lambda task: learned(task, word_learns=False),
+    "word not learned": lambda task: learned(task, trains_token=False),
     "word first": word_first,
     "no LoRA": lambda task: learned(task, lora_learning_rate=0.0),
     "projected by the base": whole_lora,
@@ -337,15 +340,17 @@ ABLATIONS: dict[str, Callable[[TrainingTask], TrainedModel]] = {
     "encoder only": drawn_with(blocks="encoder"),
     "middle and decoder only": drawn_with(blocks="middle and decoder"),
     "middle and decoder only, trained so": decoder_from_the_start,
-    "references read with the word": reads(lambda subject, index: subject.phrase),
-    "references read with their captions": reads(lambda subject, index: subject.captions(subject.phrase)[index]),
+    "references read with the word": with_reference_text(lambda subject, index: subject.phrase),
+    "references read with their captions": with_reference_text(
+        lambda subject, index: subject.captions(subject.phrase)[index]
+    ),
     "references lightly noised": lambda task: learned(task, denoiser_class=LightlyNoised),
     "references read as clean": ours,
     **{f"references read at {share}": ours for share in (0.1, 0.5)},
-    "references told the picture's level": told(),
-    "references told one of 3 levels": told(*THREE_LEVELS),
+    "references told the picture's level": with_timestep(),
+    "references told one of 3 levels": with_timestep(*THREE_LEVELS),
     "noised": ours_noised,
-    "own beginnings": lambda task: learned(task, denoiser_class=OwnBeginnings),
+    "own beginnings": lambda task: learned(task, denoiser_class=ScheduledSampling),
     "LoRA on both": lora_on_both,
     "LoRA on both, noised": lambda task: lora_on_both(task, reference_mode="noised"),
     "LoRA on the UNet alone": lambda task: lora_on_both(task, reference_dropout=1.0),

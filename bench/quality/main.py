@@ -153,7 +153,7 @@ class Bench:
                     if (name, artwork.word, rates) in known:
                         continue
                     subject = make_subject(artwork, prompts=2 if self.options.quick else SWEEP_PROMPTS)
-                    self.result("rates", name, rates, method.teach, subject, pictures=1, base_objects=0)
+                    self.result("rates", name, rates, method.train, subject, pictures=1, base_objects=0)
 
     def main(self) -> None:
         """The table: every method at its best rate, all prompts, all seeds. Subject by subject, so that a run that is
@@ -167,7 +167,7 @@ class Bench:
             for name, method in self.methods().items():
                 rates = self.best_rates(method.swept_as or name)
                 pictures, base_objects = (1, 2) if self.options.quick else (PICTURES, BYSTANDERS)
-                self.result("main", name, rates, method.teach, subject, pictures, base_objects)
+                self.result("main", name, rates, method.train, subject, pictures, base_objects)
 
     def choices(self) -> None:
         """The ablations on subjects of no table: defaults are chosen by these, and the tables' subjects stay unseen.
@@ -195,12 +195,12 @@ class Bench:
         rates = self.best_rates("ours, clean")
         for artwork in artworks[: 1 if self.options.quick else None]:
             subject = make_subject(artwork, prompts=2 if self.options.quick else 25)
-            for name, teach in ABLATIONS.items():
+            for name, train in ABLATIONS.items():
                 if self.options.ablations and name not in self.options.ablations:
                     continue
                 with as_changed(name):
                     count = 1 if self.options.quick else pictures
-                    self.result(part, name, rates, teach, subject, count, base_objects=0, strength=TRAINED_STRENGTH)
+                    self.result(part, name, rates, train, subject, count, base_objects=0, strength=TRAINED_STRENGTH)
 
     def methods(self) -> dict[str, Any]:
         from .methods import METHODS
@@ -236,7 +236,7 @@ class Bench:
         part: str,
         name: str,
         rates: tuple[float, float],
-        teach: Callable[..., Any],
+        train: Callable[..., Any],
         subject: Any,
         pictures: int,
         base_objects: int,
@@ -245,7 +245,7 @@ class Bench:
         """Teach, draw and score, unless that is known already, or left to another process."""
         from .methods import Method, TrainingTask, draw, timed
         from .scores import base_fidelity, score
-        from .subjects import bystander_scenes, texts_of
+        from .subjects import base_object_scenes, texts_of
         from .validation_loss import unseen_loss
 
         key = self.key(part, name, subject, rates=list(rates), pictures=pictures, prompts=len(subject.prompts))
@@ -254,7 +254,7 @@ class Bench:
             return known
         start = time.perf_counter()
         task = TrainingTask(self.host, self.models, subject, self.settings, *rates, strength=strength)
-        trained, seconds, memory = timed(task, Method(teach))
+        trained, seconds, memory = timed(task, Method(train))
         began = time.perf_counter()
         images = draw(task, trained, subject.prompt_texts(trained.words), pictures)
         per_image = (time.perf_counter() - began) / len(images)
@@ -270,7 +270,7 @@ class Bench:
             "unseen_loss": [round(loss, 6) for loss in unseen_loss(task, trained)],
         }
         if base_objects:
-            scenes = bystander_scenes(base_objects)
+            scenes = base_object_scenes(base_objects)
             value["base_fidelity"] = base_fidelity(self.judge, draw(task, trained, texts_of(scenes, None), 1), scenes)
         self.keep_pictures(part, name, subject, images[::pictures])
         if part == "main":

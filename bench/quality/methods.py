@@ -118,7 +118,7 @@ class TrainedModel(NamedTuple):
 
 
 class Method(NamedTuple):
-    teach: Callable[[TrainingTask], TrainedModel]
+    train: Callable[[TrainingTask], TrainedModel]
     rates: tuple[tuple[float, float], ...] = ((0.0, 0.0),)  # (rate, word's rate), of which a sweep chooses one
     swept_as: str | None = None  # the method whose sweep chooses for this one too
 
@@ -370,7 +370,7 @@ def timed(task: TrainingTask, method: Method) -> tuple[TrainedModel, float, int]
     """Teach, and say how long it took and by how many bytes memory grew at its peak."""
     start = time.perf_counter()
     with peak_memory() as peak, attention_written_out():
-        trained = method.teach(task)
+        trained = method.train(task)
     return trained, time.perf_counter() - start, peak.added
 
 

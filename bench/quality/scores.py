@@ -36,7 +36,7 @@ def score(judge: Judge, subject: Subject, images: Sequence[Image.Image], scenes:
     """`scenes[i]` is what `images[i]` was asked to show."""
     seen = [measure(image) for image in images]
     embedded = judge.embed(list(images), seen)  # (b, width)
-    similarity = float((embedded @ truth(judge, subject)).clamp(min=0).mean())
+    similarity = float((embedded @ target_embedding(judge, subject)).clamp(min=0).mean())
     ranks = [found.index(subject.artwork) for found in judge.rank_embedded(embedded)]
     right = np.array(
         [
@@ -57,7 +57,7 @@ def score(judge: Judge, subject: Subject, images: Sequence[Image.Image], scenes:
     )
 
 
-def truth(judge: Judge, subject: Subject) -> Tensor:
+def target_embedding(judge: Judge, subject: Subject) -> Tensor:
     """The subject's direction: the mean over real scenes of it that no method has seen. -> (width,)"""
     return F.normalize(judge.embed([render(scene) for scene in subject.unseen]).mean(dim=0), dim=0)
 

@@ -45,9 +45,9 @@ def look(embedder: Any, images: Sequence[Image.Image], scenes: Sequence[Scene]) 
     return Look(float(np.mean(cosines)), float(np.mean(colours)))
 
 
-def colour_likeness(image: Image.Image, truth: Image.Image) -> float:
+def colour_likeness(image: Image.Image, real: Image.Image) -> float:
     """From 0 to 1, wherever the subject is in either picture; 0 where nothing stands out in one of them."""
-    found = [_histogram(picture) for picture in (image, truth)]
+    found = [_histogram(picture) for picture in (image, real)]
     if any(histogram is None for histogram in found):
         return 0.0
     ours, theirs = found

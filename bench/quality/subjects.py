@@ -127,7 +127,7 @@ def table_artworks(count: int) -> list[Artwork]:
     return shuffled_artworks()[SWEEP : SWEEP + count]
 
 
-def bystander_scenes(count: int) -> tuple[Scene, ...]:
+def base_object_scenes(count: int) -> tuple[Scene, ...]:
     """Base objects in scenes that every method is asked for, to see what it has forgotten."""
     rng = np.random.RandomState(SEED + 1)
     scenes = [random_scene(rng) for _ in range(count)]

@@ -83,10 +83,10 @@ class Perception(nn.Module):
             found.append(x)
         return [F.normalize(features.float(), dim=1) for features in found]
 
-    def forward(self, pixels: Tensor, truth: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, target: Tensor) -> Tensor:
         """Both (b, 3, h, w) in 0..1 -> one number"""
         with torch.no_grad():
-            wanted = self.features(truth)
+            wanted = self.features(target)
         pairs = zip(self.features(pixels), wanted, strict=True)
         return torch.stack([(a - b).square().sum(dim=1).mean() for a, b in pairs]).mean()
 
