@@ -1,1 +1,1 @@
-"""Measurements. `run.py` runs them, README.md says what each one asks."""
+"""Measurements. `run.py` runs them; README.md describes each one."""

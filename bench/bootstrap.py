@@ -1,4 +1,4 @@
-"""How sure a mean over subjects is."""
+"""Confidence intervals of means over subjects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RESAMPLES = 10_000
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
-    """The 95 % interval of the mean by the percentile bootstrap. One value has none."""
+    """The 95 % interval of the mean, by the percentile bootstrap. A single value has none."""
     if len(values) < 2:
         return None
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The host inside a bench's own process, and the pack, the tests' harness and the demo within reach."""
+"""The host in a bench's own process. Makes the pack, the tests' helpers and the demo importable."""
 
 import atexit
 import importlib.util
@@ -13,16 +13,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-CACHE = RESULTS / "cache"  # git ignores it: smoke runs, and what can be made again
+CACHE = RESULTS / "cache"  # ignored by git: smoke runs, and what can be reproduced
 
 
 def full_size() -> ModuleType:
-    """tests/host/full_size.py, which can be loaded before anything else of ours is importable."""
+    """tests/host/full_size.py, loaded before anything else of ours is importable."""
     if "tests.host.full_size" in sys.modules:
         return sys.modules["tests.host.full_size"]
     spec = importlib.util.spec_from_file_location("tests.host.full_size", ROOT / "tests" / "host" / "full_size.py")
     assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclasses look for it
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclasses look for it there
     spec.loader.exec_module(module)
     return module
 
@@ -30,8 +30,8 @@ def full_size() -> ModuleType:
 def start_host(attention: str = "host", with_pack: bool = True) -> Any:
     """A ComfyHost on a temporary base directory.
 
-    attention: "host" leaves the choice of the kernel to the host, "pytorch" makes it torch's own, which is what the
-    host chooses on CUDA.
+    attention: "host" lets the host choose the kernel. "pytorch" selects torch's, which is what the host chooses on
+    CUDA.
     """
     base = Path(tempfile.mkdtemp(prefix="sa-inject-bench-"))
     atexit.register(shutil.rmtree, base, ignore_errors=True)
@@ -55,7 +55,7 @@ def use_demo() -> None:
 
 
 def demo_checkpoint() -> Path:
-    """The demo's base model, where the demo itself keeps it; one with random weights, elsewhere, if none is shipped."""
+    """The demo's base model, from where the demo keeps it. If none is shipped, one with random weights, elsewhere."""
     use_demo()
     from demo.base.checkpoint import write_checkpoint
     from demo.base.weights import WEIGHTS

@@ -1,4 +1,4 @@
-"""Seconds and memory: how every bench measures them."""
+"""Measurement of seconds and memory, for all benches."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def kernel_seconds(run: Callable[[], object]) -> float:
-    """Seconds in which the CUDA device itself is at work during a run.
+    """Seconds in which the CUDA device is busy during a run.
 
-    A run takes about that long where the device is what everything waits for. A large one beside a slow processor
-    waits for Python to launch its kernels, and whole seconds then tell of that.
+    This is close to the total time if the device is the bottleneck. With a large device and a slow processor, the total
+    time is mostly that of launching kernels from Python.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
@@ -54,7 +54,7 @@ def kernel_seconds(run: Callable[[], object]) -> float:
 def alternate(
     plain: Callable[[], object], other: Callable[[], object], repeats: int, warm_ups: int = 1
 ) -> tuple[list[float], list[float]]:
-    """Time A and B in turn, A B, B A, A B, ..., so that whatever drifts touches both alike."""
+    """Time A and B in turn, A B, B A, A B, ..., so that a drift affects both."""
     for _ in range(warm_ups):
         plain()
         other()
@@ -72,15 +72,15 @@ def ratio(of: Sequence[float], to: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> float:
-    """How far apart the repeats lie, (max - min) / median: what a ratio cannot be more exact than."""
+    """The spread of the repeats, (max - min) / median: the resolution of a ratio."""
     return (max(values) - min(values)) / statistics.median(values)
 
 
 class StepClock:
     """Notes when each step of the host's progress bar is done. `with StepClock() as clock: run()`
 
-    waits: whether each step first lets the device finish. Without it only the whole time is exact on CUDA, and Python
-    may run ahead of the device as it does for people.
+    waits: whether each step waits until the device is done. Otherwise, on CUDA, only the total time is exact, and
+    Python runs ahead of the device as in ordinary use.
     """
 
     def __init__(self, waits: bool = True) -> None:
@@ -108,7 +108,7 @@ class StepClock:
         self.stamps.append(time.perf_counter())
 
     def steps(self) -> list[float]:
-        """Seconds of every step, the first with all that came before it."""
+        """Seconds of each step. The first includes all that came before it."""
         return [b - a for a, b in zip([self.start, *self.stamps], self.stamps, strict=False)]
 
     def after(self) -> float:
@@ -184,7 +184,7 @@ def _high_water_mark() -> int:
 
 
 def live_tensor_bytes() -> int:
-    """Bytes of every tensor that Python still holds, each storage once."""
+    """Bytes of all tensors that Python still holds, each storage counted once."""
     gc.collect()
     storages = {}
     for found in gc.get_objects():

@@ -1,8 +1,8 @@
-"""Training-free reference attention as other packs do it, to measure ours against.
+"""Training-free reference attention as in other packs, for comparison.
 
-Written from the method, not from anybody's code: at every step the same UNet, unadapted, reads the noised reference
-once for every row of the batch and to its end, and each self-attention of the main pass then sees the keys and values
-of the same layer beside its own, in all rows.
+Implemented from the description of the method. At every step, the same UNet without an adapter is called on the noised
+reference, for every row of the batch and all layers. Each self-attention of the main call then attends to the keys and
+values of the same layer beside its own, in all rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def with_reference_every_step(model: Any, latents: list[Tensor], blocks: list[tuple], seed: int = 0) -> Any:
-    """A clone that reads the latents (1, c, h, w) at every UNet call."""
+    """A clone that is called on the latents (1, c, h, w) at every UNet call."""
     patched = model.clone()
     wrapper = ReferenceEveryStep(model.model, latents, blocks, seed)
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "bench_reference_every_step", wrapper)
@@ -31,7 +31,7 @@ class ReferenceEveryStep:
         self._seed = seed
 
     def __deepcopy__(self, memo: dict) -> ReferenceEveryStep:
-        return self  # a clone further down would copy the latents
+        return self  # a later clone would copy the latents
 
     def __call__(self, executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kwargs: Any):
         y, control, options = (*args, None, None, None)[:3]
@@ -47,7 +47,7 @@ class ReferenceEveryStep:
         return executor(x, timestep, context, y, control, options, **kwargs)
 
     def _noised(self, latent: Tensor, sigma: Tensor, x: Tensor) -> Tensor:
-        """(1, c, h, w) -> (b, c, h, w) at this step's noise, scaled as the UNet wants it"""
+        """(1, c, h, w) -> (b, c, h, w) with this step's noise, scaled as the UNet's input"""
         sampling = self._base.model_sampling
         latent = self._base.process_latent_in(latent.to(x.device, torch.float32))
         noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(self._seed)).to(latent)

@@ -1,4 +1,4 @@
-"""What a bench leaves: a table for people, a JSON object as the last line, and both in bench/results/."""
+"""The output of a bench: a table, a JSON object as the last line, and both in bench/results/."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def not_measured(why: str) -> str:
-    """What stands in a cell instead of a number."""
+    """The text of a cell without a number."""
     return f"not measured: {why}"
 
 
@@ -83,7 +83,7 @@ def cell(value: Any) -> str:
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """A Markdown table that also reads well in a terminal."""
+    """A Markdown table that is also aligned in a terminal."""
     lines = [list(columns), *([cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     text = [
@@ -95,13 +95,13 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 
 def publish(bench: str, title: str, stem: str, result: dict[str, Any], columns: Sequence[str], quick: bool) -> None:
-    """Print the table of `result["rows"]` and write it with everything else that `result` holds."""
+    """Print the table of `result["rows"]` and write it with everything else in `result`."""
     print(f"\n{title}\n\n{table(result['rows'], columns)}\n", flush=True)
     keep(bench, title, stem, result, columns, quick)
 
 
 def keep(bench: str, title: str, stem: str, result: dict[str, Any], columns: Sequence[str], quick: bool) -> None:
-    """Write it alone, so that a run that is ended early leaves what it had."""
+    """Write the result without printing, so that an interrupted run leaves what it has."""
     shown = table(result["rows"], columns)
     folder = (CACHE if quick else RESULTS) / bench  # a smoke run measures nothing
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,12 +120,12 @@ def print_json(result: Any) -> None:
 def run_bench(
     name: str, *arguments: str, timeout: float | None = None, echo: bool = False
 ) -> tuple[dict[str, Any] | None, str]:
-    """Run a benchmark in a process of its own and return the object in its last line, or None and why.
+    """Run a benchmark in a process of its own. -> the object in its last line; or None and the reason
 
-    echo: print its other lines while it runs. After `timeout` seconds it is ended, with whatever it has started.
+    echo: print its other lines while it runs. After `timeout` seconds it is ended, with all its child processes.
     """
     command = [sys.executable, str(ROOT / "bench" / "run.py"), name, *arguments]
-    is_group = timeout is not None and os.name == "posix"  # children of its own then end with it
+    is_group = timeout is not None and os.name == "posix"  # its child processes end with it
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(

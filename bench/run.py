@@ -1,6 +1,6 @@
 """Run one benchmark: `python bench/run.py NAME [options]`. COMFYUI_PATH names the host.
 
-Every folder here that holds a `main.py` is a benchmark. `dev.py bench NAME` does the set-up first and then calls this.
+Every folder here with a `main.py` is a benchmark. `dev.py bench NAME` does the set-up first and then calls this.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in names():
         sys.exit(f"bench takes one of these names: {', '.join(names())}.")
     name = sys.argv[1]
-    sys.argv[:2] = [f"dev.py bench {name}"]  # as results and --help name the command
+    sys.argv[:2] = [f"dev.py bench {name}"]  # results and --help name the command like this
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != BENCH]
     import_bench()
     importlib.import_module(f"bench.{name}.main").main()

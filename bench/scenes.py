@@ -1,6 +1,6 @@
-"""The models that are measured, and everything that a graph around them would hold.
+"""The models that are measured, and the inputs that a graph would supply.
 
-Import only once the host is started.
+Import only after the host has started.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def side_of(geometry: str) -> int:
 
 
 def load_model(geometry: str, dtype: torch.dtype) -> Any:
-    """The ModelPatcher of a geometry; the demo's weights have the type that the host chooses."""
+    """The ModelPatcher of a geometry. The demo's weights have the type that the host chooses."""
     if geometry == "demo":
         with torch.inference_mode():
             options = {"dtype": dtype} if dtype != torch.float32 else {}
@@ -45,7 +45,7 @@ def load_model(geometry: str, dtype: torch.dtype) -> Any:
 
 
 def load_text_and_vae(host: Any, geometry: str) -> tuple[Any, Any]:
-    """Text encoders as large as the geometry's own, since ours trains through them, and a small VAE."""
+    """Text encoders of the geometry's own size, because training goes through them, and a small VAE."""
     if geometry == "demo":
         with torch.inference_mode():
             embeddings = folder_paths.get_folder_paths("embeddings")
@@ -91,7 +91,7 @@ class Scene:
         return TextConditioning(random(1, TEXT_TOKENS, self.unet_config["context_dim"], seed=seed), pooled)
 
     def conditioning(self, seed: int) -> list:
-        """What a text encode node would return."""
+        """The output of a text encode node."""
         text = self.text(seed)
         return [[text.cross_attn, {} if text.pooled is None else {"pooled_output": text.pooled}]]
 
@@ -107,7 +107,7 @@ class Scene:
 
 
 def untrained_adapter(description: UnetDescription, text: TextConditioning, mode: ReferenceMode) -> Adapter:
-    """An adapter of the usual size that costs what a trained one costs."""
+    """An adapter of the usual size and cost, with random values."""
     architecture, layers = description
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):

@@ -1,9 +1,9 @@
-"""Fills the whole CUDA table in one go: sampling and training, full-size SD1.5 and SDXL, within ten minutes.
+"""Measures the whole CUDA table in one run of at most ten minutes: sampling and training, full-size SD1.5 and SDXL.
 
     python dev.py bench all_cuda             writes bench/results/, most important figures first
     python dev.py bench all_cuda --quick     the same stages on small models, also without CUDA: a smoke run
 
-A stage for which the time does not suffice is left out and marked so.
+A stage is skipped, and marked as such, if there is not enough time for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MINUTES = 10.0
 RESERVE = 10.0  # seconds for this script itself
 SDXL_PEAK_AT_MOST_GB = 10.0
 MEMORY_AT_MOST, OVER_LIMIT_AT_MOST = 1.08, 1.05
-MEASURED = ("ours", "TrainLoraNode", "full fine-tune")  # what is asked for compares these
+MEASURED = ("ours", "TrainLoraNode", "full fine-tune")  # the project's targets compare these
 COLUMNS = ("figure", "at most", "measured", "reached")
 
 
@@ -33,7 +33,7 @@ class Stage:
     script: str
     geometry: str
     arguments: tuple[str, ...]
-    at_least: float  # seconds; with less it is not begun
+    at_least: float  # seconds; with less left, a stage is not started
 
     def command(self, quick: bool) -> list[str]:
         geometry = {"sd15": "narrow", "sdxl": "narrow-xl"}[self.geometry] if quick else self.geometry
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def figures(results: dict[str, Any]) -> Iterator[Row]:
-    """The project's figures, each with the value that was measured, or why it was not."""
+    """The project's target figures: the measured value of each, or why it was not measured."""
     for name in ("sampling", "sampling sdxl"):
         rows = rows_of(results[name], "variant")
         for variant, row in rows.items():

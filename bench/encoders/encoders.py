@@ -4,7 +4,7 @@
     generated/<method>/<subject>/*               pictures to score
     generated/<method>/<subject>/prompts.json    {"<name of a picture>": "<its prompt>"}, every picture named
 
-A prompt is what CLIP reads, so it has the class where the placeholder was: "a dog in the jungle".
+A prompt is the text for CLIP, so it has the class word in place of the placeholder token: "a dog in the jungle".
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Subject:
-    """What one method made of one subject."""
+    """The pictures of one method for one subject."""
 
     method: str
     name: str
@@ -125,7 +125,7 @@ def load_clip_vision(path: Path) -> Any:
 
 
 def load_clip(path: Path) -> Any:
-    """The text encoder. For Stable Diffusion 1 the host leaves out CLIP-L's projection, which CLIP-T needs."""
+    """The text encoder. For Stable Diffusion 1, the host leaves out CLIP-L's projection, which CLIP-T needs."""
     import comfy.sd
     from comfy.sd1_clip import SDClipModel
 
@@ -134,7 +134,7 @@ def load_clip(path: Path) -> Any:
 
 
 def require_key(path: Path, *names: str) -> None:
-    """The host would go on with undefined weights in place of a missing projection."""
+    """Raise if the projection is missing. The host would use undefined weights instead."""
     import comfy.utils
 
     keys = comfy.utils.load_torch_file(str(path), safe_load=True).keys()
@@ -169,7 +169,7 @@ def embed(pictures: Sequence[Path], encode: Callable[[Tensor], Tensor], resize: 
 
 
 def centre(path: Path, resize: int, side: int) -> Tensor:
-    """The shorter side brought to `resize`, then the square in the middle: (side, side, 3), as CLIP and DINO do it."""
+    """Resize the shorter side to `resize`, then crop the centre: (side, side, 3), as CLIP and DINO do."""
     with Image.open(path) as file:
         picture: Any = ImageOps.exif_transpose(file).convert("RGB")
     resized = transforms.resize(picture, [resize], InterpolationMode.BICUBIC)

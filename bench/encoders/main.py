@@ -1,12 +1,12 @@
-"""Subject and prompt fidelity of pictures made elsewhere: DINO, CLIP-I and CLIP-T with encoders from local files.
+"""Subject and prompt fidelity of existing pictures: DINO, CLIP-I and CLIP-T with encoders from local files.
 
     python dev.py bench encoders --generated G --dataset D --clip-vision FILE --clip FILE --dino FOLDER
 
-G holds <method>/<subject>/ with pictures and a prompts.json that maps each picture's name to its prompt, with the
-subject's class where the placeholder was. D holds <subject>/ with real pictures, as DreamBench's dataset/ does. The
-CLIP files are ones that ComfyUI loads from models/clip_vision and models/text_encoders; a whole CLIP model in one file
-serves as both. FOLDER is what transformers has saved of DINO, as facebook/dino-vits16. Numbers of two CLIP models do
-not compare, and published ones are often those of ViT-B/32, which ComfyUI does not load.
+G holds <method>/<subject>/ with pictures and a prompts.json. It maps each picture's name to its prompt, with the class
+word in place of the placeholder token. D holds <subject>/ with real pictures, as DreamBench's dataset/ does. The CLIP
+files are ones that ComfyUI loads from models/clip_vision and models/text_encoders. A whole CLIP model in one file can
+be both. FOLDER is a DINO model as transformers saves it, such as facebook/dino-vits16. Scores of different CLIP models
+are not comparable. Published ones often use ViT-B/32, which ComfyUI does not load.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def folder(path: str) -> Path:
 
 
 def row(method: str, by_subject: dict[str, dict[str, float]], subjects: list[Subject]) -> Row:
-    """Means over subjects, each subject counting once."""
+    """Means over subjects. Each subject counts once."""
     pictures = sum(len(subject.prompts) for subject in subjects if subject.method == method)
     found: Row = {"method": method, "subjects": len(by_subject), "pictures": pictures}
     for metric in METRICS:

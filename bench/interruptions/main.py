@@ -1,10 +1,10 @@
-"""Trainings that are killed, cancelled, or run out of memory or disk at random moments, and end as if they had not.
+"""Trainings that are killed, cancelled, or run out of memory or disk at random moments must end with the same result.
 
     python dev.py bench interruptions            20 kills, 10 cancels, 5 times no memory, 5 times no disk
     python dev.py bench interruptions --quick    one of each
 
 A tiny SD1.5 with random weights, float32. Samples are drawn, validation is measured, and the state is saved every third
-step. What is compared are the bits of the adapter.
+step. The bits of the adapter are compared.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def bench(quick: bool, chance: random.Random) -> dict[str, Any]:
 
 
 def killed(base: Path, times: int, undisturbed: dict[str, Any], chance: random.Random) -> Row:
-    """Processes that end themselves at a random moment. A training goes on until it has ended, then another begins."""
+    """Kill processes at random moments. Each continues a training until it has ended, then starts another."""
     kills, finished, equal = 0, 0, 0
     while kills < times or finished == 0:
         after = [] if kills >= times else ["--kill-after", str(chance.uniform(0.1, 0.7) * undisturbed["seconds"])]
@@ -101,7 +101,7 @@ def cancelled(train: Callable[[], str], step: int) -> None:
 
 
 def without_memory(train: Callable[[], str], step: int) -> None:
-    """It is gone from this step on, so that the training ends there."""
+    """The folder is missing from this step on, so that the training ends there."""
 
     def fail() -> None:
         raise MemoryError("injected")
@@ -110,7 +110,7 @@ def without_memory(train: Callable[[], str], step: int) -> None:
 
 
 def without_disk(train: Callable[[], str], step: int) -> None:
-    """Nothing can be saved from some step on, and a few steps later the training is cancelled."""
+    """From some step on, nothing can be saved. A few steps later the training is cancelled."""
     import comfy.model_management as management
     import torch
 
@@ -122,7 +122,7 @@ def without_disk(train: Callable[[], str], step: int) -> None:
 
 
 def _stopped(train: Callable[[], str], step: int, happen: Callable[[], None]) -> None:
-    """Let it happen in every step from this one on; a training that is past that one already ends undisturbed."""
+    """Fail in every step from this one on. A training that is past that step ends without a failure."""
     from sa_inject.trainer.loop import Training
     from sa_inject.trainer.losses import PairLosses
 
@@ -167,7 +167,7 @@ def trainer_on(base: Path) -> Callable[[], str]:
 
 
 def trainer(host: Any) -> Callable[[], str]:
-    """`train()` trains through the node, and goes on where it was stopped. -> a digest of the adapter's bits"""
+    """`train()` trains through the node, and resumes if it was stopped. -> a digest of the adapter's bits"""
     import torch
 
     from sa_inject.nodes.host.drawing import preview

@@ -1,4 +1,4 @@
-"""What an image prompt and a training add to full-size diffusion transformers, from the shapes of their layers alone.
+"""Memory that an image prompt and a training add to full-size diffusion transformers, computed from layer shapes.
 
 Nothing is run: the models are built without weights, on torch's `meta` device.
 """
@@ -16,7 +16,7 @@ BF16, FP32 = 2, 4
 DRAWN, REFERENCE = 1024, 512  # pixels
 PIXELS_PER_TOKEN = 16
 RANK = 16
-TEXT = {"Z-Image": 128, "Flux.1": 256}  # tokens of a usual prompt, as the network gets it
+TEXT = {"Z-Image": 128, "Flux.1": 256}  # tokens of a typical prompt, as the network gets it
 ENCODER = {"Z-Image": 4.02e9, "Flux.1": 4.76e9 + 0.12e9}  # parameters: Qwen3-4B; T5-XXL and CLIP-L
 
 
@@ -28,10 +28,10 @@ class Row(NamedTuple):
     lora: float  # in float32, with its gradient, both moments of AdamW, and the average
     bank: float  # of one reference: keys, and values at the LoRA's rank
     bank_with_whole_values: float
-    extra_work: float  # multiply-adds of a step beside the base's, as a share
-    kept_with_checkpointing: float  # inputs of all blocks, and keys, values and what the LoRA read of the reference
-    training: float  # weights, LoRA and what is kept; without one block's own activations
-    training_with_encoder: float  # where the token embedding learns
+    extra_work: float  # multiply-adds of a step relative to the base's, as a fraction
+    kept_with_checkpointing: float  # inputs of all blocks; keys, values and LoRA inputs of the reference
+    training: float  # weights, LoRA and stored activations; without one block's own activations
+    training_with_encoder: float  # if the token embedding is trained
 
 
 def main() -> None:

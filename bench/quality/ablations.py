@@ -1,6 +1,6 @@
-"""Ours with one thing changed at a time. What no node offers is built here, from the pack's own parts.
+"""Our method with one thing changed at a time. Changes that no node offers are built from the pack's own parts.
 
-Import only once the host is started.
+Import only after the host has started.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def learned(
     applied: dict[str, Any] | None = None,
     **changes: Any,
 ) -> TrainedModel:
-    """The same training as the node's, with something changed `before` it, in its denoiser or in its settings.
+    """The node's training, with a change made by `before`, in its denoiser or in its settings.
 
-    applied: inputs of ApplySelfAttnInjection afterwards.
+    applied: inputs of ApplySelfAttnInjection after the training.
     """
     if not trains_token:
         changes["token_learning_rate"] = 0.0
@@ -66,7 +66,7 @@ def learned(
 
 
 def whole_lora(task: TrainingTask, **changes: Any) -> TrainedModel:
-    """LoRA on all four projections; what they do is up to the recorder."""
+    """LoRA on all four projections. The recorder decides how they are used."""
 
     def replace(setup: TrainingSetup) -> None:
         setup.lora = whole_lora_for(setup)
@@ -84,7 +84,7 @@ def identical_pairs(task: TrainingTask) -> TrainedModel:
 
 
 def word_first(task: TrainingTask) -> TrainedModel:
-    """No references in the first half of the steps, in which the word learns alone."""
+    """No references in the first half of the steps: the token embedding is trained alone."""
     numbers = itertools.count()
     alone = task.settings.steps * task.settings.batch // 2
 
@@ -95,7 +95,7 @@ def word_first(task: TrainingTask) -> TrainedModel:
 
 
 def with_pairs(change: Callable[[Pair], Pair]) -> Callable[[TrainingSetup], None]:
-    """Every pair that the training draws is changed."""
+    """Apply `change` to every pair that the training draws."""
 
     class Changed(PairStream):
         def __next__(self) -> Pair:
@@ -112,14 +112,14 @@ def with_pairs(change: Callable[[Pair], Pair]) -> Callable[[TrainingSetup], None
 
 
 class BaseProjections(WholePass):
-    """Hands over what the frozen weights project, from hidden states that the LoRA has changed (as BootPIG tried)."""
+    """Records keys and values of the frozen projections, for hidden states that the LoRA has changed, as in BootPIG."""
 
     def project_keys_values(self, site: Site) -> KV:
         return KV(site.k, site.v)
 
 
 class WholeValues(KVRecorder):
-    """Hands over values of the frozen weights and the LoRA together: untrained, they are not silent."""
+    """Records values of the frozen projection plus the LoRA, which are not zero before training."""
 
     def project_keys_values(self, site: Site) -> KV:
         projected = super().project_keys_values(site)
@@ -127,7 +127,7 @@ class WholeValues(KVRecorder):
 
 
 def concatenated(site: Site, references: Sequence[Reference]) -> Tensor:
-    """One softmax over own and reference tokens, in place of core's inject. The rows of all references are the same."""
+    """One softmax over own and reference tokens, in place of core's `inject`. All references have the same rows."""
     rows = {id(reference.rows): reference.rows for reference in references}
     assert len(rows) <= 1, "subjects in rows of their own are not concatenated"
     if not references:
@@ -141,7 +141,7 @@ def concatenated(site: Site, references: Sequence[Reference]) -> Tensor:
 
 
 def in_one_softmax(q: Tensor, own: KV, references: Sequence[Reference], heads: int) -> Tensor:
-    """Tokens of a reference weigh together as much as our own do, however many pictures they come from."""
+    """A bias gives the reference tokens together the same weight as the own tokens, for any number of pictures."""
     keys, values, biases = [own.k], [own.v], [q.new_zeros(own.k.shape[1])]
     for reference in references:
         k, v = (x.expand(q.shape[0], *x.shape[1:]).to(q) for x in reference.kv)
@@ -152,19 +152,19 @@ def in_one_softmax(q: Tensor, own: KV, references: Sequence[Reference], heads: i
 
 
 class MiddleAndDecoder(ComfyDenoiser):
-    """Injects nowhere else while it learns; the LoRA of the encoder's layers stays as it began, which is nothing."""
+    """No injection in the encoder in training. The LoRA of these layers is not trained and has no effect."""
 
     def read_reference(self, *args: Any, **kwargs: Any) -> Any:
         return {key: found for key, found in super().read_reference(*args, **kwargs).items() if key.stage != "input"}
 
 
 def decoder_from_the_start(task: TrainingTask) -> TrainedModel:
-    """Middle and decoder in training as well as in drawing."""
+    """Middle and decoder only, in training and in sampling."""
     return learned(task, denoiser_class=MiddleAndDecoder, applied={"blocks": "middle and decoder"})
 
 
 def with_reference_text(text_of: Callable[[Subject, int], str]) -> Callable[[TrainingTask], TrainedModel]:
-    """Another text for the reference pass to read than the class word: `text_of` says it of a picture by its place."""
+    """Another text for the reference pass than the class word: `text_of(subject, index of the picture)`."""
 
     def train(task: TrainingTask) -> TrainedModel:
         subject = task.subject
@@ -191,7 +191,7 @@ def with_reference_text(text_of: Callable[[Subject, int], str]) -> Callable[[Tra
 
 
 class WithGenerator(ComfyDenoiser):
-    """Has a generator of its own, so that the loop draws what it draws for all."""
+    """Has a separate generator, so that the loop's own random numbers do not change."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -199,7 +199,7 @@ class WithGenerator(ComfyDenoiser):
 
 
 class LightlyNoised(WithGenerator):
-    """Reads a reference neither clean nor at the picture's own level, but noised to what a clean one is read as."""
+    """Reads references with the noise level that clean references are read at."""
 
     def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: LoRADeltas) -> Any:
         sigma = torch.full((latent.shape[0],), clean_reference_sigma(self._sampling), device=latent.device)
@@ -210,21 +210,21 @@ class LightlyNoised(WithGenerator):
 def lightly_noised_inputs(
     base: Any, adapter: Any, pictures: Any, indices: Any, sigma: Any, seed: int, like: Tensor
 ) -> Any:
-    """The same while sampling, in place of bank.reference_inputs."""
+    """The same while sampling, in place of `reference_inputs`."""
     return reference_inputs(base, adapter, pictures, indices, clean_reference_sigma(base.model_sampling), seed, like)
 
 
 def lowest_sigma(sampling: Any) -> float:
-    """What is true of a clean reference, in place of unet.clean_reference_sigma."""
+    """The model's lowest noise level, in place of `clean_reference_sigma`."""
     return float(sampling.sigma_min)
 
 
-THREE_LEVELS = (0.1, 0.3, 0.55)  # of the 0.7 in which there are references
-EXTRA_NOISE = (50, 250)  # so many places of the schedule further up
+THREE_LEVELS = (0.1, 0.3, 0.55)  # fractions of the schedule, within the 0.7 that has references
+EXTRA_NOISE = (50, 250)  # number of noise levels that are added
 
 
 class ScheduledSampling(WithGenerator):
-    """Learns from what the model itself makes of a noisier picture, as while drawing."""
+    """Trains on the model's own prediction from a higher noise level, as in sampling (scheduled sampling)."""
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         self._clean, self._noise = latent, noise
@@ -239,17 +239,17 @@ class ScheduledSampling(WithGenerator):
             earlier = super().add_noise(self._clean, self._noise, higher)
             denoised = super().denoise(earlier, higher, text, references)
             ratio = (sigma / higher).view(-1, 1, 1, 1)
-            own = denoised + ratio * (earlier - denoised)  # a step of Euler's method
+            own = denoised + ratio * (earlier - denoised)  # one step of Euler's method
         return super().denoise(own, sigma, text, references)
 
 
 class WithTimestep(ComfyDenoiser):
-    """Reads a clean reference, but says of it the noise level of the picture; or the nearest of some levels."""
+    """Reads a clean reference, at the timestep of the picture or at the nearest of `levels`."""
 
-    levels: tuple[float, ...] = ()  # places in the schedule
+    levels: tuple[float, ...] = ()  # fractions of the schedule
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        self._clean = latent  # a reference's, when what is noised is read next
+        self._clean = latent  # the reference's, if the next call reads a noised reference
         return super().add_noise(latent, noise, sigma)
 
     def read_reference(self, latent: Tensor, sigma: Any, text: Any, mask: Any, deltas: LoRADeltas) -> Any:
@@ -257,19 +257,19 @@ class WithTimestep(ComfyDenoiser):
         given = sigma.new_tensor([nearest_level(sampling, level, self.levels) for level in sigma.tolist()])
         one = torch.ones_like(given)
         clean = torch.full_like(given, clean_reference_sigma(sampling))
-        # The input of the network is as large as a clean reference's.
+        # The network's input has the same scale as for a clean reference.
         scale = sampling.calculate_input(clean, one) / sampling.calculate_input(given, one)
         return super().read_reference(self._clean * scale.view(-1, 1, 1, 1), given, text, mask, deltas)
 
 
 def nearest_level(sampling: Any, sigma: float, fractions: tuple[float, ...]) -> float:
-    """The nearest of those at these places of the schedule; sigma itself where there are none."""
+    """The sigma at one of these fractions of the schedule that is nearest. `sigma` itself if there are none."""
     levels = [float(sampling.percent_to_sigma(1 - fraction)) for fraction in fractions]
     return min(levels, key=lambda level: abs(math.log(level / max(sigma, 1e-3))), default=sigma)
 
 
 def inputs_with_timestep(levels: tuple[float, ...]) -> Callable[..., Any]:
-    """The same while sampling, in place of bank.reference_inputs."""
+    """The same while sampling, in place of `reference_inputs`."""
 
     def inputs(base: Any, adapter: Any, pictures: Any, indices: Any, sigma: Any, seed: int, like: Tensor) -> Any:
         found = reference_inputs(base, adapter, pictures, indices, None, seed, like)
@@ -288,7 +288,7 @@ def with_timestep(*levels: float) -> Callable[[TrainingTask], TrainedModel]:
 
 
 def sigma_at(share: float) -> Callable[[Any], float]:
-    """Another place in the schedule to read clean references at, in place of unet.clean_reference_sigma."""
+    """Another noise level for clean references, in place of `clean_reference_sigma`."""
     return lambda sampling: float(sampling.percent_to_sigma(1 - share))
 
 
@@ -301,7 +301,7 @@ def with_references(count: int) -> Callable[[TrainingTask], TrainedModel]:
 
 
 def drawn_with(cfg: float | None = None, **changes: Any) -> Callable[[TrainingTask], TrainedModel]:
-    """The adapter as it is, applied otherwise; so it is learned only once for a subject."""
+    """The unchanged adapter with other inputs of Apply. It is trained once per subject."""
 
     def train(task: TrainingTask) -> TrainedModel:
         adapter, clip = learned_once(task)
@@ -315,7 +315,7 @@ _learned: dict[tuple, tuple[Any, Any]] = {}
 
 
 def learned_once(task: TrainingTask) -> tuple[Any, Any]:
-    """Adapter and CLIP; those of the last subject are kept."""
+    """Adapter and CLIP. Those of the last subject are kept."""
     key = (task.subject, task.settings, task.rate, task.word_rate)
     if key not in _learned:
         _learned.clear()
@@ -380,7 +380,7 @@ ABLATIONS: dict[str, Callable[[TrainingTask], TrainedModel]] = {
     **{f"cfg {cfg}, both rows": drawn_with(cfg, apply_to="both") for cfg in (4.5, 7.0)},
 }
 
-# What has to be in place while teaching and while drawing.
+# What is replaced in training and in sampling.
 CONCATENATED: Replacements = (((f"{HOST}.learning.denoiser.inject", f"{HOST}.drawing.injected.inject"), concatenated),)
 WHOLE_PASS: Replacements = ((RECORDER, WholePass), ADAPTED_OUTPUT)
 REPLACED: dict[str, Replacements] = {

@@ -1,6 +1,6 @@
-"""Ours with LoRA on the whole of a self-attention: in the reference pass, and in the UNet that draws.
+"""Our method with LoRA on all projections of self-attention: in the reference pass, and in the UNet itself.
 
-Import only once the host is started.
+Import only after the host has started.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ATTENDING = (
 
 @contextlib.contextmanager
 def replaced(*changes: tuple[tuple[str, ...], Any]) -> Iterator[None]:
-    """Other objects at the given places, for as long as this lasts."""
+    """Replace the named objects inside the context."""
     with contextlib.ExitStack() as undo:
         for places, by in changes:
             for place in places:
@@ -55,14 +55,14 @@ class WholeLoRA(SelfAttentionLoRA):
 
 
 class WholePass(KVRecorder):
-    """Adapts what a layer passes on to the next as well: by `own`, or else by what adapts the keys and values."""
+    """Also adapts the layer's own attention, by `own` or by the LoRA of the keys and values."""
 
     def __init__(
         self, wanted: Collection[BlockKey], deltas: LoRADeltas, *, own: LoRADeltas | None = None, **more: Any
     ) -> None:
         super().__init__(wanted, deltas, **more)
         self._own = deltas if own is None else own
-        self._attended: dict[BlockKey, Tensor] = {}  # what the output projection of a layer is about to read
+        self._attended: dict[BlockKey, Tensor] = {}  # input of the layer's output projection
 
     def at(self, site: Site) -> Tensor:
         self.record(site)
@@ -91,7 +91,7 @@ class WholePass(KVRecorder):
 def attending_with_adapted_output(
     network: Any, options: dict[str, Any], at: AtSite, blocks: Collection[BlockKey], size: Any = None, **more: Any
 ) -> Iterator[dict[str, Any]]:
-    """In place of the pack's own: a recorder of a whole pass changes the output of every layer, too."""
+    """Replaces the pack's `attending`: the recorder of a whole pass also changes each layer's output."""
     recorder = getattr(at, "__self__", None)
     with attending(network, options, at, blocks, **more) as options:
         if isinstance(recorder, WholePass):
@@ -104,7 +104,7 @@ ADAPTED_OUTPUT = (ATTENDING, attending_with_adapted_output)
 
 
 def whole_lora_for(setup: TrainingSetup) -> WholeLoRA:
-    """A fresh one, on the room's device."""
+    """A new LoRA on the setup's device."""
     generator = torch.Generator().manual_seed(setup.config.seed)
     lora = WholeLoRA(setup.description.layers, setup.config.rank, setup.config.alpha, generator)
     lora.to(setup.device)
@@ -112,7 +112,7 @@ def whole_lora_for(setup: TrainingSetup) -> WholeLoRA:
 
 
 class AdaptedUnet(ComfyDenoiser):
-    """The frozen UNet's own self-attention gets a LoRA of its own too, which the copy shares."""
+    """The frozen UNet's self-attention gets a second LoRA, which the reference pass uses too."""
 
     own: SelfAttentionLoRA
 
@@ -130,7 +130,7 @@ class AdaptedUnet(ComfyDenoiser):
 
 
 class _Injecting(WholePass):
-    """Adapts every self-attention of a whole UNet call, and injects where there is something to inject."""
+    """Adapts every self-attention of a whole UNet call, and injects if there are references."""
 
     def __init__(self, own: LoRADeltas, references: Any) -> None:
         super().__init__((), {}, own=own)
@@ -141,7 +141,7 @@ class _Injecting(WholePass):
 
 
 def lora_on_both(task: TrainingTask, **changes: Any) -> TrainedModel:
-    """A second LoRA on the frozen UNet's self-attention, merged into its weights for drawing."""
+    """A second LoRA on the UNet's self-attention, merged into its weights for sampling."""
     config = task.config(**changes)
     with training_setup(task.models, task.training_subject(), config, denoiser_class=AdaptedUnet) as setup:
         own = whole_lora_for(setup)

@@ -1,4 +1,4 @@
-"""Identity by both judges on one scale: 0 is the base model's picture of the class word, 1 another real scene."""
+"""Identity by both judges on one scale. 0: the base model's picture of the class word. 1: another real scene."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMNS = ("method", "subjects", *(name for judge in JUDGES for name in (judge, 
 
 
 def both_rows(results: Sequence[Result], said_of: Callable[[Result], Result | None]) -> list[Row]:
-    """Over the subjects of each method that both judges have seen, with the floor and the ceiling beside it."""
+    """Over the subjects of each method that both judges have scored, with floor and ceiling."""
     seen: dict[str, dict[str, Result]] = {}
     for result in results:
         said = said_of(result)
@@ -41,6 +41,8 @@ def both_rows(results: Sequence[Result], said_of: Callable[[Result], Result | No
 
 
 def relative(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[float]:
-    """From each subject's own floor, by the mean distance to the ceiling: some subjects' own is almost nothing."""
+    """From each subject's own floor, by the mean distance to the ceiling: some subjects have almost no distance of
+    their own.
+    """
     span = sum(b - a for a, b in zip(low, high, strict=True)) / len(low)
     return [(value - a) / span for value, a in zip(values, low, strict=True)]

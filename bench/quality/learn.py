@@ -1,7 +1,7 @@
-"""The pack's own training loop with other trainables: what every fine-tune of the quality bench has in common.
+"""The pack's training loop with other trainables: the common part of all fine-tuning methods of the quality bench.
 
-Pictures, captions, word, pairs, noise, objective and optimizer are the pack's. A method only says what it trains,
-and what becomes of it. Import only once the host is started.
+Pictures, captions, token, pairs, noise, objective and optimizer are the pack's. A method chooses what is trained, and
+what is built from it. Import only after the host has started.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sa_inject.trainer.examples import Example, TrainingSet
 
 @dataclass(frozen=True)
 class Models:
-    """The loaded base model, in float32; `drawing` computes in the precision of the run."""
+    """The loaded base model, in float32. `drawing` computes in the precision of the run."""
 
     model: Any
     clip: Any
@@ -50,7 +50,7 @@ class Models:
 
 
 class Trainables:
-    """Anything but our LoRA, in the form that the loop expects: without a reference it never asks for deltas."""
+    """Any trainables, in the form that the loop expects. Without references, it never asks for deltas."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = list(parameters)
@@ -63,7 +63,7 @@ class Trainables:
 
 
 class TrainingSetup(AdapterTraining):
-    """The pack's own training of one subject, in which anything may be trained. `lora` is fresh."""
+    """The pack's training of one subject, with any trainables. `lora` is untrained."""
 
     def __init__(
         self,
@@ -80,8 +80,8 @@ class TrainingSetup(AdapterTraining):
         return self.patcher.model.diffusion_model
 
     def learn(self, trainables: Any, **changes: Any) -> list[float]:
-        """Run the loop; the loss of every step."""
-        # Without its cache, which would keep the weights of the first step for as long as the context lasts.
+        """Run the loop. -> the loss of every step"""
+        # Without autocast's cache, which would keep the weights of the first step inside the context.
         enabled = self.autocast != torch.float32
         with torch.autocast(self.device.type, self.autocast, enabled, cache_enabled=False):
             training = self.loop(trainables, **changes)
@@ -90,7 +90,7 @@ class TrainingSetup(AdapterTraining):
         return losses
 
     def adapter(self) -> Adapter:
-        """What the pack would save."""
+        """The adapter that the pack would save."""
         with torch.no_grad():
             self.reference_text = self.denoiser.encode([self.subject.class_word])
         return self.build("bench")
@@ -99,7 +99,7 @@ class TrainingSetup(AdapterTraining):
         return {name: vector.detach().cpu() for name, vector in self.tokens.items()}
 
     def _let_gradients_through(self, undo: contextlib.ExitStack) -> torch.dtype:
-        """Without what saves memory: that is for frozen weights, and here they may learn."""
+        """Without the memory-efficient layers, which are for frozen weights. Here they may be trained."""
         make_differentiable(self.patcher.model)
         make_differentiable(self.clip.cond_stage_model)
         undo.enter_context(out_of_place_text_encoder(self.clip, checkpointing=False))
@@ -116,9 +116,9 @@ def training_setup(
     extra: Sequence[Example] = (),
     denoiser_class: Callable[..., ComfyDenoiser] = ComfyDenoiser,
 ) -> Iterator[TrainingSetup]:
-    """Prepare everything as TrainSAInjectAdapter does; the UNet's weights are back in place when this ends.
+    """Prepare everything as TrainSAInjectAdapter does. Afterwards the UNet has its old weights.
 
-    extra: examples that are learned as often as the subject's own, for prior preservation.
+    extra: examples that are used as often as the subject's own, for prior preservation.
     """
     with torch.inference_mode():  # as in a node
         setup = TrainingSetup(models, subject, config, denoiser_class)
@@ -136,9 +136,9 @@ def mixed(data: TrainingSet, extra: Sequence[Example]) -> TrainingSet:
 
 
 def cast_once(frozen: nn.Module, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """Under autocast, linear layers find their weights cast already; what they compute is the same, bit by bit.
+    """Cast weights of linear layers once, for autocast. The results are the same bit for bit.
 
-    On a CPU, casting a text encoder of five times the UNet's size takes a seventh of every step.
+    On a CPU, casting a text encoder of five times the UNet's size takes a large part of every step.
     """
     layers = [layer for layer in frozen.modules() if isinstance(layer, nn.Linear) and dtype != torch.float32]
     cast = {
@@ -153,15 +153,14 @@ def cast_once(frozen: nn.Module, dtype: torch.dtype) -> contextlib.AbstractConte
 
 @contextlib.contextmanager
 def attention_written_out() -> Iterator[None]:
-    """In bfloat16 on a CPU, attention that gradients flow through is computed as two products and a softmax.
+    """On a CPU in bfloat16, compute attention with gradients as two products and a softmax.
 
-    Torch's own kernel takes several times as long backwards there: two fifths of a training. What comes out differs by
-    rounding.
+    The backward pass of torch's own kernel takes several times as long there. Results differ by rounding.
     """
     kernel = F.scaled_dot_product_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        # Neither dropout nor a causal mask nor a scale of one's own is written out here: the kernel has them.
+        # Dropout, causal masks and other scales are left to the kernel.
         is_plain = not any(args) and not any(kwargs.values())
         is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
         if not is_slow or not is_plain:
@@ -179,7 +178,7 @@ def attention_written_out() -> Iterator[None]:
 
 @contextlib.contextmanager
 def weights_kept(unet: nn.Module) -> Iterator[None]:
-    """Whatever is done to the weights inside is undone, bit by bit."""
+    """Restore all weights afterwards, bit for bit."""
     before = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
     try:
         yield
@@ -203,7 +202,7 @@ def with_word(models: Models, word: dict[str, Tensor], placeholder_token: str) -
 
 
 def with_differences(models: Models, differences: dict[str, Tensor]) -> Any:
-    """The drawing model with weights that differ by so much, as a ModelPatcher patch. {UNet parameter: difference}"""
+    """The sampling model with changed weights, as a ModelPatcher patch. differences: {UNet parameter: difference}"""
     patched = models.drawing
     patched.add_patches({f"diffusion_model.{name}": ("diff", (value,)) for name, value in differences.items()})
     return patched

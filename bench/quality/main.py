@@ -1,15 +1,14 @@
-"""Is ours as good as a full fine-tune? Every method learns the same subjects from the same pictures, and a judge
-that never saw a generated picture says what came out.
+"""Compare our method with other ways to personalise a model: same subjects, same pictures, scored by a judge.
 
-    python dev.py bench quality                 everything, for hours; goes on where it was stopped
+    python dev.py bench quality                 everything, for hours; resumes where it was stopped
     python dev.py bench quality --part main     one part: rates, choices, main or ablations
     python dev.py bench quality --quick         minutes: one subject, few steps and pictures
-    python dev.py bench quality --part rates --methods "ours, clean" --rates 1e-4,5e-4    rates of one's own
+    python dev.py bench quality --part rates --methods "ours, clean" --rates 1e-4,5e-4    chosen rates
     python dev.py bench quality --share 0/4     a quarter; three more processes with 1/4 to 3/4 do the rest
     python dev.py bench quality --report        tables and plots of what has been measured so far
 
-Results are kept result by result in bench/results/quality/results.jsonl. The judge has to have learned first:
-python -m demo.base.judge train.
+Each result is stored at once in bench/results/quality/results.jsonl. The judge was trained on real scenes only. Train
+it first: python -m demo.base.judge train.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from .results import Result, ResultStore
 log = logging.getLogger("quality")
 
 SWEEP_SUBJECTS = {"cpu": 2, "cuda": 3}
-TABLE_SUBJECTS = {"cpu": 12, "cuda": 40}  # at most as many as _subjects keeps for it
+TABLE_SUBJECTS = {"cpu": 12, "cuda": 40}  # no more than subjects.py keeps for it
 CHOICE_SUBJECTS = {"cpu": 3, "cuda": 12}
 ABLATION_SUBJECTS = {"cpu": 6, "cuda": 20}
 PICTURES = 4  # of every prompt; rates and ablations draw one
@@ -55,7 +54,7 @@ def main() -> None:
     from .report import report
 
     bench.judge_again()
-    everyones = ResultStore(folder / "results.jsonl")  # read again: other processes may have added theirs
+    everyones = ResultStore(folder / "results.jsonl")  # read again: other processes may have added results
     print_json(report(everyones, folder, bench.base, bench.settings, options.quick, bench.second.said_of))
 
 
@@ -82,13 +81,13 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.steps, options.sampler_steps, options.subjects = 3, 3, 1
-    # Only some processors can multiply in bfloat16; the others are a hundred times slower with it.
+    # Only some processors multiply in bfloat16. The others are a hundred times slower with it.
     options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     return options
 
 
 def share(text: str) -> tuple[int, int]:
-    """Which part of the work this process does: "2/8" is the third of eight."""
+    """The part of the work for this process: "2/8" is the third of eight."""
     own, count = map(int, text.split("/"))
     if not 0 <= own < count:
         raise ValueError
@@ -96,13 +95,13 @@ def share(text: str) -> tuple[int, int]:
 
 
 def pair(text: str) -> tuple[float, float]:
-    """A rate and the word's: "1e-3,2e-3"."""
+    """A LoRA rate and a token rate: "1e-3,2e-3"."""
     rate, word = map(float, text.split(","))
     return rate, word
 
 
 class Bench:
-    """Fills results; each part asks for those it needs."""
+    """Fills the results. Each part asks for those it needs."""
 
     def __init__(self, host: Any, options: argparse.Namespace, results: ResultStore) -> None:
         import comfy.sd
@@ -120,7 +119,7 @@ class Bench:
             model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
                 str(checkpoint),
                 embedding_directory=folder_paths.get_folder_paths("embeddings"),
-                # On CUDA the host would choose float16, which a full fine-tune cannot learn in.
+                # On CUDA the host would choose float16, in which a full fine-tune cannot be trained.
                 model_options={"dtype": torch.float32},
                 te_model_options={"dtype": torch.float32},
             )
@@ -130,7 +129,7 @@ class Bench:
         self.judge = Judge()
         folder = (CACHE if options.quick else RESULTS) / "quality"
         self.second = SecondJudge(folder, CACHE / "quality" / "drawn")
-        # Not the checkpoint's: the text encoder in it is drawn on this machine, and may differ from another's in a bit.
+        # Without the text encoder, which is created on each machine and may differ in a bit.
         self.base = sha256(WEIGHTS if WEIGHTS.exists() else checkpoint)[:16]
         self.settings = Settings(
             options.steps, options.batch, options.sampler_steps, options.cfg, options.sampler, options.scheduler
@@ -138,7 +137,7 @@ class Bench:
         self.kind = "cuda" if torch.cuda.is_available() else "cpu"
 
     def rates(self) -> None:
-        """Every method at each of its rates, on subjects of their own, in whatever precision."""
+        """Every method at each of its rates, on separate subjects, in any precision."""
         from .report import results_of
         from .subjects import make_subject, sweep_artworks
 
@@ -156,8 +155,9 @@ class Bench:
                     self.result("rates", name, rates, method.train, subject, pictures=1, base_objects=0)
 
     def main(self) -> None:
-        """The table: every method at its best rate, all prompts, all seeds. Subject by subject, so that a run that is
-        cut short has compared all methods on fewer subjects."""
+        """The table: every method at its best rate, all prompts, all seeds. Done subject by subject, so that an
+        interrupted run has compared all methods on fewer subjects.
+        """
         from .subjects import make_subject, table_artworks
 
         count = self.options.subjects or TABLE_SUBJECTS[self.kind]
@@ -172,7 +172,7 @@ class Bench:
     def choices(self) -> None:
         """The ablations on subjects of no table: defaults are chosen by these, and the tables' subjects stay unseen.
 
-        All pictures, because one of every prompt says less than two settings differ by.
+        With all pictures, because the spread of one per prompt is larger than the differences between settings.
         """
         from .subjects import choice_artworks
 
@@ -180,14 +180,14 @@ class Bench:
         self.changed("choices", choice_artworks(count), PICTURES)
 
     def ablations(self) -> None:
-        """Ours with one thing changed, fewer subjects and one seed."""
+        """Our method with one thing changed, on fewer subjects and with one seed."""
         from .subjects import table_artworks
 
         count = self.options.subjects or ABLATION_SUBJECTS[self.kind]
         self.changed("ablations", table_artworks(count), pictures=1)
 
     def changed(self, part: str, artworks: list[Any], pictures: int) -> None:
-        """Every ablation on these subjects, at the strength that was trained, as results of the part."""
+        """Every ablation on these subjects, at the strength of the training, as results of the part."""
         from .ablations import ABLATIONS, as_changed
         from .methods import TRAINED_STRENGTH
         from .subjects import make_subject
@@ -209,10 +209,10 @@ class Bench:
         return {name: METHODS[name] for name in wanted}
 
     def best_rates(self, name: str) -> tuple[float, float]:
-        """The pair with the highest harmonic mean over the sweep's subjects; the middle one where nothing is known.
+        """The pair with the highest harmonic mean over the sweep's subjects. The middle one if there are no results.
 
-        A pair that has been tried on fewer subjects than another does not count. With a sampler that has had no sweep,
-        what another found best for the same training.
+        A pair counts only if no other pair was tried on more subjects. For a sampler without a sweep, the result of
+        another sampler with the same training is used.
         """
         from .methods import METHODS
         from .report import results_of
@@ -242,7 +242,7 @@ class Bench:
         base_objects: int,
         strength: float | None = None,
     ) -> Result | None:
-        """Teach, draw and score, unless that is known already, or left to another process."""
+        """Train, draw and score, unless the result is known or another process's."""
         from .methods import Method, TrainingTask, draw, timed
         from .scores import base_fidelity, score
         from .subjects import base_object_scenes, texts_of
@@ -291,12 +291,12 @@ class Bench:
         return self.results.add(key, value)
 
     def is_ours(self) -> bool:
-        """Whether the next result is of this process's share; known ones count too, so that all count alike."""
+        """Whether the next result belongs to this process. Known results count too, so all processes count alike."""
         own, count = self.options.share
         return next(self.numbers) % count == own
 
     def ceiling(self, subject: Any) -> None:
-        """Real scenes of what is asked for: as they are, after the autoencoder, and with the object moved a little."""
+        """Real scenes of the prompts: as they are, after the autoencoder, and with the object moved a little."""
         from demo.base.world import render
 
         from .both_judges import CEILING
@@ -313,7 +313,7 @@ class Bench:
                 self.results.add(key, {"scores": score(self.judge, subject, images, subject.prompts)._asdict()})
 
     def judge_again(self) -> None:
-        """The second judge on kept pictures that it has not seen: nothing is taught or drawn for it."""
+        """The second judge on stored pictures that it has not scored. Nothing is trained or drawn."""
         from demo.base.artwork import find
 
         from .report import results_of

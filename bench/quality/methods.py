@@ -1,6 +1,6 @@
-"""The methods that the quality bench compares: each teaches a subject, and hands over what draws it.
+"""The methods that the quality bench compares. Each trains on a subject, and returns a model that draws it.
 
-Import only once the host is started.
+Import only after the host has started.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from .subjects import PLACEHOLDER, Settings, Subject
 
 RANK = 16
 CLASS_PICTURES = 16  # for prior preservation
-PROMPTS_OF_CALL = 13  # drawn at once on CUDA, which would wait for single ones to be launched
+PROMPTS_OF_CALL = 13  # in one call on CUDA, where single ones would wait for kernel launches
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of both attentions of every block
-# no references; the last step is what counts
+# no references; the result is the last step
 PLAIN_SETTINGS: dict[str, Any] = {
     "reference_dropout": 1.0,
     "average_power": None,
 }
-TRAINED_STRENGTH = 1.0  # the strength that ours learns with
+TRAINED_STRENGTH = 1.0  # the strength that ours is trained with
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -66,11 +66,11 @@ class TrainingTask:
     rate: float
     word_rate: float = 0.0
     negative: Any = None  # see `unprompted`
-    reference_texts: Sequence[TextConditioning] = ()  # of each picture, where the class word is not what is read
-    strength: float | None = None  # that ours is applied with; None: the node's default
+    reference_texts: Sequence[TextConditioning] = ()  # for each picture, in place of the class word
+    strength: float | None = None  # for applying ours; None: the node's default
 
     def pictures(self) -> Tensor:
-        """(b, h, w, c) in 0..1, as ComfyUI has them."""
+        """(b, h, w, c) in 0..1, as in ComfyUI."""
         stacked = np.stack([np.asarray(picture) for picture in self.subject.pictures()])
         return torch.from_numpy(stacked).float() / 255
 
@@ -108,7 +108,9 @@ class TrainingTask:
 
 
 class TrainedModel(NamedTuple):
-    """What draws: a model, a CLIP, the words that stand for the subject, and how large what was learned is."""
+    """The result of a training: a model, a CLIP, the subject's name in prompts, and the number and size of trained
+    values.
+    """
 
     model: Any
     clip: Any
@@ -119,8 +121,8 @@ class TrainedModel(NamedTuple):
 
 class Method(NamedTuple):
     train: Callable[[TrainingTask], TrainedModel]
-    rates: tuple[tuple[float, float], ...] = ((0.0, 0.0),)  # (rate, word's rate), of which a sweep chooses one
-    swept_as: str | None = None  # the method whose sweep chooses for this one too
+    rates: tuple[tuple[float, float], ...] = ((0.0, 0.0),)  # (LoRA rate, token rate); a sweep chooses one
+    swept_as: str | None = None  # the method whose sweep is used for this one
 
 
 def base_model(task: TrainingTask) -> TrainedModel:
@@ -129,7 +131,7 @@ def base_model(task: TrainingTask) -> TrainedModel:
 
 
 def textual_inversion(task: TrainingTask) -> TrainedModel:
-    """Gal et al., 2022: the word learns, alone."""
+    """Gal et al., 2022: only the token embedding is trained."""
     with training_setup(task.models, task.training_subject(), task.config()) as setup:
         setup.learn(Trainables([nn.Parameter(torch.zeros(1))]), lora_learning_rate=0.0, **PLAIN_SETTINGS)
         word = setup.learned_word()
@@ -139,7 +141,7 @@ def textual_inversion(task: TrainingTask) -> TrainedModel:
 
 
 def untrained_reference(task: TrainingTask) -> TrainedModel:
-    """Training-free reference attention as other packs do it, to the first picture, and the class word."""
+    """Training-free reference attention, as in other packs, to the first picture, with the class word."""
     blocks = [tuple(layer.key) for layer in describe(task.models.model).layers]
     first = task.image_prompt().pictures[0].latent
     model = with_reference_every_step(task.models.drawing, [first], blocks)
@@ -147,7 +149,7 @@ def untrained_reference(task: TrainingTask) -> TrainedModel:
 
 
 def host_lora(task: TrainingTask) -> TrainedModel:
-    """ComfyUI's TrainLoraNode: LoRA on every layer, and a rare word in the captions that is not learned."""
+    """ComfyUI's TrainLoraNode: LoRA on every layer. The captions contain a rare word, which is not trained."""
     host, models = task.host, task.models
     latents = host.execute("VAEEncode", pixels=task.pictures(), vae=models.vae)[0]["samples"]
     captions = task.subject.captions(task.subject.phrase)
@@ -172,7 +174,7 @@ def host_lora(task: TrainingTask) -> TrainedModel:
 
 
 def peft_lora(task: TrainingTask) -> TrainedModel:
-    """LoRA on all attention of the UNet with a learned word, as pivotal tuning does."""
+    """LoRA on all attention of the UNet with a trained token, as in pivotal tuning."""
     with training_setup(task.models, task.training_subject(), task.config()) as setup:
         targets = [name for name, _ in setup.unet.named_modules() if name.endswith(ATTENTION)]
         torch.manual_seed(task.settings.seed)
@@ -198,12 +200,12 @@ def peft_lora(task: TrainingTask) -> TrainedModel:
 
 
 def full_fine_tune(task: TrainingTask) -> TrainedModel:
-    """DreamBooth without prior preservation, and with a learned word."""
+    """DreamBooth without prior preservation, with a trained token."""
     return fine_tuned(task, ())
 
 
 def full_fine_tune_with_prior(task: TrainingTask) -> TrainedModel:
-    """DreamBooth (Ruiz et al., 2023, eq. 2): pictures of the class that the base model drew are learned beside."""
+    """DreamBooth (Ruiz et al., 2023, eq. 2), with class pictures that the base model drew."""
     rng = np.random.RandomState(task.settings.seed)
     scenes = [random_scene(rng) for _ in range(CLASS_PICTURES)]
     texts = [caption(scene, 0, task.subject.artwork.class_word) for scene in scenes]
@@ -228,12 +230,12 @@ def fine_tuned(task: TrainingTask, prior: Sequence[tuple[Tensor, str]]) -> Train
 
 
 def ours(task: TrainingTask, **changes: Any) -> TrainedModel:
-    """The pack's own nodes, with their defaults and the swept rates; `changes` are inputs of the training node."""
+    """The pack's own nodes, with their defaults and the swept rates. `changes` are inputs of the training node."""
     return trained_model(task, *learned_adapter(task, **changes))
 
 
 def learned_adapter(task: TrainingTask, **changes: Any) -> tuple[Adapter, Any]:
-    """What TrainSAInjectAdapter hands over: adapter and CLIP."""
+    """The result of TrainSAInjectAdapter: adapter and CLIP."""
     host, models = task.host, task.models
     chosen: dict[str, Any] = {
         "placeholder_token": PLACEHOLDER,
@@ -268,7 +270,7 @@ def ours_noised(task: TrainingTask) -> TrainedModel:
 
 
 def as_trained(mode: str) -> Callable[[TrainingTask], TrainedModel]:
-    """Ours, applied at the strength that it was trained with."""
+    """Our method, applied at the strength of the training."""
     return lambda task: trained_model(task, *learned_adapter(task, reference_mode=mode), strength=TRAINED_STRENGTH)
 
 
@@ -295,7 +297,7 @@ def injected(task: TrainingTask, adapter: Adapter, **changes: Any) -> Any:
 
 
 def size_of(tensors: dict[str, Tensor]) -> tuple[int, int]:
-    """Numbers, and bytes of a float16 file of them."""
+    """Number of values, and bytes of a float16 file of them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "learned.safetensors"
         save_file({name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}, path)
@@ -310,9 +312,9 @@ def sample(
     seeds: Sequence[int],
     of_call: int | None = None,
 ) -> Tensor:
-    """Latents of so many pictures of every prompt, each prompt's noise from a seed of its own, by the host's sampler.
+    """Latents of several pictures of every prompt, by the host's sampler. The noise of each prompt has its own seed.
 
-    of_call: prompts that are drawn at once. -> (prompts*pictures, c, h, w)
+    of_call: prompts that are drawn in one call. -> (prompts*pictures, c, h, w)
     """
     of_call = of_call or (PROMPTS_OF_CALL if torch.cuda.is_available() else 1)
     return torch.cat(
@@ -326,7 +328,7 @@ def sample(
 def _sample_at_once(
     task: TrainingTask, trained: TrainedModel, texts: Sequence[str], pictures: int, seeds: Sequence[int]
 ) -> Tensor:
-    """As KSampler does it, whose own noise has one seed for all."""
+    """As KSampler does it, but KSampler's noise has one seed for all."""
     host, settings = task.host, task.settings
     found = [host.execute("CLIPTextEncode", clip=trained.clip, text=text)[0][0] for text in texts]
     cross_attn = torch.cat([text[0] for text in found]).repeat_interleave(pictures, dim=0)
@@ -349,14 +351,14 @@ def _sample_at_once(
 
 
 def unprompted(task: TrainingTask) -> Any:
-    """Conditioning of the empty prompt, which no learned word changes; encoded once for a task."""
+    """Conditioning of the empty prompt, which contains no trained token. Encoded once per task."""
     if task.negative is None:
         task.negative = task.host.execute("CLIPTextEncode", clip=task.models.clip, text="")[0]
     return task.negative
 
 
 def draw(task: TrainingTask, trained: TrainedModel, texts: Sequence[str], pictures: int) -> list[Image.Image]:
-    """So many pictures of every prompt, in the order of the prompts; seeds depend on the prompt's place alone."""
+    """Several pictures of every prompt, in the order of the prompts. Seeds depend on the prompt's index only."""
     seeds = [1000 * index for index in range(len(texts))]
     return decoded(task, sample(task, trained, texts, pictures, seeds))
 
@@ -367,7 +369,7 @@ def decoded(task: TrainingTask, latents: Tensor) -> list[Image.Image]:
 
 
 def timed(task: TrainingTask, method: Method) -> tuple[TrainedModel, float, int]:
-    """Teach, and say how long it took and by how many bytes memory grew at its peak."""
+    """Train, and measure the time and the peak of added memory in bytes."""
     start = time.perf_counter()
     with peak_memory() as peak, attention_written_out():
         trained = method.train(task)
@@ -375,7 +377,7 @@ def timed(task: TrainingTask, method: Method) -> tuple[TrainedModel, float, int]
 
 
 def with_words(*rates: float) -> tuple[tuple[float, float], ...]:
-    """Each rate with each rate of the word's."""
+    """Each LoRA rate with each token rate."""
     return tuple((rate, word) for word in (2e-3, 6e-3) for rate in rates)
 
 

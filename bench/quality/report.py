@@ -1,4 +1,4 @@
-"""What the quality bench has measured so far, as tables, plots, pictures and one object."""
+"""The results of the quality bench so far, as tables, plots, pictures and one JSON object."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ OURS = ("ours, clean", "ours, noised", "ours, clean, strength 1", "ours, noised,
 FULL = "full fine-tune"
 BEATEN = ("TrainLoraNode", "PEFT LoRA", "textual inversion")
 REAL = ("real scenes", "real, autoencoded", CEILING)
-MARGIN = -0.02  # ours is "not worse" while the lower bound of the difference lies above this
-ENOUGH = 12  # subjects, for anything to count as shown
+MARGIN = -0.02  # ours is "not worse" if the lower bound of the difference is above this
+ENOUGH = 12  # subjects that a claim needs
 COLUMNS = (
     "method",
     "subjects",
@@ -50,7 +50,7 @@ CELL, LABEL, GAP = 96, 200, 4
 
 
 def results_of(results: ResultStore, part: str, base: str, settings: Any) -> list[Result]:
-    """All of one part that were measured on this base model with these settings."""
+    """All results of one part with this base model and these settings."""
     wanted = {"part": part, "base": base, "settings": settings._asdict()}
     return [result for result in results.all() if wanted.items() <= result["key"].items()]
 
@@ -63,7 +63,7 @@ def report(
     quick: bool,
     said_of: Callable[[Result], Result | None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Write tables, plots and grids to the folder; the object that is the bench's last line."""
+    """Write tables, plots and grids to the folder. -> the JSON object of the bench's last line"""
     found = {part: results_of(results, part, base, settings) for part in ("rates", "choices", "main", "ablations")}
     whole = of_whole_subjects(found["main"])
     rows = main_rows(whole)
@@ -124,7 +124,7 @@ def report(
 
 
 def with_other_settings(results: ResultStore, base: str, settings: Any) -> list[dict[str, Any]]:
-    """The main table and its comparisons for all other settings that it has been begun with."""
+    """The main table and its comparisons for all other settings with results."""
     apart: dict[tuple, list[Result]] = {}
     for result in results.all():
         key = result["key"]
@@ -147,7 +147,7 @@ def shown_otherwise(other: dict[str, Any]) -> str:
 
 
 def of_whole_subjects(results: Sequence[Result]) -> list[Result]:
-    """Without subjects that only a few methods have learned, which would make means of different subjects differ."""
+    """Without subjects that only a few methods have trained on, so that means are over the same subjects."""
     learned: dict[str, set[str]] = {}
     for result in results:
         learned.setdefault(result["key"]["subject"], set()).add(result["key"]["method"])
@@ -191,19 +191,19 @@ def main_rows(results: Sequence[Result]) -> list[Row]:
 
 
 def device_of(result: Result) -> str:
-    return result.get("device", "cpu")  # the first results do not say
+    return result.get("device", "cpu")  # not part of the first results
 
 
 def timed_on(results: Sequence[Result]) -> str:
-    """The device of most results: only theirs say what a method takes."""
+    """The device of most results. Only these are used for costs."""
     devices = [device_of(result) for result in results]
     return max(devices, key=devices.count, default="cpu")
 
 
 def relative_losses(subjects: dict[str, Result], base: dict[str, Result]) -> list[float]:
-    """The loss on unseen real scenes, as a share of the base model's: the mean over noise levels, for each subject."""
+    """The loss on unseen real scenes, relative to the base model's: the mean over noise levels, for each subject."""
     found = []
-    for subject in sorted(subjects.keys() & base.keys()):  # the bootstrap depends on their order
+    for subject in sorted(subjects.keys() & base.keys()):  # the bootstrap depends on the order
         ours, theirs = (results[subject].get("unseen_loss") for results in (subjects, base))
         if ours and theirs:
             found.append(sum(a / b for a, b in zip(ours, theirs, strict=True)) / len(ours))
@@ -218,7 +218,7 @@ def scores_of(subjects: dict[str, Result]) -> Row:
 
 
 def judged(results: Sequence[Result]) -> list[Row]:
-    """Ours in either mode against every other method, subject by subject."""
+    """Our method in both modes against every other method, subject by subject."""
     methods = by_method(results)
     rows = []
     for ours, (name, subjects) in itertools.product(OURS, methods.items()):
@@ -280,7 +280,7 @@ def with_interval(values: tuple[float, float, float]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Left: identity against prompt fidelity. Right: what the harmonic mean costs in file size."""
+    """Left: identity against prompt fidelity. Right: harmonic mean against file size."""
     methods = by_method(results)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
     sizes: list[float] = []
@@ -310,7 +310,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 
 def picture_file(part: str, method: str, subject: str) -> Path:
-    """Where the first pictures of a result are kept; git ignores them."""
+    """The folder for the first pictures of a result. Git ignores it."""
     name = re.sub(r"[^a-z0-9]+", "-", f"{part} {method} {subject}".lower()).strip("-")
     return CACHE / "quality" / "pictures" / f"{name}.png"
 
@@ -324,9 +324,9 @@ def strip(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def grid(results: Sequence[Result], path: Path) -> None:
-    """The first prompts of the subjects that most methods' pictures are here of, a method to a row.
+    """The first prompts of the subjects with most methods' pictures on this machine. One row per method.
 
-    Pictures are kept on the machine that drew them: elsewhere a sheet that is there already stays as it is.
+    Pictures are kept on the machine that drew them. On another machine, an existing sheet is not replaced.
     """
     from demo.base.artwork import find
 

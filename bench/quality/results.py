@@ -1,4 +1,4 @@
-"""Results that took long to get, one line each, so that a run goes on where the last one ended."""
+"""Stored results, one line each, so that a run resumes where the last one ended."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Result = dict[str, Any]
 
 
 class ResultStore:
-    """A file of JSON lines. A result is found again by what it was made from; another base model makes it another."""
+    """A file of JSON lines. The key of a result is everything that it depends on, including the base model."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, Result] = {}
         if path.exists():
             text = path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]  # a run that was killed may have left a line unfinished
+            whole = text[: text.rfind("\n") + 1]  # a killed run may have left an incomplete line
             if whole != text:
                 path.write_text(whole, encoding="utf-8")
             for line in whole.splitlines():
@@ -32,7 +32,7 @@ class ResultStore:
         return list(self._known.values())
 
     def add(self, key: Result, value: Result) -> Result:
-        """Written at once: whatever stops the run, this is kept."""
+        """Written at once, so that it is kept if the run is stopped."""
         result = {"key": key, **value}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as lines:

@@ -1,4 +1,4 @@
-"""From pictures to numbers: what the judge says of each, and what that comes to over subjects."""
+"""Scores of pictures by the judge, and their means over subjects."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .subjects import Subject, factors
 
 
 class Scored(NamedTuple):
-    """One method on one subject; shares and means over all of its pictures."""
+    """One method on one subject: shares and means over all of its pictures."""
 
-    similarity: float  # cosine of identity embeddings to real scenes of the subject, negative counts as 0
-    top_1: float  # the subject is the likeliest among all artwork
+    similarity: float  # cosine of identity embeddings to real scenes of the subject; negative counts as 0
+    top_1: float  # the subject is the likeliest of all artwork
     top_3: float
     fidelity: float  # size, side, background colour and pattern are all as asked
     size: float
@@ -29,11 +29,11 @@ class Scored(NamedTuple):
     colour: float
     pattern: float
     harmonic: float  # harmonic mean of similarity and fidelity
-    copying: float  # factors shared with the nearest reference scene, beyond what the prompts share with it
+    copying: float  # factors shared with the nearest reference scene, minus those that the prompts share with it
 
 
 def score(judge: Judge, subject: Subject, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Scored:
-    """`scenes[i]` is what `images[i]` was asked to show."""
+    """`scenes[i]` is the scene that `images[i]` should show."""
     seen = [measure(image) for image in images]
     embedded = judge.embed(list(images), seen)  # (b, width)
     similarity = float((embedded @ target_embedding(judge, subject)).clamp(min=0).mean())
@@ -58,12 +58,12 @@ def score(judge: Judge, subject: Subject, images: Sequence[Image.Image], scenes:
 
 
 def target_embedding(judge: Judge, subject: Subject) -> Tensor:
-    """The subject's direction: the mean over real scenes of it that no method has seen. -> (width,)"""
+    """The subject's embedding: the mean over real scenes of it that no method has seen. -> (width,)"""
     return F.normalize(judge.embed([render(scene) for scene in subject.unseen]).mean(dim=0), dim=0)
 
 
 def nearest(scene: Any, subject: Subject) -> float:
-    """Share of factors that agree with the reference scene that is most alike."""
+    """Share of factors that agree with the most similar reference scene."""
     shares = [np.mean([a == b for a, b in zip(factors(scene), factors(r), strict=True)]) for r in subject.references]
     return float(max(shares))
 
@@ -78,7 +78,7 @@ def base_fidelity(judge: Judge, images: Sequence[Image.Image], scenes: Sequence[
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over subjects and its 95 % interval; of one subject, the value alone."""
+    """Mean over subjects and its 95 % interval. Of one subject, the value alone."""
     mean = sum(values) / len(values)
     return mean, *(interval(values) or (mean, mean))
 

@@ -1,6 +1,6 @@
-"""What a judge that nobody here has trained says of drawn pictures: ImageNet features, and colour inside the subject.
+"""A second judge that nobody here has trained: ImageNet features, and colours of the subject.
 
-Drawn pictures are kept beside the results, where git ignores them, so that another judge needs no new training.
+Drawn pictures are stored beside the results, where git ignores them. So another judge needs no new training.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ COLUMNS = 10
 
 
 class Look(NamedTuple):
-    """Means over pictures, each against the real scene of the same prompt."""
+    """Means over pictures, each compared with the real scene of the same prompt."""
 
     imagenet: float  # cosine of pooled features of the whole pictures
-    colour: float  # share that the histograms of the subjects' pixels have in common
+    colour: float  # overlap of the histograms of the subjects' pixels
 
 
 def look(embedder: Any, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Look:
-    """`scenes[i]` is what `images[i]` was asked to show."""
+    """`scenes[i]` is the scene that `images[i]` should show."""
     distinct = list(dict.fromkeys(scenes))
     truths = {scene: render(scene) for scene in distinct}
     embedded = dict(zip(distinct, embedder.embed(list(truths.values())), strict=True))
@@ -46,7 +46,7 @@ def look(embedder: Any, images: Sequence[Image.Image], scenes: Sequence[Scene]) 
 
 
 def colour_likeness(image: Image.Image, real: Image.Image) -> float:
-    """From 0 to 1, wherever the subject is in either picture; 0 where nothing stands out in one of them."""
+    """Overlap in 0..1, over the subject's pixels in either picture. 0 if no subject is found in one of them."""
     found = [_histogram(picture) for picture in (image, real)]
     if any(histogram is None for histogram in found):
         return 0.0
@@ -55,7 +55,7 @@ def colour_likeness(image: Image.Image, real: Image.Image) -> float:
 
 
 def _histogram(image: Image.Image) -> np.ndarray | None:
-    """Colours of the subject's pixels, each shared between the bins next to it. -> (BINS**3,) of sum 1"""
+    """Colours of the subject's pixels, each shared by the neighbouring bins. -> (BINS**3,) of sum 1"""
     pixels = np.asarray(image.convert("RGB"))[subject_mask(image)[2]]  # (n, 3)
     if not len(pixels):
         return None
@@ -71,7 +71,7 @@ def _histogram(image: Image.Image) -> np.ndarray | None:
 
 
 class SecondJudge:
-    """Keeps pictures and what is said of them, by the keys of the results that they belong to."""
+    """Stores pictures and their scores, by the keys of their results."""
 
     def __init__(self, folder: Path, pictures: Path) -> None:
         self._cells, self._pictures = ResultStore(folder / "second_judge.jsonl"), pictures
@@ -84,7 +84,7 @@ class SecondJudge:
         return self._pictures / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.webp"
 
     def add(self, key: Result, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> None:
-        """Keep the pictures and judge them."""
+        """Store the pictures and score them."""
         path = self.file(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         side = images[0].width
@@ -100,7 +100,7 @@ class SecondJudge:
             self._cells.add(named, look(self._embedder, images, scenes)._asdict())
 
     def judge_kept(self, result: Result, scenes: Sequence[Scene]) -> None:
-        """The pictures of a result that were kept, if they were; nothing is drawn."""
+        """The stored pictures of a result, if there are any. Nothing is drawn."""
         path = self.file(result["key"])
         if not path.exists():
             return

@@ -1,6 +1,6 @@
-"""Who is taught and what is asked for: held-out objects of the demo's world, reference scenes, prompts.
+"""Subjects and prompts: held-out objects of the demo, reference scenes, scenes to ask for.
 
-Import only once the demo is importable (`bench.host.use_demo`).
+Import only after the demo is importable (`bench.host.use_demo`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ PLACEHOLDER = "sainj"
 SEED = 20_261
 PROMPTS = 25
 REFERENCES = 4
-SWEEP = 3  # subjects kept for choosing learning rates, never scored in a table
+SWEEP = 3  # subjects for choosing learning rates, never scored in a table
 TABLE = 40  # the largest table's
 
 
 class Settings(NamedTuple):
-    """What all methods are given alike."""
+    """Settings that are the same for all methods."""
 
     steps: int
     batch: int
@@ -35,12 +35,12 @@ class Settings(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """One object to learn: scenes to learn it from, and scenes to ask for."""
+    """One object to learn: reference scenes, and scenes to ask for."""
 
     artwork: Artwork
     references: tuple[Scene, ...]
     prompts: tuple[Scene, ...]
-    unseen: tuple[Scene, ...]  # real scenes of it that serve as truth
+    unseen: tuple[Scene, ...]  # real scenes of it, for the target embedding
 
     @property
     def phrase(self) -> str:
@@ -50,7 +50,7 @@ class Subject(NamedTuple):
         return [render(scene) for scene in self.references]
 
     def captions(self, word: str) -> list[str]:
-        """What the reference scenes show, in various wordings."""
+        """Captions of the reference scenes, in various wordings."""
         return [caption(scene, index % len(WORDINGS), word) for index, scene in enumerate(self.references)]
 
     def prompt_texts(self, word: str) -> list[str]:
@@ -58,7 +58,7 @@ class Subject(NamedTuple):
 
 
 def moved(scenes: tuple[Scene, ...]) -> tuple[Scene, ...]:
-    """The same scenes with the nuisances that captions leave out."""
+    """The same scenes with shift and stretch, which captions do not describe."""
     rng = np.random.RandomState(SEED + 2)
     others = [random_scene(rng, (scene.artwork,)) for scene in scenes]
     return tuple(
@@ -68,14 +68,14 @@ def moved(scenes: tuple[Scene, ...]) -> tuple[Scene, ...]:
 
 
 def texts_of(scenes: tuple[Scene, ...], word: str | None) -> list[str]:
-    """A prompt for each scene; the wording changes from one to the next. None says each object's own word."""
+    """A prompt for each scene, with changing wordings. None: each object's own word."""
     return [caption(scene, index % len(WORDINGS), word) for index, scene in enumerate(scenes)]
 
 
 def make_subject(artwork: Artwork, references: int = REFERENCES, prompts: int = PROMPTS) -> Subject:
-    """References are scenes with all nuisances, prompts are other combinations of size, side, colour and pattern.
+    """References are scenes with shift and stretch. Prompts are other combinations of size, side, colour and pattern.
 
-    More references leave the first ones as they are, and no number of them changes the prompts.
+    With more references, the first ones stay the same, and the prompts do not change.
     """
     rng = np.random.RandomState((SEED + number_of(artwork)) % 2**32)
     shown = distinct(rng, artwork, 8, ())
@@ -86,13 +86,13 @@ def make_subject(artwork: Artwork, references: int = REFERENCES, prompts: int = 
 
 
 def number_of(artwork: Artwork) -> int:
-    """What tells subjects apart: of emoji the character's number, else a checksum of the word."""
+    """The seed of a subject: of emoji the character's number, else a checksum of the word."""
     is_emoji = artwork.vendor in ("google", "twitter")
     return int(artwork.file.split("-")[0], 16) if is_emoji else zlib.crc32(artwork.word.encode())
 
 
 def distinct(rng: np.random.RandomState, artwork: Artwork, count: int, taken: tuple[Scene, ...]) -> tuple[Scene, ...]:
-    """Random scenes, no two of which say the same, and none what is taken."""
+    """Random scenes with different captions, and none with a caption of `taken`."""
     said = {factors(scene) for scene in taken}
     found: list[Scene] = []
     while len(found) < count:
@@ -108,8 +108,9 @@ def factors(scene: Scene) -> tuple[str, str, str, str]:
 
 
 def shuffled_artworks() -> list[Artwork]:
-    """Held-out objects in the order in which they are taken: `SWEEP` for choosing, `TABLE` for tables, the rest for
-    choosing. Of an object that is drawn from several sides, the first drawing."""
+    """Held-out objects in a fixed order: `SWEEP` for choosing, `TABLE` for tables, the rest for choosing. If an object
+    is drawn from several sides, its first drawing.
+    """
     held_out = list({artwork.word: artwork for artwork in reversed(objects("held_out"))}.values())[::-1]
     return [held_out[i] for i in np.random.RandomState(SEED).permutation(len(held_out))]
 
@@ -128,7 +129,7 @@ def table_artworks(count: int) -> list[Artwork]:
 
 
 def base_object_scenes(count: int) -> tuple[Scene, ...]:
-    """Base objects in scenes that every method is asked for, to see what it has forgotten."""
+    """Base objects in scenes that every method is asked for, to measure forgetting."""
     rng = np.random.RandomState(SEED + 1)
     scenes = [random_scene(rng) for _ in range(count)]
     return tuple(scene._replace(shift_x=0.0, shift_y=0.0, stretch=1.0) for scene in scenes)

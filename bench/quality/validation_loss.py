@@ -1,9 +1,9 @@
-"""The denoising loss on real scenes of what is asked for, which no method has seen.
+"""The denoising loss on real scenes of the prompts, which no method has seen.
 
-The same noise for every method makes it far less noisy than a score of pictures. It says what a method has understood,
-and nothing of what a sampler makes of it from its own, imperfect beginnings.
+The noise is the same for every method, so the loss varies much less than a score of pictures. It measures the model,
+and not the errors that a sampler accumulates.
 
-Import only once the host is started.
+Import only after the host has started.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from demo.base.world import render
 
 from .methods import TrainedModel, TrainingTask, unprompted
 
-LEVELS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # places in the model's schedule of 1000
+LEVELS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # indices in the model's schedule of 1000
 SEED = 5
 
 
@@ -50,7 +50,7 @@ def unseen_loss(task: TrainingTask, trained: TrainedModel) -> list[float]:
         comfy.sample.sample_custom(
             trained.model,
             nothing,
-            1.0,  # without guidance, as losses are
+            1.0,  # without guidance, as in training
             comfy.samplers.KSAMPLER(measure),
             torch.tensor([1.0, 0.0]),
             [[torch.cat(positive), {}]],

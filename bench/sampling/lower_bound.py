@@ -1,7 +1,7 @@
-"""The least that an injection can cost: multiply-adds counted from the shapes, on tensors without storage.
+"""The lower bound for the cost of injection: multiply-adds counted from the shapes, on tensors without storage.
 
-Counted are the UNet call with the rows that see the reference attending to its tokens too, and one reference pass with
-its LoRA that ends at the last injected keys and values. How fast a device gets through them is not part of it.
+Counted are the UNet call, with attention to the reference's tokens in the rows that use it, and one reference pass. The
+pass includes the LoRA and ends at the last injected keys and values. The speed of a device is not part of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..scenes import RANK, TEXT_TOKENS, Scene, quarter_mask
 
 
 class Shape(NamedTuple):
-    """What decides the cost of a variant."""
+    """What determines the cost of a variant."""
 
     references: int
     masked: bool
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 
 class Limit:
-    """Counts for one geometry; each count runs the UNet on the meta device once."""
+    """Counts for one geometry. Each count runs the UNet on the meta device once."""
 
     def __init__(self, scene: Scene) -> None:
         config = {**scene.unet_config, "dtype": torch.float32}
@@ -66,7 +66,7 @@ class Limit:
         return count, {key: (recorded.height, recorded.width) for key, recorded in recorder.bank.items()}
 
     def tokens(self, masked: bool) -> dict[BlockKey, int]:
-        """How many tokens one picture hands over at every layer."""
+        """Tokens of one picture at every layer."""
         mask = quarter_mask(self._scene.side)
         sizes = self._reference[1]
         return {key: int(token_mask(mask, h, w).sum()) if masked else h * w for key, (h, w) in sizes.items()}
@@ -93,7 +93,7 @@ class Limit:
         return self._injected[key]
 
     def ratio(self, shape: Shape, steps: int) -> float:
-        """Multiply-adds of a run of so many steps, against plain sampling."""
+        """Multiply-adds of a run of `steps` steps, relative to plain sampling."""
         step = self.injected(shape)
         if shape.reads == "once":
             total = steps * step + shape.references * self._reference[0]

@@ -1,4 +1,4 @@
-"""What injection costs while sampling: seconds and peak memory against plain sampling, beside the least it can cost.
+"""The cost of injection while sampling: seconds and peak memory relative to plain sampling, and the lower bound.
 
     python dev.py bench sampling                      the demo's base model
     python dev.py bench sampling --geometry sd15      full-size SD1.5 at 512 px, random weights
@@ -6,8 +6,8 @@
     python dev.py bench sampling --graph              whole graphs through the server's /prompt as well
     python dev.py bench sampling --quick              smoke run: few steps, nothing is meant to be measured
 
-Every variant alternates with plain sampling on the same loaded model; a ratio is that of the medians of those pairs.
-"kernels" is the ratio of the time in which a CUDA device is at work, whatever it waits for in between.
+Every variant alternates with plain sampling on the same loaded model. A ratio is that of the medians of those pairs.
+"kernels" is the ratio of the times in which a CUDA device is busy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..measure import alternate, kernel_seconds, live_tensor_bytes, peak_memory,
 from ..report import Row, device_slug, environment, keep, not_measured, print_json, publish, run_bench
 
 STEPS = 20
-CPU_STEPS = {"sd15": 2}  # a step of the full-size UNet takes a CPU many seconds
+CPU_STEPS = {"sd15": 2}  # a step of the full-size UNet takes many seconds on a CPU
 QUICK_STEPS, QUICK_REPEATS = 2, 1
 COLUMNS = (
     "variant",
@@ -118,7 +118,7 @@ def bench(host: Any, geometry: str, options: argparse.Namespace) -> dict[str, An
     sampling = set_up(host, geometry, options)
     limit = Limit(sampling.scene)
     chosen = choose_variants(options.variants)
-    sampling.run(None)  # whatever is done once is done here
+    sampling.run(None)  # what is done only once is done here
     memory = memory_ratios(sampling, geometry, chosen, options)
     is_target = geometry == "sd15"
     rows: list[Row] = [{"variant": PLAIN}]
@@ -185,7 +185,7 @@ def timed(sampling: Any, variant: Any, options: argparse.Namespace) -> Row:
 
 
 def at_20(clocked: dict[bool, list[Any]], warm_ups: int) -> float | str:
-    """The ratio of 20 steps, put together from measured first steps, later steps, and what follows the last."""
+    """The ratio for 20 steps, computed from measured first steps, later steps, and the time after the last."""
     if torch.cuda.is_available():
         return not_measured("with fewer steps")  # single steps are not timed there
 
@@ -199,7 +199,7 @@ def at_20(clocked: dict[bool, list[Any]], warm_ups: int) -> float | str:
 
 
 def memory_ratios(sampling: Any, geometry: str, chosen: list[Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of every variant against plain: CUDA's allocator, or the resident set of a process of its own."""
+    """Peak memory of every variant against plain: CUDA's allocator, or the resident set of a separate process."""
     ratios: dict[str, Any] = {variant.name: not_measured("left out") for variant in chosen}
     if options.no_memory:
         return ratios
@@ -211,7 +211,7 @@ def memory_ratios(sampling: Any, geometry: str, chosen: list[Any], options: argp
             peaks[variant] = memory.peak
         return {variant.name: peaks[variant] / peaks[None] for variant in chosen}
     if options.quick:
-        chosen = chosen[:1]  # each is a process of its own
+        chosen = chosen[:1]  # each is a separate process
     common = ["--geometry", geometry, "--steps", "2", "--dtype", options.dtype, "--attention", options.attention]
     found, why = run_bench("sampling", *common, "--memory-of", "plain")
     if found is None:
@@ -234,7 +234,7 @@ def memory_of(options: argparse.Namespace) -> dict[str, int]:
 
 
 def kept_after_a_run(sampling: Any, variant: Any) -> int:
-    """Bytes of tensors that a run leaves behind: a bank that outlived it would show here."""
+    """Bytes of tensors that remain after a run, such as a bank that is not freed."""
     before = live_tensor_bytes()
     sampling.run(variant)
     return live_tensor_bytes() - before

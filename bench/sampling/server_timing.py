@@ -1,6 +1,6 @@
-"""Whole graphs through the server's /prompt, with everything around the sampler: queue, executor, cache look-ups.
+"""Whole graphs through the server's /prompt, including queue, executor and cache look-ups.
 
-Import only once the host is started: the adapter for the graph is made in this process, the server is another.
+Import only after the host has started: the adapter for the graph is made in this process, the server is another.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def measure(client: HostClient, repeats: int, steps: int) -> list[Row]:
     seed = iter(range(10**6))
 
     def run(injection: dict[str, Any] | None) -> float:
-        """The executor forgets what the last graph did not hold, so the first run only fills its cache."""
+        """The executor forgets nodes that the last graph did not contain, so the first run only fills its cache."""
         client.run(graph(next(seed), steps, injection), timeout=600)
         return execution_seconds(client, graph(next(seed), steps, injection))
 
@@ -85,7 +85,7 @@ def measure(client: HostClient, repeats: int, steps: int) -> list[Row]:
 
 
 def execution_seconds(client: HostClient, what: Graph) -> float:
-    """What lies between the host's own time stamps of start and success."""
+    """Seconds between the host's own time stamps of start and success."""
     messages = client.wait(client.queue(what), timeout=600)["status"]["messages"]
     stamps = {kind: data["timestamp"] for kind, data in messages if "timestamp" in data}
     return (stamps["execution_success"] - stamps["execution_start"]) / 1000

@@ -1,6 +1,6 @@
-"""Ways to sample the same picture on the same loaded model: plain, injected, and as other packs do it.
+"""Ways to sample the same picture on the same loaded model: plain, injected, and as in other packs.
 
-Import only once the host is started.
+Import only after the host has started.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Variant:
-    """`at_most`: the ratio to plain that the project set itself, for SD1.5 at 512 px and 20 steps."""
+    """`at_most`: the project's target for the ratio to plain, for SD1.5 at 512 px and 20 steps."""
 
     name: str
     mode: str = "clean"  # the adapter's, or "peer"
@@ -64,7 +64,7 @@ SHORT = ("clean", "clean, quarter mask", "clean, 4 references, quarter masks", "
 
 
 def choose_variants(names: Sequence[str]) -> list[Variant]:
-    """The variants of these names, in their own order; "all" and "short" stand for several. Raises ValueError."""
+    """The variants of these names, in their own order. "all" and "short" are groups. Raises ValueError."""
     groups = {"all": [variant.name for variant in VARIANTS], "short": list(SHORT)}
     wanted = {name for given in names for name in groups.get(given, [given])}
     unknown = wanted - set(groups["all"])
@@ -74,7 +74,7 @@ def choose_variants(names: Sequence[str]) -> list[Variant]:
 
 
 class Clocked(NamedTuple):
-    """One run: seconds of every step and of what follows the last, and how often the UNet was entered."""
+    """One run: seconds of every step and of the time after the last, and the number of UNet calls."""
 
     steps: list[float]
     after: float
@@ -82,7 +82,9 @@ class Clocked(NamedTuple):
 
 
 class Sampling:
-    """Runs a variant as the host's executor would, its Apply node and its KSampler; loading and encoding are done."""
+    """Runs a variant as the host's executor would, its Apply node and its KSampler. Loading and encoding are done
+    before.
+    """
 
     def __init__(self, host: Any, scene: Scene, steps: int) -> None:
         if steps < 2:
@@ -134,7 +136,7 @@ class Sampling:
             blocks = [tuple(layer.key) for layer in self.scene.description.layers]
             return with_reference_every_step(self.scene.model, [p.latent for p in prompt.pictures], blocks)
         start, end = 0.0, 1.0
-        if variant.is_outside:  # the steps of the "normal" scheduler lie at i / (steps - 1)
+        if variant.is_outside:  # the steps of the "normal" scheduler are at i / (steps - 1)
             start, end = 0.3 / (self.steps - 1), 0.6 / (self.steps - 1)
         (model,) = self.host.execute(
             "ApplySelfAttnInjection",

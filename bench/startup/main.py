@@ -1,4 +1,4 @@
-"""What the pack costs before anything is drawn: its import in the host, and the time from queueing Load to an adapter.
+"""The cost of the pack before anything is drawn: its import in the host, and the time from queueing Load to an adapter.
 
 python dev.py bench startup             five starts of the real server
 python dev.py bench startup --quick     one start
@@ -26,7 +26,7 @@ ADAPTER_AT_MOST_MB = 3.4
 IMPORT_LINE = re.compile(r"^\s*([0-9.]+) seconds(.*): .*sa-inject$", re.MULTILINE)
 COLUMNS = ("figure", "median", "at most", "values")
 NAME = "bench.safetensors"
-HEAVY = ("peft", "accelerate", "transformers", "diffusers")  # must not come with the pack
+HEAVY = ("peft", "accelerate", "transformers", "diffusers")  # must not be imported with the pack
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def row(figure: str, values: list[float], at_most: float | None = None) -> Row:
 
 
 def start_server(adapter: Path, warm_loads: int) -> dict[str, Any]:
-    """One start of the real server: what it prints about the pack, and how long Load takes through /prompt."""
+    """One start of the real server: what it prints about the pack, and the time of Load through /prompt."""
     full_size().import_packages()
     from tests.host.server_process import ServerProcess
 
@@ -103,20 +103,20 @@ def start_server(adapter: Path, warm_loads: int) -> dict[str, Any]:
             cold = load_seconds(server.client)
             warm = []
             for _ in range(warm_loads):
-                change_a_bit(path)  # else the host remembers the adapter
+                change_a_bit(path)  # otherwise the host remembers the adapter
                 warm.append(load_seconds(server.client))
     return {"printed": float(line.group(1)), "cold": cold, "warm": warm}
 
 
 def change_a_bit(path: Path) -> None:
-    """Of the last weight in a safetensors file: it can be read as before, and is another file."""
+    """Change a bit of the last weight in a safetensors file, which makes it a different, valid file."""
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
 
 
 def load_seconds(client: Any) -> float:
-    """From the request to the host's own time stamp of success; PreviewAny is there because a graph needs an end."""
+    """From the request to the host's own time stamp of success. PreviewAny is there because a graph needs an output."""
     graph = {
         "load": {
             "class_type": "LoadSAInjectAdapter",
@@ -131,7 +131,7 @@ def load_seconds(client: Any) -> float:
 
 
 def import_once() -> dict[str, Any]:
-    """Import the pack into a host that is up, and list and describe its nodes, as the host does."""
+    """Import the pack into a running host, then list and describe its nodes, as the host does."""
     host = start_host(with_pack=False)
     host.node("PreviewAny")  # the host's own nodes are there first
     from tests.conftest import import_folder

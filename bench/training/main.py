@@ -1,12 +1,12 @@
-"""What training costs: seconds of an optimizer step and peak memory, ours against the host's LoRA and a full fine-tune.
+"""The cost of training: seconds of an optimizer step and peak memory, against the host's LoRA and a full fine-tune.
 
     python dev.py bench training                      the demo's base model
     python dev.py bench training --full               full-size SD1.5 as well; on a CPU at 256 px with few steps
     python dev.py bench training --geometry sdxl      full-size SDXL at 1024 px, CUDA only
     python dev.py bench training --quick              smoke run: nothing is meant to be measured
 
-Same model, pictures, resolution, batch, rank and precision for all. Seconds: one process in which the trainers take
-turns. Memory: each in a process of its own.
+Model, pictures, resolution, batch, rank and precision are the same for all. Seconds: the trainers take turns in one
+process. Memory: each in a separate process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..report import Row, device_slug, environment, not_measured, print_json, pu
 
 NAMES = ("ours", "ours, word kept", "TrainLoraNode", "full fine-tune")
 HOST_LORA, FULL = NAMES[2:]
-BYTES_OF_A_PROCESS = 22e9  # that much CUDA memory for each of those whose peak is measured at once
+BYTES_OF_A_PROCESS = 22e9  # so much CUDA memory for each of those whose peak is measured at the same time
 CPU_SIDES = {"sd15": 256}
 AT_MOST = {"seconds / LoRA": 1.00, "memory / LoRA": 0.85, "memory / full": 0.35}
 COLUMNS = (
@@ -132,7 +132,9 @@ def bench(geometry: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def seconds_in_turns(geometry: str, options: argparse.Namespace) -> tuple[dict[tuple[str, str], Any], Any]:
-    """Median seconds of a step for every round; in a round each trainer has its turn, in every other one backwards."""
+    """Median seconds of a step for every round. All trainers have a turn in a round, in reverse order in every other
+    round.
+    """
     task = set_up(geometry, options, checkpointing=False)
     from .trainers import TRAINERS
 
@@ -146,7 +148,7 @@ def seconds_in_turns(geometry: str, options: argparse.Namespace) -> tuple[dict[t
                     continue
                 try:
                     steps = TRAINERS[name](chosen, options.steps + 1)[1:]
-                except RuntimeError as error:  # out of memory, mostly
+                except RuntimeError as error:  # usually out of memory
                     seconds[switch, name] = not_measured(f"{type(error).__name__}: {error}".splitlines()[0])
                     continue
                 finally:
@@ -157,7 +159,7 @@ def seconds_in_turns(geometry: str, options: argparse.Namespace) -> tuple[dict[t
 
 
 def memory_of_all(geometry: str, common: list[str], options: argparse.Namespace) -> dict[tuple[str, str], Any]:
-    """Several processes at once on CUDA: what its allocator counts does not depend on who else is there."""
+    """Several processes at once on CUDA, whose allocator counts each process separately."""
     places = [(switch, name) for switch in options.checkpointing for name in options.trainers]
 
     def measure(place: tuple[str, str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Ways to train on the same pictures with the same model: ours, the host's LoRA, and all weights of the UNet.
 
-Import only once the host is started.
+Import only after the host has started.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CAPTION = "a photo of a toy"
 
 @dataclass(frozen=True)
 class Task:
-    """What all three are given: batch 1, the same pictures, one resolution, one precision of the computation."""
+    """The same task for all three: batch 1, the same pictures, one resolution, one precision of the computation."""
 
     host: Any
     scene: Scene
@@ -47,7 +47,7 @@ class Task:
     vae: Any
     dtype: str
     checkpointing: bool
-    seed: int = 0  # another one for every round: a tenth of our steps draw no reference, and are shorter
+    seed: int = 0  # another one for every round: a tenth of our steps have no reference, and are shorter
 
     @property
     def pictures(self) -> torch.Tensor:
@@ -61,8 +61,8 @@ class Task:
 
 
 def train_ours(task: Task, steps: int, **changes: Any) -> list[float]:
-    """TrainSAInjectAdapter: LoRA on the reference pass and the word, learned in float32."""
-    # Else the same training would take no step: the node knows that it has been done, with checkpointing or without.
+    """TrainSAInjectAdapter: LoRA on the reference pass and the token embedding, trained in float32."""
+    # Otherwise the node would find that the training is done, with or without checkpointing, and take no step.
     shutil.rmtree(adapter_folder() / TRAINING_STATES, ignore_errors=True)
     with StepClock() as clock:
         task.host.execute(
@@ -87,12 +87,12 @@ def train_ours(task: Task, steps: int, **changes: Any) -> list[float]:
 
 
 def train_ours_without_word(task: Task, steps: int) -> list[float]:
-    """The same with the class word's meaning kept, so that text is encoded only once, as the other two do it."""
+    """The same with a frozen token embedding, so that text is encoded only once, as in the other two."""
     return train_ours(task, steps, token_learning_rate=0.0)
 
 
 def train_host_lora(task: Task, steps: int) -> list[float]:
-    """TrainLoraNode as it comes: LoRA on every layer, learned in the precision of the computation, its default."""
+    """TrainLoraNode with its defaults: LoRA on every layer, trained in the precision of the computation."""
     latents, positive = task.latents(), task.conditioning()
     with StepClock() as clock:
         task.host.execute(
@@ -112,9 +112,10 @@ def train_host_lora(task: Task, steps: int) -> list[float]:
 
 
 def train_all_weights(task: Task, steps: int) -> list[float]:
-    """A full fine-tune with AdamW: weights in float32, as ours are, computed in the task's precision; text frozen.
+    """A full fine-tune with AdamW: float32 weights as in ours, computed in the task's precision, with frozen text
+    encoder.
 
-    The learning rate is 0, which costs the same and leaves the model to whoever is measured next.
+    The learning rate is 0. The cost is the same, and the model does not change for the next trainer.
     """
     latents, (cross_attn, more) = task.latents()["samples"], task.conditioning()[0]
     patcher = task.scene.model.clone()
