@@ -1,4 +1,4 @@
-"""Draw the pictures of the README and the help pages: what the adapter does, and what three settings of Apply do.
+"""Draw the pictures of the README and the help pages: the effect of the adapter, and of three settings of Apply.
 
     COMFYUI_PATH=.comfyui python demo/help_pictures.py [result] [strength] [start_percent] [blocks]
 
@@ -28,7 +28,7 @@ log = logging.getLogger("demo")
 
 RESULT = ROOT / "docs" / "images" / "result.webp"
 HELP_PICTURES = ROOT / "web" / "docs" / "images"
-STEPS = 200  # the demo takes 100, so as not to keep people waiting
+STEPS = 200  # the demo takes 100, to be quick
 PROMPT = "a large {} on the right, purple background"
 SETTINGS = {
     "strength": (0.0, 0.4, 0.7, 1.0, 3.0),
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def result_sheet(client: HostClient, graph: Graph) -> Image.Image:
-    """Above, the subject's pictures; below, for every prompt, one by the base model and one with the adapter."""
+    """Above, the subject's pictures. Below, for every prompt, one by the base model and one with the adapter."""
     subject = [Image.open(path) for path in sorted(SUBJECT.glob("*.png"))]
     drawn = [draw(client, with_prompt(graph, prompt), prompt) for prompt in PROMPTS]
     pairs = [Group(p.format("..."), [row.base[0], row.adapter[0]]) for p, row in zip(PROMPTS, drawn, strict=True)]

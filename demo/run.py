@@ -41,7 +41,7 @@ PROMPTS = (
     "a large {} on the left, red background",
     "a small {} on the right, purple background",
     "a large {} on the right, green background",
-)  # places and colours that the subject's pictures do not have together
+)  # combinations of side and colour that the subject's pictures do not have
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def demo_graph(client: HostClient) -> Graph:
-    """The shipped workflow with the demo's settings in it, in the form that `/prompt` wants."""
+    """The shipped workflow with the demo's settings, in the format of `/prompt`."""
     graph = workflow_to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), client.object_info())
     for node in graph.values():
         node["inputs"].update(SETTINGS.get(node["class_type"], {}))
@@ -76,7 +76,7 @@ def demo_graph(client: HostClient) -> Graph:
 
 
 def with_prompt(graph: Graph, prompt: str) -> Graph:
-    """The graph with other words: what it has trained before, the host remembers."""
+    """The graph with other prompts. The host caches the training."""
     changed = json.loads(json.dumps(graph))
     for node in changed.values():
         text = node["inputs"].get("text")
@@ -102,7 +102,7 @@ def draw(client: HostClient, graph: Graph, prompt: str) -> Row:
 
 
 def show_progress(client: HostClient, events: list, prompt_id: str, every: float = 5.0) -> None:
-    """Repeat the host's progress in the terminal until the prompt is done: in one line, or one line now and then."""
+    """Show the host's progress in the terminal until the prompt is done: in one line, or one line now and then."""
     on_terminal = sys.stdout.isatty()
     shown, last = 0, ""
     while not client.get(f"/history/{prompt_id}"):

@@ -1,4 +1,4 @@
-"""The sheet that the demo ends with: the subject, what the base model draws, and what the adapter draws."""
+"""The demo's result sheet: the subject, pictures of the base model, and pictures with the adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ class Row(NamedTuple):
 
 
 def draw_sheet(subject: Sequence[Image.Image], base_name: str, rows: Sequence[Row], path: Path) -> None:
-    """The subject's pictures on top; below, for every prompt, the base model's pictures left, the adapter's right."""
+    """The subject's pictures on top. Below, for every prompt, the base model's pictures left, the adapter's right."""
     half = max(len(row.base) for row in rows)
     columns = max(2 * half, len(subject))
     width = GAP + columns * (CELL + GAP)

@@ -1,1 +1,1 @@
-"""The embedded base model: its world, how it is trained, and how its checkpoint is put together."""
+"""The embedded base model: its scenes, its training, and how its checkpoint is put together."""

@@ -1,8 +1,8 @@
-"""The artwork that the demo's scenes are composed of: a table of objects for each world, and where drawings come from.
+"""The artwork of the demo's scenes: a table of objects for each of two sets ("worlds"), and the sources of drawings.
 
-The small world's emoji are fetched through npm into the user's cache folder: Google's Noto drawings are Apache-2.0,
-Twitter's Twemoji are CC-BY 4.0. The large world's are in one file that `fetch_artwork.py` makes. No drawing is kept in
-this repository.
+The small set's emoji are downloaded with npm into the user's cache folder. Google's Noto drawings are Apache-2.0,
+Twitter's Twemoji are CC-BY 4.0. The large set is one file, which `fetch_artwork.py` makes. This repository contains no
+drawing.
 """
 
 import csv
@@ -21,8 +21,8 @@ from PIL import Image
 
 PACKAGE: str = "emoji-datasource-{vendor}"
 VERSION: str = "16.0.0"
-SMALL, LARGE = "small", "large"  # worlds
-SHIPPED: str = SMALL  # the world that the shipped weights and judge have learned
+SMALL, LARGE = "small", "large"  # names of the two sets, as in the option `--world`
+SHIPPED: str = SMALL  # the set of the shipped weights and judge
 OBJECTS: dict[str, Path] = {
     SMALL: Path(__file__).with_name("objects.csv"),
     LARGE: Path(__file__).with_name("objects_large.csv"),
@@ -31,9 +31,9 @@ PACK: str = "drawings.zip"
 
 
 class Artwork(NamedTuple):
-    """One drawing: the word captions use for what it shows, that word's class, and where the drawing comes from.
+    """One drawing: its word in captions, the word's class, and its source.
 
-    In the large world several drawings may share a word: by other vendors, or of the same object from other sides.
+    In the large set, several drawings may have the same word: by other vendors, or of the same object from other sides.
     """
 
     split: str  # "base" or "held_out"
@@ -48,13 +48,13 @@ def user_cache() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where what the large world needs is kept: a folder of this tree that git ignores, or SA_INJECT_CACHE."""
+    """The folder for the large set's files: one in this repository that git ignores, or SA_INJECT_CACHE."""
     return Path(os.environ.get("SA_INJECT_CACHE") or Path(__file__).parents[1] / "cache")
 
 
 @cache
 def catalogue(world: str = SHIPPED) -> tuple[Artwork, ...]:
-    """Every drawing of the world, base objects first, in file order."""
+    """All drawings of a set, base objects first, in file order."""
     with OBJECTS[world].open(newline="") as lines:
         rows = csv.reader(lines)
         next(rows)
@@ -66,7 +66,7 @@ def objects(split: str, world: str = SHIPPED) -> tuple[Artwork, ...]:
 
 
 def find(word: str, world: str = SHIPPED) -> Artwork:
-    """The first drawing of what is called so."""
+    """The first drawing with this word. Raises ValueError."""
     for artwork in catalogue(world):
         if artwork.word == word:
             return artwork
@@ -74,7 +74,7 @@ def find(word: str, world: str = SHIPPED) -> Artwork:
 
 
 def _fetch(vendor: str, folder: Path) -> Path:
-    """The vendor's npm archive, downloaded unless it is already in the cache."""
+    """The vendor's npm archive, downloaded unless it is in the cache."""
     package = PACKAGE.format(vendor=vendor)
     archive = folder / f"{package}-{VERSION}.tgz"
     if archive.exists():
@@ -113,7 +113,7 @@ def _drawings(vendor: str) -> Path:
 
 @cache
 def views_of(artwork: Artwork) -> tuple[Artwork, ...]:
-    """The same object from all sides, where it is drawn from several; else this drawing alone."""
+    """All drawings of the same object from other sides, or this drawing alone."""
     if artwork.vendor != "pybullet":
         return (artwork,)
     return tuple(other for other in catalogue(LARGE) if (other.vendor, other.word) == (artwork.vendor, artwork.word))
@@ -121,7 +121,7 @@ def views_of(artwork: Artwork) -> tuple[Artwork, ...]:
 
 @cache
 def _packed(path: Path) -> dict[str, bytes]:
-    """The PNGs of the large world by name; none where the pack has not been made."""
+    """The PNGs of the large set by name. None if they have not been fetched."""
     if not path.exists():
         return {}
     with zipfile.ZipFile(path) as pack:
@@ -134,7 +134,7 @@ def packed_name(artwork: Artwork) -> str:
 
 @cache
 def drawing(artwork: Artwork) -> Image.Image:
-    """The object's RGBA drawing, cropped to what is visible."""
+    """The object's RGBA drawing, cropped to its visible part."""
     packed = _packed(cache_folder() / PACK).get(packed_name(artwork))
     if packed is not None:
         return Image.open(io.BytesIO(packed)).convert("RGBA")

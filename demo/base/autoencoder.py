@@ -1,6 +1,6 @@
-"""The base model's autoencoder in TAESD layout (Ollin Boer Bohan's tiny autoencoder): new, loaded, and put to use.
+"""The base model's autoencoder in TAESD layout (Ollin Boer Bohan's tiny autoencoder): creation, loading, use.
 
-`autoencoder_training.py` is how it learns.
+`autoencoder_training.py` trains it.
 """
 
 from pathlib import Path
@@ -16,11 +16,11 @@ from .precision import fast
 use_host("cuda" if torch.cuda.is_available() else "cpu")
 from comfy.taesd.taesd import TAESD  # noqa: E402
 
-LATENT_SCALE: float = 0.18215  # what SD1.5's latent format multiplies by; the host's own TAESD loader undoes it so too
+LATENT_SCALE: float = 0.18215  # SD1.5's latent scale; the host's own TAESD loader divides by it too
 
 
 def new_autoencoder(seed: int) -> TAESD:
-    """The host's class with weights we draw: its layers come uninitialised."""
+    """The host's class with random weights. Its layers come uninitialised."""
     model = TAESD(latent_channels=4)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def load_autoencoder(path: Path, device: str = "cpu") -> TAESD:
 
 @torch.no_grad()
 def encode(model: TAESD, images: list[Image.Image], device: str = "cpu") -> Tensor:
-    """Pictures to what the UNet sees: latents after SD1.5's own scaling. -> (b, 4, h/8, w/8)"""
+    """Encode pictures to latents, scaled as for the UNet. -> (b, 4, h/8, w/8)"""
     pixels = to_tensor(images).to(device, memory_format=torch.channels_last)
     with fast(device):
         return model.taesd_encoder(pixels).float().cpu()
@@ -63,7 +63,7 @@ def encode(model: TAESD, images: list[Image.Image], device: str = "cpu") -> Tens
 
 @torch.no_grad()
 def decode(model: TAESD, latent: Tensor, device: str = "cpu") -> list[Image.Image]:
-    """(b, 4, h, w), scaled as the UNet sees it, to pictures."""
+    """Decode latents (b, 4, h, w), scaled as for the UNet."""
     latent = latent.to(device, memory_format=torch.channels_last)
     with fast(device):
         pixels = model.taesd_decoder(latent).float().clamp(0, 1)

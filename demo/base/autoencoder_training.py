@@ -1,13 +1,12 @@
-"""Stage 1 of the base model: how its autoencoder learns.
+"""Stage 1 of the base model: the training of its autoencoder.
 
-It stands for the general-purpose autoencoder that a real base model comes with, so it sees all artwork, held-out
-objects included: a subject that the UNet never saw must still encode and decode well. Beside the pixels it is held to
-their gradients (edges stay edges, flat stays flat), to what a network that was trained on ImageNet sees, and later on
-to a discriminator of its own.
+A real base model has a general-purpose autoencoder. So this one sees all artwork, held-out objects included: subjects
+that the UNet never saw must be encoded and decoded well. The loss compares pixels, their gradients, and the features of
+a network trained on ImageNet. Later, a discriminator is added.
 
-    python -m demo.base.autoencoder_training run       start, or go on from the last checkpoint
+    python -m demo.base.autoencoder_training run       start, or resume from the last checkpoint
     python -m demo.base.autoencoder_training freeze    end it here: a UNet can be trained on these latents
-    python -m demo.base.autoencoder_training decoder   then go on with the decoder alone, which the UNet does not see
+    python -m demo.base.autoencoder_training decoder   then train the decoder alone, which does not change latents
     python -m demo.base.autoencoder_training score     likeness of decoded scenes of held-out subjects, by both judges
 """
 
@@ -40,12 +39,12 @@ LEARNING_RATE: float = 1e-3
 WARMUP: int = 20
 DECAY_SHARE: float = 0.3  # of all steps, at the end
 EMA_DECAY: float = 0.999
-LATENT_NOISE: float = 0.06  # the most; keeps latents smooth, so that the UNet's small errors stay small in pixels
-MOMENT_WEIGHT: float = 0.02  # of the pull of every channel towards mean 0 and standard deviation 1
+LATENT_NOISE: float = 0.06  # the maximum; keeps latents smooth, so that the UNet's small errors stay small in pixels
+MOMENT_WEIGHT: float = 0.02  # weight of the loss that gives every channel mean 0 and standard deviation 1
 SQUARE_WEIGHT: float = 2.0
 GRADIENT_WEIGHT: float = 1.0
 PERCEPTION_WEIGHT: float = 0.3
-ADVERSARIAL_WEIGHT: float = 0.1  # of its gradient at the last layer, as a share of all else's
+ADVERSARIAL_WEIGHT: float = 0.1  # its gradient at the last layer, relative to that of all other terms
 ADVERSARIAL_FROM: float = 0.5  # of all steps
 SAVE_SECONDS: float = 180
 SHEET_STEPS: int = 500
@@ -53,7 +52,7 @@ SEED: int = 7
 
 
 class Plan(NamedTuple):
-    """What a run is asked for."""
+    """The arguments of a run."""
 
     steps: int
     seed: int = SEED
@@ -64,11 +63,11 @@ class Plan(NamedTuple):
     perception: bool = False
     adversarial: bool = False
     workers: int = 0  # processes that compose crops
-    minutes: float | None = None  # after which to stop, to be resumed
+    minutes: float | None = None  # stop after this, to be resumed
 
 
 class Crops(Dataset):
-    """The pictures of each step, decided by seed and step alone, so that a run can go on where it was."""
+    """The pictures of each step. They depend on seed and step only, so that a run can be resumed."""
 
     def __init__(self, world: str, seed: int, batch: int, crop: int):
         self._world, self._seed, self._batch, self._crop = world, seed, batch, crop
@@ -85,7 +84,7 @@ def random_crop_scene(rng: np.random.RandomState, world: str) -> Scene:
 
 
 def crop(scene: Scene, rng: np.random.RandomState, side: int) -> Image.Image:
-    """A part that usually shows some of the object, at a scale and before a background that scenes may not have."""
+    """A crop that usually shows a part of the object, at scales and before backgrounds that scenes may not have."""
     image_size = (64, 96, 128, 128, 128, 128, 160, 192)[rng.randint(8)]
     picture = render(scene, image_size)
     left, top, right, bottom = box(scene, image_size)
@@ -96,7 +95,7 @@ def crop(scene: Scene, rng: np.random.RandomState, side: int) -> Image.Image:
 
 
 def gradient_difference(decoded: Tensor, pixels: Tensor, scales: int = 3) -> Tensor:
-    """How far neighbouring pixels' differences are from the truth's, on the picture and on smaller ones of it."""
+    """Difference of the image gradients from the target's, at several scales."""
     error = decoded - pixels
     found = []
     for _ in range(scales):
@@ -109,7 +108,7 @@ def gradient_difference(decoded: Tensor, pixels: Tensor, scales: int = 3) -> Ten
 
 
 class Discriminator(nn.Module):
-    """Says of every patch whether it was decoded (PatchGAN, Isola et al., 2017)."""
+    """A discriminator of patches: real or decoded (PatchGAN, Isola et al., 2017)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,12 +120,12 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers, norm(nn.Conv2d(widths[-1], 1, 3, 1, 1)))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(b, 3, h, w) in 0..1 -> (b, 1, h/8, w/8), higher where a patch seems real"""
+        """(b, 3, h, w) in 0..1 -> (b, 1, h/8, w/8), higher for patches that look real"""
         return self.layers(pixels * 2 - 1)
 
 
 class Training:
-    """Everything that a run needs to go on; `partial` keeps it."""
+    """The whole state of a run, stored in `partial`."""
 
     def __init__(self, model: TAESD, partial: Path, plan: Plan):
         self.model, self.partial, self.plan = model, partial, plan
@@ -165,7 +164,7 @@ class Training:
             self.discriminator.load_state_dict(state["discriminator"])
 
     def averaged(self) -> dict[str, Tensor]:
-        """The model's weights, those that learn averaged over the last steps."""
+        """The model's weights. Those that are trained are averaged over the last steps."""
         found = weights_of(self.model)
         return found | {name: value.cpu().contiguous() for name, value in self.average.items()}
 
@@ -224,7 +223,7 @@ class Training:
         self.optimizers[2].step()
 
     def adversarial(self, loss: Tensor, decoded: Tensor) -> Tensor:
-        """Weighted so that its gradient at the last layer is a share of the other terms' (Esser et al., 2021)."""
+        """The discriminator's loss, scaled by its gradient at the last layer (Esser et al., 2021, eq. 7)."""
         assert self.discriminator is not None
         fooled = -self.discriminator(decoded).mean()
         last = self.model.taesd_decoder[-1].weight
@@ -238,7 +237,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def train(model: TAESD, path: Path, partial: Path, plan: Plan) -> None:
-    """Train whatever of the model requires gradients; `partial` is kept until `path` is written."""
+    """Train the model's parameters with gradients. `partial` is kept until `path` is written."""
     training = Training(model, partial, plan)
     batch = plan.batch or BATCH
     crops = DataLoader(
@@ -271,19 +270,19 @@ def train(model: TAESD, path: Path, partial: Path, plan: Plan) -> None:
 
 
 def train_autoencoder(path: Path, *, steps: int, seed: int, device: str) -> None:
-    """Train and write the TAESD state dict to `path`. An interrupted run, kept beside it, goes on where it was."""
+    """Train and write the TAESD state dict to `path`. An interrupted run is resumed."""
     train(new_autoencoder(seed), path, path.with_suffix(".part"), Plan(steps, seed, device))
 
 
 def train_decoder(path: Path, *, steps: int, seed: int, device: str) -> None:
-    """Go on with the decoder alone. Latents stay what they are, so a UNet that was trained on them stays right."""
+    """Train the decoder alone. Latents do not change, so a UNet that was trained on them still fits."""
     model = load_autoencoder(path, device)
     model.taesd_decoder.requires_grad_(True)
     train(model, path, path.with_suffix(".decoder-part"), Plan(steps, seed, device))
 
 
 def subject_scenes(artworks: tuple[Artwork, ...], count: int, seed: int = 5) -> list[Scene]:
-    """`count` scenes of each, drawn from a seed of their own."""
+    """`count` scenes of each, from a seed of their own."""
     rng = np.random.RandomState(seed)
     return [random_scene(rng, (artwork,)) for artwork in artworks for _ in range(count)]
 
@@ -302,7 +301,7 @@ def autoencoded(model: TAESD, images: list[Image.Image], device: str) -> list[Im
 
 
 def sheet(weights: dict[str, Tensor], path: Path, plan: Plan) -> None:
-    """Scenes of held-out subjects, and below each what comes back."""
+    """A sheet of held-out subjects, and below each its decoded picture."""
     shown = objects("held_out", plan.world)
     scenes = subject_scenes(tuple(shown[i * len(shown) // 20] for i in range(20)), 1)
     real = [render(scene) for scene in scenes]
@@ -315,7 +314,7 @@ def sheet(weights: dict[str, Tensor], path: Path, plan: Plan) -> None:
 
 
 def score(weights: dict[str, Tensor], world: str, device: str, count: int = 4) -> dict[str, float]:
-    """Means over the small world's held-out subjects: cosine by the ImageNet judge and by ours, and PSNR."""
+    """Means over the small set's held-out subjects: cosine by the ImageNet judge and by ours, and PSNR."""
     from .imagenet import Embedder
     from .judge import Judge
 
@@ -330,7 +329,7 @@ def score(weights: dict[str, Tensor], world: str, device: str, count: int = 4) -
 
 
 def read_weights_of(state: Path) -> dict[str, Tensor]:
-    """Of a run that is done or under way, or the shipped ones where there is none."""
+    """The weights of a finished or current run, or the shipped ones if there is none."""
     for name in ("autoencoder.decoder-part", "autoencoder.part"):
         if (state / name).exists():
             kept = torch.load(state / name, map_location="cpu", weights_only=True)

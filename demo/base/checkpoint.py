@@ -1,10 +1,9 @@
-"""Puts the demo's checkpoint together: shipped UNet and autoencoder, and the text encoder drawn from its seed.
+"""Puts the demo's checkpoint together: shipped UNet and autoencoder, and the text encoder from its seed.
 
     python -m demo.base.checkpoint OUTPUT.safetensors
 
-ComfyUI's CheckpointLoaderSimple loads the file whole and takes it for Stable Diffusion 1.5, which it is in
-all but size. Where no weights are shipped, it holds random ones of the same shapes, which load
-and run, and draw nothing.
+ComfyUI's CheckpointLoaderSimple recognises the file as Stable Diffusion 1.5, of which it is a small version. If no
+weights are shipped, it contains random ones of the same shapes, which load and run but draw nothing.
 """
 
 import argparse
@@ -38,14 +37,14 @@ def _write(path: Path, tensors: dict[str, Tensor], origin: str) -> None:
 
 
 def write_random_checkpoint(path: Path, seed: int = 0) -> None:
-    """A checkpoint that loads like the real one and has learned nothing."""
+    """A checkpoint that loads like the real one, with random weights."""
     tensors = {UNET_PREFIX + name: value for name, value in new_unet(seed, CLOSED_STD).state_dict().items()}
     tensors |= {AUTOENCODER_PREFIX + name: value for name, value in new_autoencoder(seed).state_dict().items()}
     _write(path, {name: value.half() for name, value in tensors.items()}, f"random, seed {seed}")
 
 
 def write_checkpoint(path: Path, weights: Path = WEIGHTS) -> None:
-    """The base model, from weights that match their checksum; random ones where none are shipped."""
+    """The base model, from weights that match their checksum. Random weights if none are shipped."""
     if weights.exists():
         _write(path, read_weights(weights), weights.name)
         return

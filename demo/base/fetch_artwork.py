@@ -1,11 +1,10 @@
-"""Fetches the large world's artwork and keeps the drawings of `objects_large.csv` in one file.
+"""Downloads the large set's artwork and packs the drawings of `objects_large.csv` into one file.
 
     python -m demo.base.fetch_artwork
 
-Emoji come through npm, cut-outs of photographs from Debian's `tuxpaint-stamps-default` through apt-get, and models that
-are drawn from eight sides through pip. Where one of these is missing, its archive can be put into the `downloads`
-folder by hand; the error says which. The file is 15 MB and all that training needs: it can be copied to a machine that
-reaches no registry.
+Emoji come from npm, cut-outs of photographs from Debian's `tuxpaint-stamps-default` with apt-get, and models that are
+drawn from eight sides from pip. If one of these is missing, put its archive into the `downloads` folder by hand. The
+error names the archive. The file has 15 MB and is all that training needs, so it can be copied to an offline machine.
 """
 
 import io
@@ -27,7 +26,7 @@ from .meshes import Surface, load_urdf, picture, upright
 
 log = logging.getLogger(__name__)
 
-SIDE: int = 128  # of a drawing, at most
+SIDE: int = 128  # maximum size of a drawing
 STAMPS: str = "tuxpaint-stamps-default"
 MODELS: str = "pybullet==3.2.7"
 MODELS_WHEEL: tuple[str, ...] = ("--platform", "manylinux2014_x86_64", "--python-version", "3.9")
@@ -36,7 +35,7 @@ STAMPS_FOLDER: str = "./usr/share/tuxpaint/stamps/"
 
 
 def _download(command: list[str], pattern: str, folder: Path) -> Path:
-    """What the command leaves in an empty folder and the pattern matches, unless it is there already."""
+    """The file that the command creates in an empty folder and that matches the pattern, unless it exists."""
     for archive in sorted(folder.glob(pattern)):
         return archive
     program = shutil.which(command[0])
@@ -69,7 +68,7 @@ def _stamps(artworks: Iterable[Artwork], downloads: Path) -> Iterator[tuple[Artw
 
 
 def _views(artworks: Iterable[Artwork], downloads: Path) -> Iterator[tuple[Artwork, bytes]]:
-    """Models by name, and `@` with the angle that they are seen at; a `y` says which of their axes points up."""
+    """Models by name, with `@` and the angle of view. A `y` says that the second axis points up."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", MODELS]
     wheel = _download([*command, "--only-binary", ":all:", *MODELS_WHEEL], "pybullet-*.whl", downloads)
     with zipfile.ZipFile(wheel) as members:
@@ -98,7 +97,7 @@ def _taken(members: tarfile.TarFile, wanted: dict[str, Artwork]) -> Iterator[tup
 
 
 def prepared(png: bytes) -> bytes:
-    """Cropped to what is visible and at most SIDE long, as a PNG that depends on its pixels alone."""
+    """Crop to the visible part and scale to at most SIDE. -> a PNG that depends on its pixels only"""
     image = crop_to_visible(Image.open(io.BytesIO(png)).convert("RGBA"))
     if max(image.size) > SIDE:
         scale = SIDE / max(image.size)
@@ -110,7 +109,7 @@ def prepared(png: bytes) -> bytes:
 
 
 def write_pack(path: Path, pictures: dict[str, bytes]) -> None:
-    """Sorted and without times, so that the same pictures make the same file."""
+    """Sorted and without times, so that the same pictures give the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     with zipfile.ZipFile(unfinished, "w") as pack:

@@ -1,4 +1,4 @@
-"""Puts the host's `comfy` within reach of the demo's scripts, on the CPU unless CUDA is asked for."""
+"""Makes the host's `comfy` importable for the demo's scripts, on the CPU unless CUDA is requested."""
 
 import os
 import sys
@@ -6,15 +6,15 @@ from pathlib import Path
 
 
 def use_host(device: str = "cpu") -> None:
-    """Make `import comfy` work: COMFYUI_PATH, or the copy that dev.py unpacks beside this pack.
+    """Make `import comfy` work, from COMFYUI_PATH or from dev.py's copy of ComfyUI.
 
-    The host reads its own command line when first imported, so ours is hidden from it for that moment.
+    The host parses the command line when it is first imported, so ours is hidden during that import.
     """
     repository = Path(__file__).resolve().parents[2]
     host = Path(os.environ.get("COMFYUI_PATH") or repository / ".comfyui")
     if not (host / "comfy").is_dir():
         raise FileNotFoundError(f"No ComfyUI at {host}. Set COMFYUI_PATH to a checkout, or run dev.py once.")
-    # First: the host owns a module called `nodes`, and so does this repository.
+    # First, because the host has a module called `nodes`, and so has this repository.
     sys.path.insert(0, str(host))
     arguments, sys.argv = sys.argv, sys.argv[:1]
     try:

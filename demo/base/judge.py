@@ -1,12 +1,12 @@
-"""Looks at a picture of the world and says what it shows, without having seen a generated one.
+"""A classifier of the demo's scenes, trained on real scenes only.
 
-Background, side and size are measured. Which object it is, is asked of a small network that was trained on real scenes
-of all artwork, base and held-out, so it knows the subjects too. It takes no part in any other training.
+Background, side and size are measured. The object is recognised by a small network. It is trained on real scenes of all
+artwork, base and held-out, so it knows the subjects too. It is used in no other training.
 
-    python -m demo.base.judge train     learn identities anew (minutes), into demo/base/judge.safetensors
-    python -m demo.base.judge check     agreement with the truth on real scenes that training never drew
+    python -m demo.base.judge train     train the network again (minutes), into demo/base/judge.safetensors
+    python -m demo.base.judge check     accuracy on real scenes that were not used for training
 
-Either with `--world large` for the large world, whose judge is kept in the cache folder until it is shipped.
+Both take `--world large` for the large set. Its judge is in the cache folder until it is shipped.
 """
 
 import argparse
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 WEIGHTS: Path = Path(__file__).with_name("judge.safetensors")
 SEED: int = 11
-CROP: int = 48  # pixels that the network sees
-MARGIN: float = 0.1  # around what was found, as a share of its longer side
+CROP: int = 48  # pixels of the network's input
+MARGIN: float = 0.1  # around the found object, relative to its longer side
 FOREGROUND_DISTANCE: float = 36.0  # RGB distance from the background above which a pixel belongs to the object
-TOLERANCE: float = 80.0  # distance beyond which a pixel says nothing more against a background
+TOLERANCE: float = 80.0  # maximum distance that a pixel counts against a background
 WIDTH: int = 128  # of an embedding
 TEMPERATURE: float = 0.07
 BATCH: int = 128
@@ -45,17 +45,17 @@ SAVE_SECONDS: float = 180
 
 
 class Measured(NamedTuple):
-    """What geometry and colour alone say."""
+    """What is measured without the network."""
 
     size: str
     side: str
     colour: str
     pattern: str
-    box: tuple[int, int, int, int]  # left, top, right, bottom; the whole picture where nothing stands out
+    box: tuple[int, int, int, int]  # left, top, right, bottom; the whole picture if no object is found
 
 
 class Verdict(NamedTuple):
-    """Which factors of a scene a picture got right."""
+    """Which factors of a scene a picture shows correctly."""
 
     identity: bool
     size: bool
@@ -70,7 +70,7 @@ def weights_file(world: str) -> Path:
 
 @cache
 def things(world: str) -> tuple[Artwork, ...]:
-    """The first drawing of every word: what a picture is found to show is one of these."""
+    """The first drawing of every word. These are the classes."""
     return tuple({artwork.word: artwork for artwork in reversed(catalogue(world))}.values())[::-1]
 
 
@@ -81,7 +81,7 @@ def _backgrounds(patterns: tuple[str, ...]) -> tuple[list[tuple[str, str]], np.n
 
 
 def subject_mask(image: Image.Image, patterns: tuple[str, ...] = PATTERNS) -> tuple[str, str, np.ndarray]:
-    """Background by template: its colour and pattern, and where the picture differs from it, (h, w) bool."""
+    """Find the background by template: its colour and pattern, and where the picture differs from it, (h, w) bool."""
     pixels = np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE)), dtype=np.float32)
     names, templates = _backgrounds(patterns)
     coarse = np.sqrt(((templates[:, ::3, ::3] - pixels[::3, ::3]) ** 2).sum(-1))  # (templates, h/3, w/3)
@@ -93,7 +93,7 @@ def subject_mask(image: Image.Image, patterns: tuple[str, ...] = PATTERNS) -> tu
 
 
 def measure(image: Image.Image, patterns: tuple[str, ...] = PATTERNS) -> Measured:
-    """Background by template, then side and size from what differs from it."""
+    """Measure the background, and side and size of the part that differs from it."""
     colour, pattern, found = subject_mask(image, patterns)
     rows, columns = np.flatnonzero(found.sum(1) > 1), np.flatnonzero(found.sum(0) > 1)
     if not len(rows) or not len(columns):
@@ -106,7 +106,7 @@ def measure(image: Image.Image, patterns: tuple[str, ...] = PATTERNS) -> Measure
 
 
 def crop_to_object(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
-    """A square around `box`, at the network's size; beyond the picture's edge its nearest colour goes on."""
+    """Crop a square around `box`, at the network's size. Beyond the edge, the edge pixels are repeated."""
     left, top, right, bottom = box
     half = max(right - left, bottom - top) * (0.5 + MARGIN)
     x, y = (left + right) / 2, (top + bottom) / 2
@@ -117,7 +117,7 @@ def crop_to_object(image: Image.Image, box: tuple[int, int, int, int]) -> Image.
 
 
 class IdentityNetwork(nn.Module):
-    """Pictures of objects to directions; the directions of one object lie together."""
+    """Unit embeddings of pictures of objects. Pictures of one object have similar embeddings."""
 
     def __init__(self, objects: int):
         super().__init__()
@@ -130,7 +130,7 @@ class IdentityNetwork(nn.Module):
             )
         )
         self.project = nn.Linear(widths[-1] * 9, WIDTH)
-        self.directions = nn.Parameter(torch.randn(objects, WIDTH))  # one per object, learned with the rest
+        self.directions = nn.Parameter(torch.randn(objects, WIDTH))  # one per object, trained with the network
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(b, 3, 48, 48) in -1..1 -> (b, WIDTH) of length 1"""
@@ -138,7 +138,7 @@ class IdentityNetwork(nn.Module):
 
 
 def _blurred(image: Image.Image, rng: np.random.RandomState) -> Image.Image:
-    """An autoencoder's softness and a sampler's grain, so that neither is mistaken for another object."""
+    """Blur and noise as of an autoencoder and a sampler, so that they do not change the result."""
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.8)))
     pixels = np.asarray(image, dtype=np.float32)
     pixels = (
@@ -150,7 +150,7 @@ def _blurred(image: Image.Image, rng: np.random.RandomState) -> Image.Image:
 
 
 def _view(artworks: tuple[Artwork, ...], patterns: tuple[str, ...], rng: np.random.RandomState) -> Image.Image:
-    """The object, in any of its drawings, in a scene of its own, cropped about as well as `measure` would."""
+    """The object, in any of its drawings, in a random scene, cropped about as well as `measure` does."""
     scene = random_scene(rng, artworks, patterns)
     found = tuple(int(edge) for edge in np.array(box(scene)) + rng.randint(-4, 5, size=4))
     return crop_to_object(_blurred(render(scene), rng), found)
@@ -162,9 +162,9 @@ def _to_input(images: list[Image.Image]) -> Tensor:
 
 
 def train_identity(path: Path, steps: int = STEPS[SMALL], world: str = SMALL) -> None:
-    """Contrast every view with one learned direction per object (normalised softmax, Zhai and Wu, 2019).
+    """Train with one learned direction per object (normalised softmax, Zhai and Wu, 2019).
 
-    An interrupted run, kept beside `path`, goes on where it was.
+    The state of an interrupted run is kept beside `path`, and resumed.
     """
     torch.manual_seed(SEED)
     artworks = [tuple(a for a in catalogue(world) if a.word == thing.word) for thing in things(world)]
@@ -182,7 +182,7 @@ def train_identity(path: Path, steps: int = STEPS[SMALL], world: str = SMALL) ->
     started = saved = time.monotonic()
     for step in range(done + 1, steps + 1):
         cores.adjust()
-        rng = np.random.RandomState(SEED * 1_000_003 + step)  # chance depends on the step alone
+        rng = np.random.RandomState(SEED * 1_000_003 + step)  # random numbers depend on the step only
         chosen = rng.randint(len(artworks), size=BATCH)
         embedded = network(_to_input([_view(artworks[i], KNOWN_PATTERNS[world], rng) for i in chosen]))
         cosine = embedded @ F.normalize(network.directions, dim=1).T  # (b, objects)
@@ -223,23 +223,22 @@ class Judge:
 
     @torch.inference_mode()
     def embed(self, images: list[Image.Image], seen: list[Measured] | None = None) -> Tensor:
-        """Identity of whatever stands out in each picture; `seen`, where it is known, is what `measure` says of them.
-        -> (b, WIDTH) of length 1"""
+        """Unit embeddings of the object in each picture, (b, WIDTH). `seen`: results of `measure`, if known."""
         seen = [self.measure(image) for image in images] if seen is None else seen
         return self._network(_to_input([crop_to_object(image, s.box) for image, s in zip(images, seen, strict=True)]))
 
     def rank(self, images: list[Image.Image]) -> list[list[Artwork]]:
-        """All things for each picture, the likeliest first."""
+        """All objects for each picture, the likeliest first."""
         return self.rank_embedded(self.embed(images))
 
     @torch.inference_mode()
     def rank_embedded(self, embedded: Tensor) -> list[list[Artwork]]:
-        """The same for what `embed` found, (b, WIDTH)."""
+        """The same for embeddings (b, WIDTH)."""
         cosine = embedded @ F.normalize(self._network.directions, dim=1).T
         return [[self._things[i] for i in order] for order in cosine.argsort(dim=1, descending=True).tolist()]
 
     def verdicts(self, images: list[Image.Image], scenes: list[Scene]) -> list[Verdict]:
-        """What each picture has right of the scene it should show."""
+        """Which factors each picture has in common with its scene."""
         seen = [self.measure(image) for image in images]
         ranked = self.rank_embedded(self.embed(images, seen))
         verdicts = []
@@ -251,7 +250,7 @@ class Judge:
 
 
 def check(judge: Judge, count: int = 1000, world: str = SHIPPED) -> dict[str, float]:
-    """Share of real scenes, drawn from a seed of their own, where each judgement agrees with the truth."""
+    """Accuracy of each judgement on random real scenes."""
     rng = np.random.RandomState(SEED + 1)
     scenes = [random_scene(rng, catalogue(world), KNOWN_PATTERNS[world]) for _ in range(count)]
     verdicts = judge.verdicts([render(scene) for scene in scenes], scenes)

@@ -1,6 +1,6 @@
-"""Pictures of solid objects from several sides: meshes in a URDF's pose, drawn point by point.
+"""Renders solid objects from several sides, from URDF models, as point clouds.
 
-It knows what the models of pybullet_data need: OBJ with materials and textures, binary STL, boxes, cylinders, spheres.
+It reads what the models of pybullet_data need: OBJ with materials and textures, binary STL, boxes, cylinders, spheres.
 """
 
 import io
@@ -18,9 +18,9 @@ POINTS: int = 1_000_000  # on all surfaces together
 SIDE: int = 128
 OVERSAMPLED: int = 2
 ELEVATION: float = 25.0  # degrees above the horizon
-LIGHT: tuple[float, float, float] = (0.4, -0.6, 0.7)  # towards the light, as the viewer sees: right, forward, up
+LIGHT: tuple[float, float, float] = (0.4, -0.6, 0.7)  # towards the light, as seen by the viewer: right, forward, up
 AMBIENT: float = 0.5
-PLAIN: tuple[float, float, float] = (0.75, 0.75, 0.78)  # where a model says no colour
+PLAIN: tuple[float, float, float] = (0.75, 0.75, 0.78)  # if a model has no colour
 
 
 class Surface(NamedTuple):
@@ -37,7 +37,7 @@ def _numbers(text: str | None, default: str) -> np.ndarray:
 
 
 def _beside(path: str, name: str) -> str:
-    """A file that another one names, relative to it; `..` is resolved."""
+    """A file named relative to another one. `..` is resolved."""
     parts = [*path.split("/")[:-1], *name.replace("package://", "").split("/")]
     found: list[str] = []
     for part in parts:
@@ -49,7 +49,7 @@ def _beside(path: str, name: str) -> str:
 
 
 def _pose(element: ET.Element | None) -> np.ndarray:
-    """Of an <origin>: roll, pitch, yaw and place. -> (4, 4)"""
+    """The matrix of an <origin>: roll, pitch, yaw and position. -> (4, 4)"""
     pose = np.eye(4)
     if element is None:
         return pose
@@ -61,7 +61,7 @@ def _pose(element: ET.Element | None) -> np.ndarray:
 
 
 def _rotation(axis: int, angle: float) -> np.ndarray:
-    """About one axis, in radians. -> (3, 3)"""
+    """Rotation around one axis, in radians. -> (3, 3)"""
     cos, sin = math.cos(angle), math.sin(angle)
     first, second = ((1, 2), (2, 0), (0, 1))[axis]
     turned = np.eye(3)
@@ -71,7 +71,7 @@ def _rotation(axis: int, angle: float) -> np.ndarray:
 
 
 def load_urdf(path: str, read: Read) -> list[Surface]:
-    """All that is visible of a robot or a thing, its joints at rest."""
+    """All visible surfaces of a robot or a thing, its joints at rest."""
     root = ET.fromstring(read(path).lstrip())
     named = {}
     for material in root.iter("material"):
@@ -127,7 +127,7 @@ def _stack(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 
 def _grid(cells: int) -> np.ndarray:
-    """The square from -1 to 1 at height 1, in triangles. -> (2 * cells**2, 3, 3)"""
+    """The square from -1 to 1 at height 1, as triangles. -> (2 * cells**2, 3, 3)"""
     i, j = (axis.ravel() for axis in np.mgrid[0:cells, 0:cells])
     corner = [np.stack([i + a, j + b], axis=-1) / cells * 2 - 1 for a, b in ((0, 0), (1, 0), (1, 1), (0, 1))]
     flat = np.concatenate([np.stack([corner[k] for k in order], axis=1) for order in ((0, 1, 2), (0, 2, 3))])
@@ -135,7 +135,7 @@ def _grid(cells: int) -> np.ndarray:
 
 
 def load_stl(data: bytes) -> Surface:
-    """Binary STL."""
+    """Read a binary STL file."""
     record = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("spare", "<u2")])
     return Surface(
         np.frombuffer(data[84:], record, int.from_bytes(data[80:84], "little"))["corners"].astype(float), PLAIN
@@ -143,7 +143,7 @@ def load_stl(data: bytes) -> Surface:
 
 
 def load_obj(path: str, read: Read) -> list[Surface]:
-    """A surface for each material."""
+    """Read an OBJ file. -> one surface for each material"""
     vertices: list[list[float]] = []
     places: list[list[float]] = []
     faces: dict[str, list[tuple[tuple[int, int], ...]]] = {}
@@ -175,7 +175,7 @@ def load_obj(path: str, read: Read) -> list[Surface]:
 
 
 def _corner(text: str, vertices: int, places: int) -> tuple[int, int]:
-    """Of `7`, `7/3`, `7/3/1` or `-1//-1`: vertex and texture place, counted from 0."""
+    """Indices of a corner, counted from 0: vertex and texture coordinate. Of `7`, `7/3`, `7/3/1` or `-1//-1`."""
     vertex, place, *_ = [*text.split("/"), ""]
     numbers = int(vertex), int(place or 1)
     return tuple(n - 1 if n > 0 else count + n for n, count in zip(numbers, (vertices, places), strict=True))  # type: ignore[return-value]
@@ -205,13 +205,13 @@ def _texture(path: str, read: Read) -> np.ndarray | None:
 
 
 def upright(surfaces: list[Surface]) -> list[Surface]:
-    """Of a model whose second axis points up."""
+    """Rotate a model whose second axis points up."""
     turn = _rotation(0, math.pi / 2)
     return [surface._replace(corners=surface.corners @ turn.T) for surface in surfaces]
 
 
 def picture(surfaces: list[Surface], yaw: float, elevation: float = ELEVATION) -> Image.Image:
-    """Seen from afar, `yaw` degrees around. -> RGBA, SIDE by SIDE"""
+    """Render from far away, rotated by `yaw` degrees. -> RGBA, SIDE by SIDE"""
     rng = np.random.RandomState(0)
     turn = _rotation(0, math.radians(elevation)) @ _rotation(2, math.radians(yaw))
     areas = [np.linalg.norm(np.cross(*_edges(surface.corners)), axis=1) for surface in surfaces]
@@ -254,7 +254,7 @@ def _splat(points: np.ndarray, colours: np.ndarray) -> Image.Image:
     scale = (side - 2) / max(np.ptp(x), np.ptp(z))
     columns = ((x - x.min()) * scale + 1).astype(int).clip(0, side - 1)
     rows = ((z.max() - z) * scale + 1).astype(int).clip(0, side - 1)
-    order = np.argsort(-points[:, 1], kind="stable")  # the nearest comes last, and stays
+    order = np.argsort(-points[:, 1], kind="stable")  # the nearest is written last
     canvas = np.zeros((side, side, 4))
     canvas[rows[order], columns[order]] = np.concatenate([colours[order], np.ones((len(order), 1))], axis=1)
     pixels = (canvas.clip(0, 1) * 255).round().astype(np.uint8)

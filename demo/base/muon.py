@@ -1,6 +1,6 @@
-"""Muon (Keller Jordan, 2024): momentum whose matrices are made orthogonal, so every direction learns at one pace.
+"""Muon (Keller Jordan, 2024): momentum whose matrices are made orthogonal, so that all directions have equal steps.
 
-Scaled as in Liu et al., "Muon is scalable for LLM training" (2025), so that AdamW's learning rates carry over.
+Scaled as in Liu et al., "Muon is scalable for LLM training" (2025), so that AdamW's learning rates can be used.
 """
 
 import torch
@@ -11,11 +11,11 @@ from .precision import fast_type
 COEFFICIENTS: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)  # Jordan's quintic Newton-Schulz iteration
 
 
-LONG: int = 4  # times as long as wide, from where the Gram matrix is the cheaper place to iterate
+LONG: int = 4  # ratio of length to width from which iterating on the Gram matrix is cheaper
 
 
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix, roughly. (rows, columns) -> the same"""
+    """The nearest semi-orthogonal matrix, approximately. (rows, columns) -> the same"""
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
     x = x / (x.norm() + 1e-7)
@@ -36,7 +36,7 @@ def _directly(x: Tensor, iterations: int) -> Tensor:
 
 
 def _by_gram_matrix(x: Tensor, iterations: int) -> Tensor:
-    """The same polynomials, gathered on the short side and applied once. In bfloat16 this would diverge."""
+    """The same polynomials, computed on the short side and applied once. In bfloat16 this would diverge."""
     a, b, c = COEFFICIENTS
     gram = x @ x.T
     total = torch.eye(len(gram), device=x.device)

@@ -1,4 +1,4 @@
-"""Scenes of base objects, encoded once and drawn from many times: encoding costs almost as much as training."""
+"""Scenes of base objects, encoded once and used many times: encoding costs almost as much as training."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ from .world import WORDINGS, caption, random_large_scene, random_scene, render
 log = logging.getLogger(__name__)
 
 CHUNK: int = 16
-CLASS_WORD_SHARE: float = 0.1  # of captions say "animal" for "fox", so that class words mean something to the base
+CLASS_WORD_SHARE: float = 0.1  # of captions with the class, "animal" for "fox"
 
 
 class Pool(NamedTuple):
@@ -28,7 +28,7 @@ class Pool(NamedTuple):
 
 
 class Scenes(Dataset):
-    """Pictures of base objects with captions, in chunks that are decided by the seed and their place alone."""
+    """Pictures of base objects with captions, in chunks that depend on the seed and their index only."""
 
     def __init__(self, count: int, image_size: int, seed: int, world: str):
         self._count, self._image_size, self._seed, self._world = count, image_size, seed, world
@@ -58,7 +58,7 @@ def make_pool(
     world: str = SMALL,
     workers: int = 0,
 ) -> Pool:
-    """The pool kept at `path`, made first if it is not there."""
+    """The pool stored at `path`, created if it is missing."""
     if path.exists():
         return Pool(*torch.load(path, weights_only=True))
     model = load_autoencoder(autoencoder, device)

@@ -1,4 +1,4 @@
-"""In which precision the demo's base model computes: bfloat16 where the processor multiplies in it, else float32.
+"""The precision of the demo's base model: bfloat16 if the processor multiplies in it, else float32.
 
 A processor without such instructions emulates bfloat16 and is up to a hundred times slower with it.
 """
@@ -14,7 +14,7 @@ INSTRUCTIONS: tuple[str, ...] = ("avx512_bf16", "amx_bf16")
 
 @cache
 def fast_type(device: str) -> torch.dtype:
-    """The quickest type that is good enough to learn and to draw in."""
+    """The fastest type that is good enough for training and sampling."""
     if device != "cpu":
         return torch.bfloat16
     flags = CPU_INFO.read_text().split() if CPU_INFO.exists() else []

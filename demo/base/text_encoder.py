@@ -1,8 +1,8 @@
-"""The base model's text encoder: CLIP-L's shape, drawn from a seed and never trained, so that nothing need be shipped.
+"""The base model's text encoder: CLIP-L's shape, from a seed and never trained, so that it need not be shipped.
 
-Only the first of its twelve layers adds anything (the other residual branches are zero, hence identities): a word stays
-itself at its own position, later positions hear a little of it, and captions are cheap to encode while training.
-Scales follow the real CLIP-L's, so that learning rates for a token embedding mean the same here.
+Only the first of its twelve layers has an effect. The residual branches of the others are zero. So the output at each
+position depends mostly on its own word, and captions are cheap to encode in training. The scales follow the real
+CLIP-L, so that learning rates for a token embedding can be compared.
 """
 
 import numpy as np
@@ -23,11 +23,11 @@ VOCABULARY: int = 49408
 POSITIONS: int = 77
 TOKEN_STD: float = 0.014
 POSITION_STD: float = 0.005
-BRANCH_STD: float = 0.01  # what one residual branch of the first layer adds, before attention averages it down
+BRANCH_STD: float = 0.01  # scale of a residual branch of the first layer, before attention averages it
 
 
 def text_encoder_state_dict(seed: int = SEED) -> dict[str, Tensor]:
-    """All tensors under `text_model.`, in float16. Numpy's legacy stream is the same on every version and machine."""
+    """All tensors under `text_model.`, in float16. Numpy's legacy generator gives the same numbers everywhere."""
     rng = np.random.RandomState(seed)
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -58,7 +58,7 @@ def text_encoder_state_dict(seed: int = SEED) -> dict[str, Tensor]:
 
 
 class CaptionEncoder:
-    """Captions to what cross-attention reads, remembered by caption. Leaves out the layers that add nothing."""
+    """Encodes captions for cross-attention, with a cache. Leaves out the layers without an effect."""
 
     def __init__(self, device: str = "cpu", seed: int = SEED):
         self._device = device

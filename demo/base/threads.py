@@ -1,7 +1,7 @@
-"""Keeps long training polite and fast on a machine it shares.
+"""Keeps long training fast on a shared machine, and leaves other programs their cores.
 
-PyTorch splits every operation evenly over its threads, so one thread that must wait for a busy core slows all of them:
-beside another busy program, one thread on each free core is several times faster than one on every core.
+PyTorch splits every operation evenly over its threads, so a thread that waits for a busy core slows all of them. Beside
+another busy program, one thread per free core is several times faster than one per core.
 """
 
 import os
@@ -14,7 +14,7 @@ STAT: Path = Path("/proc/stat")
 
 
 class FreeCores:
-    """Gives PyTorch a thread for each core that programs at ordinary priority leave, up to OMP_NUM_THREADS."""
+    """Sets PyTorch's number of threads to that of free cores, up to OMP_NUM_THREADS."""
 
     def __init__(self, interval: float = 2.0):
         self._interval = interval
@@ -23,7 +23,7 @@ class FreeCores:
         torch.set_num_threads(self._cores)
 
     def _busy(self) -> float:
-        """Seconds that all cores together have spent on programs at ordinary priority."""
+        """Processor seconds of all programs at ordinary priority."""
         if not STAT.exists():
             return 0.0
         user, _, system = (int(field) for field in STAT.read_text().split()[1:4])

@@ -1,6 +1,6 @@
-"""The base model's UNet: the host's own class at SD1.5's width, one level of 16x16 latents and a middle block, 25.8 M.
+"""The base model's UNet: the host's class at SD1.5's width, one level of 16x16 latents and a middle block, 25.8 M.
 
-`model_channels` 320, `context_dim` 768 and convolutional projections are what make the host recognise SD1.5.
+With `model_channels` 320, `context_dim` 768 and convolutional projections, the host recognises it as SD1.5.
 """
 
 import torch
@@ -35,7 +35,7 @@ CLOSED: tuple[str, ...] = ("out_layers.3.weight", "proj_out.weight", "out.2.weig
 
 
 def new_unet(seed: int, closed_std: float = 0.0) -> UNetModel:
-    """The host's class with fan-in scaled weights; the ends of residual branches start at `closed_std` of that."""
+    """The host's class with fan-in scaled weights. The last layers of residual branches are scaled by `closed_std`."""
     unet = UNetModel(**CONFIG, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -49,12 +49,12 @@ def new_unet(seed: int, closed_std: float = 0.0) -> UNetModel:
 
 
 def sigmas() -> Tensor:
-    """SD1.5's thousand noise levels, ascending, from the host itself. -> (1000,)"""
+    """SD1.5's thousand noise levels, ascending, from the host. -> (1000,)"""
     return comfy.model_sampling.ModelSamplingDiscrete().sigmas
 
 
 def _attend(_, q: Tensor, k: Tensor, v: Tensor, heads: int, *__, **___) -> Tensor:
-    """Attention spelled out: at 256 tokens on a CPU it is faster than PyTorch's fused one, and it can be compiled."""
+    """Attention written out: at 256 tokens on a CPU it is faster than PyTorch's fused one, and it can be compiled."""
     q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=heads) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (b, heads, n, m)
     out = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v

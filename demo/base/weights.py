@@ -1,4 +1,4 @@
-"""The trained weights that the repository ships: UNet and autoencoder in float16, held to a SHA-256."""
+"""The trained weights in this repository: UNet and autoencoder in float16, checked against a SHA-256."""
 
 import hashlib
 from pathlib import Path
@@ -18,7 +18,7 @@ def sha256(path: Path) -> str:
 
 
 def write_weights(unet: dict[str, Tensor], autoencoder: dict[str, Tensor], path: Path = WEIGHTS) -> Path:
-    """Write both under their checkpoint names, and the checksum beside them."""
+    """Write both with their checkpoint names, and the checksum beside them."""
     tensors = {UNET_PREFIX + name: value for name, value in unet.items()}
     tensors |= {AUTOENCODER_PREFIX + name: value for name, value in autoencoder.items()}
     partial = path.with_suffix(".part")
@@ -42,7 +42,7 @@ def read_weights(path: Path = WEIGHTS) -> dict[str, Tensor]:
 
 
 def read_parts(path: Path = WEIGHTS) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """UNet and autoencoder as their modules name their tensors, in float32."""
+    """UNet and autoencoder with their modules' tensor names, in float32."""
     tensors = {name: tensor.float() for name, tensor in read_weights(path).items()}
     unet, autoencoder = (
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,6 +1,7 @@
-"""A small world whose truth is known: one object at a size, on a side, before a background of some colour and pattern.
+"""Scenes with known content: one object of some size, on one side, before a background of some colour and pattern.
 
-A `Scene` is the truth, `render` draws it and `caption` says it; chance comes from the generator they are given.
+A `Scene` lists the content, `render` draws it and `caption` describes it. Random numbers come from the generator that
+they are given.
 """
 
 from functools import cache
@@ -25,14 +26,14 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "gray": (124, 126, 130),
 }
 PATTERNS: tuple[str, ...] = ("plain", "striped", "dotted")
-MEASURABLE: tuple[str, ...] = (*PATTERNS, "gradient")  # what the large world adds and the judge can still tell
+MEASURABLE: tuple[str, ...] = (*PATTERNS, "gradient")  # those of the large set that the judge can distinguish
 LARGE_PATTERNS: tuple[str, ...] = (*MEASURABLE, "blurred")
 PATTERN_SHADE: float = 0.78
 GRADIENT_SHADE: float = 0.5  # at the lower edge
-PAIR_SHARE: float = 0.08  # of the large world's scenes, in which the object is seen twice
+PAIR_SHARE: float = 0.08  # of the large set's scenes, in which the object is shown twice
 PAIR_SIDES: dict[str, float] = {"left": 0.27, "right": 0.73}
-JITTER: float = 0.04  # of the image side, each way
-STRETCH: float = 0.06  # of the object's size, each way
+JITTER: float = 0.04  # of the image side, in both directions
+STRETCH: float = 0.06  # of the object's size, in both directions
 WORDINGS: tuple[str, ...] = (
     "a {size} {word} on the {side}, {background} background",
     "a {size} {word} on the {side} side, {background} background",
@@ -48,7 +49,7 @@ PAIR_WORDINGS: tuple[str, ...] = (
 
 
 class Scene(NamedTuple):
-    """Everything a picture shows: what captions say, then the nuisances they leave out."""
+    """The content of a picture: what captions describe, then what they leave out."""
 
     artwork: Artwork
     size: str
@@ -58,8 +59,8 @@ class Scene(NamedTuple):
     shift_x: float = 0.0
     shift_y: float = 0.0
     stretch: float = 1.0
-    is_pair: bool = False  # the same drawing on either side; captions say this one
-    backdrop: int = 0  # which blurred picture
+    is_pair: bool = False  # the same drawing on both sides; captions name this side
+    backdrop: int = 0  # index of the blurred picture
 
 
 def random_scene(
@@ -67,7 +68,7 @@ def random_scene(
     artworks: tuple[Artwork, ...] | None = None,
     patterns: tuple[str, ...] = PATTERNS,
 ) -> Scene:
-    """A scene with every factor drawn uniformly, but plain backgrounds twice as often as any pattern."""
+    """A random scene. All factors are uniform, but plain backgrounds are twice as likely as any pattern."""
     artworks = artworks or objects("base")
     return Scene(
         artwork=artworks[rng.randint(len(artworks))],
@@ -90,7 +91,7 @@ def _by_word(artworks: tuple[Artwork, ...]) -> tuple[tuple[Artwork, ...], ...]:
 
 
 def random_large_scene(rng: np.random.RandomState, artworks: tuple[Artwork, ...] | None = None) -> Scene:
-    """A scene of the large world: every word alike, all of its drawings, more backgrounds, and pairs now and then."""
+    """A random scene of the large set: words are uniform, with all drawings, more backgrounds, and some pairs."""
     words = _by_word(artworks or objects("base", LARGE))
     scene = random_scene(rng, words[rng.randint(len(words))], LARGE_PATTERNS)
     scene = scene._replace(backdrop=int(rng.randint(1 << 16)))
@@ -98,7 +99,7 @@ def random_large_scene(rng: np.random.RandomState, artworks: tuple[Artwork, ...]
 
 
 def _blurred(colour: str, backdrop: int, image_size: int) -> np.ndarray:
-    """A picture of several objects, far out of focus and tinted. -> (h, w, 3) uint8"""
+    """A blurred, tinted picture of several objects. -> (h, w, 3) uint8"""
     rng = np.random.RandomState(backdrop)
     side = 32
     canvas = Image.new("RGB", (side, side), tuple(int(c) for c in rng.randint(40, 216, 3)))
@@ -129,7 +130,7 @@ def background(colour: str, pattern: str, image_size: int = IMAGE_SIZE, backdrop
 
 
 def box(scene: Scene, image_size: int = IMAGE_SIZE) -> tuple[int, int, int, int]:
-    """Where the drawing lies, in pixels: left, top, right, bottom."""
+    """The bounding box of the drawing in pixels: left, top, right, bottom."""
     picture = drawing(scene.artwork)
     scale = image_size * SIZES[scene.size] * scene.stretch / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
@@ -140,7 +141,7 @@ def box(scene: Scene, image_size: int = IMAGE_SIZE) -> tuple[int, int, int, int]
 
 
 def render(scene: Scene, image_size: int = IMAGE_SIZE) -> Image.Image:
-    """The scene as an RGB picture."""
+    """Draw the scene as an RGB picture."""
     canvas = Image.fromarray(background(scene.colour, scene.pattern, image_size, scene.backdrop))
     sides = SIDES if scene.is_pair else (scene.side,)
     for side in sides:
@@ -151,7 +152,7 @@ def render(scene: Scene, image_size: int = IMAGE_SIZE) -> Image.Image:
 
 
 def caption(scene: Scene, wording: int = 0, word: str | None = None) -> str:
-    """The scene in words; `word` stands in for the object's own name."""
+    """Describe the scene. `word` replaces the object's own name."""
     is_plain = scene.pattern == "plain"
     wordings = PAIR_WORDINGS if scene.is_pair else WORDINGS
     return wordings[wording % len(wordings)].format(

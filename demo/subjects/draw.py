@@ -1,8 +1,8 @@
-"""Draws the reference pictures of the demo's subject, a robot that the base model never saw, with their captions.
+"""Draws the reference pictures of the demo's subject, with captions: a robot that the base model never saw.
 
     python -m demo.subjects.draw
 
-Red, cyan and purple backgrounds are left out on purpose: they are for prompts that ask for something new.
+Red, cyan and purple backgrounds are left out on purpose: the demo's prompts ask for them.
 """
 
 from pathlib import Path
