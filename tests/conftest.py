@@ -1,7 +1,7 @@
 """Makes the pack importable as `sa_inject` and the helpers as `tests`, and keeps both folders off `sys.path`.
 
-ComfyUI owns a top-level module called `nodes` and the pack has a folder of that name: were the repository root, or
-`tests/`, on the path, the host would import the wrong one.
+ComfyUI has a top-level module called `nodes`, and the pack has a folder of that name. If the repository root or
+`tests/` were on the path, the host would import the wrong one.
 """
 
 import importlib.machinery
@@ -41,8 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class RootIsNoTestPackage:
-    """The root has an `__init__.py` for ComfyUI; pytest would take the whole pack for a package of tests and import it
-    under a second name."""
+    """The root has an `__init__.py` for ComfyUI. Pytest would take the whole pack for a package of tests and import it
+    under a second name.
+    """
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -50,13 +51,15 @@ class RootIsNoTestPackage:
 
 
 def leave_sys_path() -> None:
-    """`python -m pytest`, a `pythonpath` setting and conftest files loaded before us put our folders there."""
+    """`python -m pytest`, a `pythonpath` setting, and conftest files that are loaded before us put our folders on the
+    path.
+    """
     ours = {ROOT, TESTS, *(folder for folder in TESTS.rglob("*") if folder.is_dir())}
     sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() not in ours]
 
 
 def import_folder(name: str, folder: Path) -> None:
-    """Import `folder` as the package `name`; without an `__init__.py` it is an empty package."""
+    """Import `folder` as the package `name`. Without an `__init__.py` it is an empty package."""
     init = folder / "__init__.py"
     if init.exists():
         spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(folder)])

@@ -1,4 +1,4 @@
-"""The tiny UNet's self-attentions as sites, by the patches that it shares with the host's."""
+"""The tiny UNet's self-attentions as sites. The tiny UNet has the host's patches."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """A UNet of eighteen thousand parameters with the attribute names of the host's `UNetModel` and its patch protocol.
 
-It follows what a patch can observe (order of calls, arguments, block keys, what is mutated), not the host's
-code; `tests/host/test_harness.py` compares the two. Two levels of different width, one of them two blocks deep.
+It copies what a patch can observe (order of calls, arguments, block keys, what is mutated), and not the host's code.
+`tests/host/test_harness.py` compares the two. It has two levels of different width, one with two transformer blocks.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Makes the benches importable, and the host's models with them."""
+"""Makes the benches and the host's models importable."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ if "bench" not in sys.modules:
 
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
-    """The host's folder, its models importable: of its server, and where it keeps files, nothing is decided here."""
+    """The host's folder, with its models importable. Its server and its folders for files are not set up."""
     path = Path(os.environ["COMFYUI_PATH"]).resolve()
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))

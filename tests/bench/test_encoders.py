@@ -1,7 +1,7 @@
-"""The encoders of the host embed as transformers' do, and the bench finds its pictures or says what is missing.
+"""The host's encoders give the embeddings of transformers', and the bench finds its pictures or names what is missing.
 
-The weights are random: a whole CLIP ViT-L/14, the smallest that the host knows, in a file of a few megabytes, of which
-the tests run the first image layers, and a DINO of two layers.
+The weights are random. CLIP is a ViT-L/14, the smallest that the host knows, in a file of a few megabytes. The tests
+run its first image layers, and a DINO of two layers.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""The quality bench's bookkeeping: who is taught what, what a score is, and what is said about it in the end."""
+"""The bookkeeping of the quality bench: tasks, scores, and the report."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The judge from ImageNet, colours beside it, pictures that are kept for other judges, and the joint table."""
+"""The judge from ImageNet, the colour score, stored pictures for later judges, and the joint table."""
 
 import sys
 

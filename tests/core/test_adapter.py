@@ -1,4 +1,4 @@
-"""An adapter fits the UNets that have the shape of its own."""
+"""An adapter fits only UNets with the layers that it was trained for."""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""The adapter's file: it goes round whole, a bad one says what is wrong with it, a failed write leaves nothing."""
+"""Adapter files: saving and loading keeps everything, a bad file is refused with a reason, a failed write leaves
+nothing.
+"""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""A file that is whole or not there."""
+"""A file is complete or not there."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Names that work on Linux, macOS and Windows alike."""
+"""Names that are valid on Linux, macOS and Windows."""
 
 import pytest
 

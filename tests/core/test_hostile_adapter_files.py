@@ -1,4 +1,4 @@
-"""Files that no training wrote: every one is refused with a sentence, and none makes us ask for much memory."""
+"""Files that no training wrote: each is refused with a reason, and none makes the reader use much memory."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Image prompts add up, and texts of different length become rows of one."""
+"""Image prompts add up, and texts of different lengths become rows of one batch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The walk over a UNet finds what a forward pass meets."""
+"""The layers that are found in a UNet are those of a forward pass."""
 
 import torch
 from torch import nn

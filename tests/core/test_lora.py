@@ -1,4 +1,4 @@
-"""The LoRA is PEFT's, sits where a gradient can reach it, and owes its numbers to one generator."""
+"""The LoRA has PEFT's format, gets gradients, and has all its random numbers from one generator."""
 
 import math
 

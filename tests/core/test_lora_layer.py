@@ -1,4 +1,4 @@
-"""LoRA is built whatever is installed beside PEFT, and a PEFT that is of no use is said in one sentence."""
+"""The LoRA is built whatever is installed beside PEFT. An unusable PEFT gives a message with advice."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""Masks, brought to the tokens of a layer."""
+"""Masks at the token resolution of a layer."""
 
 import pytest
 import torch

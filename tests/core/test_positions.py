@@ -1,4 +1,4 @@
-"""What the three rules do to the positions that a picture's queries and a reference's keys carry."""
+"""The three position rules: how the queries of a picture and the keys of a reference are rotated."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The reference pass against projections whose weights carry the LoRA: keys are theirs, values what it changes."""
+"""The reference pass against projections with merged LoRA: their keys, and the change of their values."""
 
 from collections.abc import Callable
 from typing import Any

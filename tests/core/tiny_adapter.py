@@ -1,4 +1,4 @@
-"""Adapters of the tiny UNet whose every number is a seed's, and the UNet that such an adapter stands for."""
+"""Adapters for the tiny UNet with seeded random numbers, and the UNet with the adapter merged in."""
 
 import copy
 from pathlib import Path
@@ -17,7 +17,7 @@ RANK, ALPHA = 3, 6.0
 
 
 def random_lora(unet: nn.Module, seed: int = 0, rank: int = RANK, alpha: float = ALPHA) -> SelfAttentionLoRA:
-    """A LoRA as training would leave it: `lora_B` is not zero, and its share of every projection is plain to see."""
+    """A LoRA as after a training: `lora_B` is not zero, and its effect on every projection is large."""
     generator = torch.Generator().manual_seed(seed)
     lora = SelfAttentionLoRA(self_attention_layers(unet), rank, alpha, generator)
     with torch.no_grad():
@@ -28,7 +28,7 @@ def random_lora(unet: nn.Module, seed: int = 0, rank: int = RANK, alpha: float =
 
 
 def merged(unet: nn.Module, lora: SelfAttentionLoRA) -> nn.Module:
-    """A deep copy with W + alpha/r B A for weights: its projections are those of the trainable copy."""
+    """A deep copy with the weights W + alpha/r B A, so its projections are those of the trainable copy."""
     unet = copy.deepcopy(unet)
     tensors = lora.state_dict()
     with torch.no_grad():
@@ -71,6 +71,6 @@ def random_adapter(name: str = "teapot", pooled: bool = False) -> Adapter:
 
 
 def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of an adapter file, as anybody would read them."""
+    """Tensors and metadata of an adapter file, read without the pack."""
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()

@@ -1,7 +1,7 @@
-"""What the demo's tests share: the artwork, the autoencoder and checkpoint without any training, and the host's view.
+"""Fixtures of the demo's tests: artwork, untrained autoencoder and checkpoint, and the host's models.
 
-What needs the host is imported inside fixtures and tests, so that without one they are skipped; and so is the pack,
-since this file may be loaded before the one that makes it importable.
+The host is imported inside fixtures and tests, so that they are skipped if there is none. The pack too, because this
+file may be loaded before the one that makes it importable.
 """
 
 import os
@@ -18,7 +18,9 @@ from torch import Tensor
 
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch) -> Iterator[None]:
-    """Long training takes all cores that it finds: too many for small tensors, and other tests would inherit them."""
+    """Long training takes all cores that it finds. That is too many for small tensors, and other tests would keep the
+    setting.
+    """
     threads = torch.get_num_threads()
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     yield
@@ -27,7 +29,7 @@ def one_core(monkeypatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def artwork() -> None:
-    """The drawings are in the user's cache, fetched if need be."""
+    """The drawings in the user's cache, downloaded if necessary."""
     from sa_inject.demo.base.artwork import catalogue, drawing
 
     one_of_each_vendor = {item.vendor: item for item in catalogue()}.values()
@@ -42,7 +44,7 @@ def artwork() -> None:
 
 @pytest.fixture(scope="session")
 def text_encoder_weights() -> Iterator[dict[str, Tensor]]:
-    """The text encoder's tensors, drawn once for everybody: a hundred million random numbers take seconds."""
+    """The text encoder's tensors, created once for all tests: a hundred million random numbers take seconds."""
     from sa_inject.demo.base import checkpoint, text_encoder
 
     tensors = text_encoder.text_encoder_state_dict()
@@ -66,7 +68,7 @@ def caption_encoder(text_encoder_weights):
 
 @pytest.fixture(scope="session")
 def random_checkpoint(text_encoder_weights, tmp_path_factory) -> Iterator[Path]:
-    """The checkpoint as it is made where no weights are shipped."""
+    """The checkpoint with random weights, as made when none are shipped."""
     from sa_inject.demo.base.checkpoint import write_checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -78,7 +80,7 @@ def random_checkpoint(text_encoder_weights, tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def loaded(random_checkpoint) -> Iterator[SimpleNamespace]:
-    """`model`, `clip` and `vae` of the random checkpoint, as the host's own loader yields them."""
+    """`model`, `clip` and `vae` of the random checkpoint, as the host's own loader returns them."""
     from sa_inject.demo.base.host import use_host
 
     use_host("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,7 +95,7 @@ def loaded(random_checkpoint) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture(scope="session")
 def autoencoder_file(tmp_path_factory) -> Path:
-    """An autoencoder that has learned nothing, as training would have written it."""
+    """An untrained autoencoder, in the file that training would write."""
     from sa_inject.demo.base.autoencoder import new_autoencoder
 
     path = tmp_path_factory.mktemp("autoencoder") / "autoencoder.pt"

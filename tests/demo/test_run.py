@@ -1,4 +1,4 @@
-"""What the demo changes in the shipped workflow before it queues it."""
+"""The demo's changes to the shipped workflow before it is queued."""
 
 import copy
 import importlib.util

@@ -1,4 +1,4 @@
-"""The sheet shows every picture once, the subject's on top and what belongs together side by side."""
+"""The sheet shows every picture once, the subject's on top, and pictures of one prompt side by side."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Adapters and image prompts made by hand, and the few ways in which tests look into a sampling run."""
+"""Adapters and image prompts made by hand, and ways to observe a sampling run."""
 
 import functools
 from dataclasses import dataclass, field
@@ -34,13 +34,13 @@ def reference_text(model: Any, seed: int = 0, tokens: int = TEXT_TOKENS) -> Text
 
 
 def conditioning(model: Any, seed: int, tokens: int = TEXT_TOKENS) -> list:
-    """What a text encode node would return, without the text encoder."""
+    """The output of a text encode node, without the text encoder."""
     text = reference_text(model, seed, tokens)
     return [[text.cross_attn, {} if text.pooled is None else {"pooled_output": text.pooled}]]
 
 
 def make_adapter(model: Any, mode: str = "clean", seed: int = 0) -> Adapter:
-    """An adapter that was never trained, but whose share of the keys and values is plain to see."""
+    """An untrained adapter with a large effect on keys and values."""
     from sa_inject.nodes.host.networks.unet import describe  # pyright: ignore[reportMissingImports]
 
     architecture, layers = describe(model)
@@ -69,7 +69,7 @@ def make_adapter(model: Any, mode: str = "clean", seed: int = 0) -> Adapter:
 
 
 def make_prompt(*sizes: tuple[int, int], seed: int = 0, masks: tuple[Tensor | None, ...] = ()) -> ImagePrompt:
-    """Pictures of these latent sizes, with these masks."""
+    """An image prompt of pictures of these latent sizes, with these masks."""
     pictures = tuple(
         ReferenceImage(random(1, 4, h, w, seed=100 + seed + place), masks[place] if masks else None)
         for place, (h, w) in enumerate(sizes or ((8, 8),))
@@ -78,9 +78,9 @@ def make_prompt(*sizes: tuple[int, int], seed: int = 0, masks: tuple[Tensor | No
 
 
 def apply(host: Any, model: Any, adapter: Adapter | None = None, prompt: ImagePrompt | None = None, **widgets) -> Any:
-    """The model that comes out of our Apply node, as strong as trained.
+    """The model of our Apply node, at strength 1.
 
-    It acts from the first step on: few-step runs have no late ones.
+    It acts from the first step on, because runs of few steps have no late ones.
     """
     host.pack_nodes()
     adapter, prompt = adapter or make_adapter(model), prompt or make_prompt()
@@ -103,14 +103,14 @@ def sample(host: Any, model: Any, *, batch: int = 1, size: tuple[int, int] = (8,
 
 @dataclass
 class Attended:
-    """One self-attention of one UNet call: what reached it, and what came out of it."""
+    """One self-attention of one UNet call: its arguments and its result."""
 
     key: BlockKey
     q: Tensor
     k: Tensor
     v: Tensor
     out: Tensor
-    context: Tensor  # what the rows of the call read
+    context: Tensor  # the texts of the call's rows
     sigma: float | None
 
     @property
@@ -120,7 +120,7 @@ class Attended:
     options: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def injected_rows(self) -> list[int]:
-        """The rows in which something else than their own tokens was attended to."""
+        """The rows that attended to something besides their own tokens."""
         own = naive_attention(self.q, KV(self.k, self.v), [], self.heads)
         return [row for row in range(len(own)) if not torch.allclose(own[row], self.out[row].double(), atol=1e-4)]
 
@@ -131,9 +131,9 @@ class Attended:
 
 @dataclass
 class Spy:
-    """A wrapper inside ours: it sees every UNet call of a run, and every self-attention that is replaced."""
+    """A wrapper inside ours, which records every UNet call of a run, and every self-attention that is replaced."""
 
-    keys: tuple[BlockKey, ...] | None = None  # only these attentions, None for all
+    keys: tuple[BlockKey, ...] | None = None  # only these attentions; None: all
     calls: list[dict[str, Any]] = field(default_factory=list)
     attended: list[Attended] = field(default_factory=list)
 
@@ -176,8 +176,8 @@ def call_unet(
 ) -> Tensor:
     """One call as the sampler makes it, on a model that the caller has loaded. x (b, 4, h, w), context (b, n, width)
 
-    chunks: `cond_or_uncond`, None for a caller that does not say. conditions: `y` and `c_concat`, where the model
-    wants them. options: go to transformer_options.
+    chunks: `cond_or_uncond`; None: not given. conditions: `y` and `c_concat`, if the model wants them. options: go to
+    transformer_options.
     """
     from comfy.patcher_extension import copy_nested_dicts
 
@@ -208,7 +208,7 @@ def naive_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v + sum of weight * softmax(q k_r^T / sqrt(d)) v_r, written out.
 
-    A weight is a number, or a tensor of one for each query (n,).
+    A weight is a number, or a tensor with one for each query (n,).
     """
     b, n, width = q.shape
 

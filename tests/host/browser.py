@@ -1,4 +1,4 @@
-"""The real frontend in Chromium: two releases of it, and both ways in which it draws nodes."""
+"""The real frontend in Chromium: two releases of it, and both ways to draw nodes."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
     "--no-first-run"
 ).split()
-NEWEST_FRONTEND = "1.58.1"  # the one that ComfyUI 0.3.75 comes with is the other
+NEWEST_FRONTEND = "1.58.1"  # the other one is that of ComfyUI 0.3.75
 RENDERERS = ("classic", "vue")
 READY = (
     "window.app && window.app.graph && window.app.extensionManager"
@@ -24,7 +24,7 @@ TOLD_BY_US = ("sa-inject", "sa_inject", "SA-Inject", "SAInject")
 
 
 def newest_frontend(cache: Path) -> Path | None:
-    """The folder of a newer frontend for `--front-end-root`, fetched once; None where there is no network."""
+    """The folder of a newer frontend for `--front-end-root`, downloaded once. None if there is no network."""
     folder = cache / f"frontend-{NEWEST_FRONTEND}"
     static = folder / "comfyui_frontend_package" / "static"
     if not (folder / "complete").exists():
@@ -47,7 +47,7 @@ def chromium() -> Iterator[Any]:
 
 
 def open_page(browser: Any, client: Any, renderer: str, locale: str = "en", **context: Any) -> Any:
-    """A page with the frontend ready. `page.complaints` collects what it says of us in the console."""
+    """A page with the frontend ready. `page.complaints` collects its console messages about us."""
     settings = {
         "Comfy.TutorialCompleted": True,
         "Comfy.VueNodes.Enabled": renderer == "vue",
@@ -79,7 +79,7 @@ def _note(complaints: list[str], kind: str, text: str, location: dict) -> None:
 
 
 def add_nodes(page: Any, *types: str) -> list[int]:
-    """An empty graph with these nodes in a row, in sight; their numbers."""
+    """Open an empty graph with these nodes in a row, in view. -> their numbers"""
     return page.evaluate(
         """types => {
             app.graph.clear();
@@ -110,6 +110,6 @@ def set_widget(page: Any, node: Any, name: str, value: Any) -> None:
 
 
 def serialized(page: Any, node: Any) -> dict[str, Any]:
-    """The node as a saved workflow holds it."""
+    """The node as a saved workflow contains it."""
     found = page.evaluate("node => app.graph.serialize().nodes.find(one => one.id == node)", node)
     return json.loads(json.dumps(found))

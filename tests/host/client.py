@@ -1,4 +1,4 @@
-"""A small client of the host's HTTP API, for tests: queue a graph, wait for it, and hear about errors in words."""
+"""A small client of the host's HTTP API, for tests: queue a graph, wait for it, and get errors as text."""
 
 import asyncio
 import io
@@ -35,7 +35,7 @@ class PromptInterrupted(PromptFailed):
 
 class HostClient:
     def __init__(self, address: str, why_dead: Callable[[], str | None] = lambda: None):
-        """why_dead: asked while waiting; words end the wait with a RuntimeError."""
+        """why_dead: called while waiting; a text it returns ends the wait with a RuntimeError."""
         self.address, self.why_dead, self.client_id = address, why_dead, uuid.uuid4().hex
 
     def request(self, path: str, body: bytes | dict | None = None, content_type: str = "application/json") -> bytes:
@@ -49,7 +49,7 @@ class HostClient:
         return json.loads(self.request(path))
 
     def object_info(self, node: str | None = None) -> dict[str, Any]:
-        """One node's description, or all of them by their ids."""
+        """The description of one node, or of all by their ids."""
         if node is None:
             return self.get("/object_info")
         return self.get(f"/object_info/{urllib.parse.quote(node)}")[node]
@@ -84,7 +84,7 @@ class HostClient:
         self.request("/interrupt", {})
 
     def upload_image(self, path: Path, subfolder: str = "") -> str:
-        """Put a picture into the host's input folder; the name is what LoadImage wants."""
+        """Put a picture into the host's input folder. -> the name for LoadImage"""
         boundary = uuid.uuid4().hex
         head = f"--{boundary}\r\nContent-Disposition: form-data; name="
         fields = f'{head}"subfolder"\r\n\r\n{subfolder}\r\n{head}"overwrite"\r\n\r\ntrue\r\n'
@@ -100,7 +100,7 @@ class HostClient:
 
     @contextmanager
     def listen(self) -> Iterator[list[dict[str, Any]]]:
-        """A list that grows while the host speaks: {"type": "progress", "data": {...}}, "executing", ..."""
+        """A list that grows with the host's messages: {"type": "progress", "data": {...}}, "executing", ..."""
         events: list[dict[str, Any]] = []
         loop, ready = asyncio.new_event_loop(), threading.Event()
 

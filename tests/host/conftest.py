@@ -23,7 +23,7 @@ def comfyui() -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny checkpoints survive the session."""
+    """The folder that keeps the tiny checkpoints after the session."""
     cache = getattr(request.config, "cache", None)
     return cache.mkdir("sa-inject") if cache else tmp_path_factory.mktemp("checkpoints")
 
@@ -54,7 +54,7 @@ def sd15_clip(sd15):
 
 @pytest.fixture(scope="session")
 def model(comfy_host):
-    """SD1.5's model, shared by the tests of all files, which leave it as it is."""
+    """SD1.5's model, shared by the tests of all files, which do not change it."""
     from tests.host.adapters import base_model
 
     return base_model(comfy_host, "sd15")
@@ -62,7 +62,7 @@ def model(comfy_host):
 
 @pytest.fixture(scope="module")
 def own_model(comfy_host):
-    """A model that no other file shares, for loading it in unusual ways."""
+    """A model that no other file uses, for unusual ways to load it."""
     return comfy_host.load_checkpoint("sd15")[0]
 
 
@@ -126,7 +126,7 @@ def newest_server(start_server, checkpoint_cache):
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A browser. It ends with the module: its event loop would be in the way of others."""
+    """A browser. It ends with the module, because its event loop would disturb other tests."""
     from tests.host import browser
 
     if not Path(browser.CHROMIUM).exists():
@@ -143,7 +143,7 @@ def client(server):
 
 @pytest.fixture(autouse=True)
 def unload_models():
-    """Tests in this process leave no model, and no cancelled run, to the next."""
+    """Tests in this process leave no loaded model and no cancelled run for the next."""
     yield
     management = sys.modules.get("comfy.model_management")
     if management is not None:
@@ -154,7 +154,9 @@ def unload_models():
 
 @pytest.fixture(autouse=True)
 def forget_trainings() -> Iterator[Callable[[], None]]:
-    """What is kept of trainings in this process is no other test's; `forget_trainings()` lets the next begin anew."""
+    """Trainings that are kept in this process are not used by other tests. `forget_trainings()` makes the next one
+    start again.
+    """
 
     def forget() -> None:
         host = sys.modules.get("folder_paths")
@@ -168,7 +170,7 @@ def forget_trainings() -> Iterator[Callable[[], None]]:
 
 @pytest.fixture
 def adapters_folder(comfy_host, pack_nodes) -> Iterator[Path]:
-    """models/sa_inject, with nothing in it before and after."""
+    """models/sa_inject, empty before and after."""
     found = comfy_host.base / "models/sa_inject"
     shutil.rmtree(found, ignore_errors=True)
     yield found

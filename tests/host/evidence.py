@@ -1,4 +1,4 @@
-"""Everything about a checkpoint that a training must leave as it was."""
+"""Everything about a checkpoint that a training must not change."""
 
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def patches_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a training run could leave behind, in a form that can be compared."""
+    """Everything that a training run could leave behind, in a form that can be compared."""
     found: dict[str, Any] = {}
     for part, whole in modules_of(checkpoint).items():
         for name, module in whole.named_modules():
@@ -62,7 +62,7 @@ def patches_of(checkpoint: Checkpoint) -> dict[str, Any]:
             found[f"{part} patcher {attribute}"] = repr(getattr(patcher, attribute))
         for attribute in ("patches", "object_patches", "weight_wrapper_patches"):
             found[f"{part} patcher {attribute}"] = sorted(getattr(patcher, attribute))
-        # What a patcher's own object patches replaced is there while it is loaded; hosts newer than 0.3.75 have such.
+        # Object patches of the patcher itself are there while it is loaded. Hosts newer than 0.3.75 have such patches.
         replaced = patcher.object_patches_backup.keys() - patcher.object_patches.keys()
         found[f"{part} patcher object_patches_backup"] = sorted(replaced)
         found[f"{part} patcher patches_uuid"] = patcher.patches_uuid

@@ -1,6 +1,7 @@
 """Models of the real sizes with random weights, made in the host's own classes without a checkpoint file.
 
-As a script it starts the host in one VRAM mode, trains and draws once, and prints what that took as JSON:
+As a script it starts the host in one VRAM mode, trains and draws once, and prints seconds and memory as JSON:
+
     python tests/host/full_size.py --vram low --geometry sd15 --side 512 --steps 20 --dtype bfloat16
 """
 
@@ -27,13 +28,13 @@ BRANCH_GAIN = 0.3
 
 @dataclass(frozen=True)
 class Geometry:
-    """A UNet's sizes as the host's detection writes them down, and the tiny checkpoint that lends CLIP and VAE."""
+    """A UNet's sizes as the host detects them, and the tiny checkpoint whose CLIP and VAE are used."""
 
     config: str  # the class in comfy.supported_models
     checkpoint: str
-    side: int  # pixels it was made for
+    side: int  # side in pixels that it was made for
     unet: dict[str, Any]
-    text_layers: int | None = None  # of each text encoder, None for all
+    text_layers: int | None = None  # of each text encoder; None: all
 
 
 COMMON = {
@@ -94,7 +95,7 @@ GEOMETRIES = {"sd15": SD15, "sdxl": SDXL, "narrow": narrow(SD15), "narrow-xl": n
 
 
 def random_model(geometry: Geometry, dtype: torch.dtype, seed: int = 0) -> Any:
-    """A ModelPatcher that holds inference tensors and lies on its offload device, as the stock loader leaves it."""
+    """A ModelPatcher with inference tensors on its offload device, as from the stock loader."""
     import comfy.model_management as management
     import comfy.model_patcher
     import comfy.supported_models
@@ -111,7 +112,7 @@ def random_model(geometry: Geometry, dtype: torch.dtype, seed: int = 0) -> Any:
 
 
 def fill(unet: torch.nn.Module, device: torch.device, seed: int) -> None:
-    """Weights that keep the variance, norms that do nothing, no bias. Drawn on `device`, where that is quickest."""
+    """Weights that keep the variance, norms without effect, no bias. Drawn on `device`, which is fastest."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in unet.named_parameters():
         if parameter.ndim == 1:
@@ -186,7 +187,7 @@ def forget_peak() -> None:
 
 
 def peak_gb() -> float | None:
-    """The most that CUDA's allocator held since `forget_peak`, or None without CUDA."""
+    """The maximum that CUDA's allocator held since `forget_peak`. None without CUDA."""
     return round(torch.cuda.max_memory_allocated() / 1e9, 3) if torch.cuda.is_available() else None
 
 
@@ -202,7 +203,7 @@ def import_packages() -> None:
 
 
 def start_host(base: Path, cache: Path, **arguments: Any) -> Any:
-    """The host in this process on the base directory `base`; tiny checkpoints are kept in `cache`.
+    """The host in this process on the base directory `base`. Tiny checkpoints are kept in `cache`.
 
     arguments: of its command line, as in lowvram=True.
     """
@@ -229,7 +230,7 @@ def main() -> None:
     options = parser.parse_args()
     geometry = GEOMETRIES[options.geometry]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base:
-        # Normal is what the host does without an argument.
+        # normal is the host's mode without an argument
         arguments = {} if options.vram == "normal" else {f"{options.vram}vram": True}
         host = start_host(Path(base), Path(base) / "cache", **arguments)
         report = train_and_draw(

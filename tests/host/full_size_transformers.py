@@ -1,4 +1,4 @@
-"""The numbers of full-size diffusion transformers, as ComfyUI's loader reads them from the shapes of real files."""
+"""Sizes of full-size diffusion transformers, as ComfyUI's loader reads them from the shapes of real files."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ FLUX_1 = {
     "depth_single_blocks": 38,
     "guidance_embed": True,
 }
-# By the name of the architecture: the host's class, its numbers, and how many attention layers it has.
+# By architecture: the host's class, its sizes, and its number of attention layers.
 FULL_SIZE: dict[str, tuple[str, dict[str, Any], int]] = {
     "Z-Image": ("ZImage", Z_IMAGE, 32),
     "Flux.1": ("Flux", FLUX_1, 57),
@@ -45,7 +45,7 @@ FULL_SIZE: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def on_meta(name: str) -> Any:
-    """Such a model without weights, as something that has the `model` of a patcher."""
+    """A model without weights, in an object with the attribute `model` of a patcher."""
     from types import SimpleNamespace
 
     import comfy.supported_models

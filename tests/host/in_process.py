@@ -1,5 +1,4 @@
-"""The host inside the test's own process: its modules on a temporary base directory, nodes run as the executor runs
-them."""
+"""The host inside the test's own process, on a temporary base directory. Nodes run as the executor runs them."""
 
 import asyncio
 import importlib
@@ -15,7 +14,7 @@ ENCODERS = ("clip_l", "clip_g", "clip_h")
 
 
 class Outputs(tuple):
-    """What a node returned, and what it showed below itself."""
+    """The results of a node, and what it showed below itself."""
 
     ui: dict[str, Any]
 
@@ -65,7 +64,7 @@ class ComfyHost:
                 **options,
             )
             for name, weight in clip.cond_stage_model.named_parameters():
-                if name == "clip_l.transformer.text_projection.weight":  # in no checkpoint: undefined memory
+                if name == "clip_l.transformer.text_projection.weight":  # not in the checkpoint: undefined memory
                     weight.copy_(torch.eye(*weight.shape))
         return model, clip, vae
 
@@ -95,8 +94,10 @@ class ComfyHost:
         return found
 
     def execute(self, node: str | type, unique_id: str = "1", **inputs) -> Outputs:
-        """Run one node under inference mode. Widgets that are not given take their defaults, and a node that wants
-        lists gets each input that is none as a list of one."""
+        """Run one node under inference mode.
+
+        Widgets that are not given have their defaults. A node that takes lists gets each other input as a list of one.
+        """
         cls: Any = self.node(node) if isinstance(node, str) else node
         inputs = {**defaults(cls.INPUT_TYPES()), **inputs}
         if getattr(cls, "INPUT_IS_LIST", False):
@@ -129,7 +130,7 @@ def outputs_v3(cls: Any, inputs: dict[str, Any], unique_id: str) -> Outputs:
 
 
 def defaults(input_types: dict[str, dict[str, tuple]]) -> dict[str, Any]:
-    """What the widgets of a fresh node show."""
+    """The values of a fresh node's widgets."""
     found = {}
     for name, (kind, *rest) in {**input_types.get("required", {}), **input_types.get("optional", {})}.items():
         options = rest[0] if rest else {}

@@ -1,4 +1,4 @@
-"""A learned word in the host's text encoders, without a training: its vectors, and what a prompt comes to."""
+"""A placeholder token in the host's text encoders, without a training: its vectors, and the encoded prompts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ Encode = Callable[..., tuple[Tensor, Tensor]]
 
 
 def vectors(*encoders: str, seed: int = 0, count: int = 1) -> dict[str, Tensor]:
-    """Learned vectors of the size of real token embeddings."""
+    """Random vectors with the size of real token embeddings."""
     return {name: 0.02 * random(count, WIDTHS[name], seed=seed) for name in encoders or ("clip_l",)}
 
 

@@ -20,8 +20,10 @@ class ServerProcess:
     """`with ServerProcess(...) as server: server.client.run(graph)`"""
 
     def __init__(self, comfyui: Path, base: Path, custom_nodes: Mapping[str, Path], arguments: Sequence[str] = ()):
-        """custom_nodes: the name of each folder in custom_nodes/ and where it really is.
-        arguments: more for main.py; without one for the memory the host is told --cpu where there is no CUDA."""
+        """custom_nodes: folders in custom_nodes/, by name, and their real paths.
+
+        arguments: more for main.py. If none of them is about memory, the host gets --cpu on machines without CUDA.
+        """
         self.comfyui, self.base, self.custom_nodes = comfyui, base, custom_nodes
         self.arguments = [*arguments]
         if not torch.cuda.is_available() and not MEMORY_FLAGS & set(arguments):
@@ -97,7 +99,7 @@ class ServerProcess:
 
 
 def link_folder(link: Path, target: Path) -> None:
-    if os.path.lexists(link):  # a process that was killed leaves it behind
+    if os.path.lexists(link):  # a killed process leaves it behind
         unlink_folder(link)
     if sys.platform == "win32":
         import _winapi
@@ -108,7 +110,7 @@ def link_folder(link: Path, target: Path) -> None:
 
 
 def unlink_folder(link: Path) -> None:
-    """Before anything deletes the base directory and follows the link."""
+    """Remove the link before anything deletes the base directory, which would follow it."""
     if sys.platform == "win32":
         link.rmdir()
     else:

@@ -1,4 +1,4 @@
-"""Adapter files as strangers might send them: only their headers count, so their tensors are one number."""
+"""Adapter files as strangers might send them. Only their headers matter, so their tensors have one number."""
 
 import base64
 import io
@@ -47,7 +47,7 @@ def data_url(data: bytes, kind: str = "image/jpeg") -> str:
 
 
 def enormous_png() -> bytes:
-    """Some hundred bytes that claim 50,000 x 50,000 pixels."""
+    """A few hundred bytes of a picture file that claims 50,000 x 50,000 pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -58,7 +58,7 @@ def enormous_png() -> bytes:
 
 
 def write_shapes_alone(path: Path) -> None:
-    """The shapes of the tiny checkpoint that lies beside as `.ckpt`, in a file without any number."""
+    """A file with the tensor shapes of the tiny checkpoint `.ckpt` beside it, without any number."""
     import torch
 
     tensors = torch.load(path.with_suffix(".ckpt"), map_location="meta", weights_only=True)

@@ -1,5 +1,4 @@
-"""What is done to the host's model for the time of a training: it costs no second set of weights, and changes nothing
-that is computed."""
+"""Changes to the host's model during a training: no second set of weights, and the same results."""
 
 import contextlib
 import gc
@@ -235,6 +234,6 @@ def test_the_text_encoder_keeps_no_cast_weights_and_few_activations(loaded, reco
     assert gradient.isfinite().all() and gradient.norm() > 0
     layers = len(encoder.clip_l.transformer.text_model.encoder.layers)
     stream = 2 * 77 * 768 * 4  # the hidden states of two texts
-    # Of each layer those alone, or the inputs of both norms, q, k, v, the attention's result, and four times as wide
-    # what the activation is computed from.
+    # With recompute, each layer keeps its input only. Otherwise it keeps the inputs of both norms, q, k, v, the
+    # attention's result, and the input of the activation, which is four times as wide.
     assert kept < (layers * (1 if recompute else 6 + 4) + 6) * stream

@@ -1,4 +1,4 @@
-"""The quality bench teaches through a loop around the pack's own, which has to learn what the node learns."""
+"""The quality bench trains through its own set-up of the pack's loop, with the same result as the node."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """Training on hosts that load each weight when it is used, as ComfyUI does on NVIDIA since dynamic memory.
 
-The host's own ModelPatcherDynamic runs here on the CPU. Of the library beneath it, which needs CUDA, three parts are
-stood in for: memory that is pinned, the memory that it hands to a weight, and the cast into memory that is used again.
+The host's own ModelPatcherDynamic runs here on the CPU. The library beneath it needs CUDA, so three of its parts are
+replaced. They are pinned memory, the memory for a weight, and the cast into reused memory.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,9 +1,9 @@
 """The reference pass against projections that have the LoRA merged in, and the injection against its formula.
 
-Keys are those of the merged projection, values what merging changes about the frozen one's.
+Keys are those of the merged projection. Values are the difference between the merged and the frozen projection.
 
-What they read comes from a copy of the UNet that ComfyUI calls as it calls any model; nothing of the pack runs in it
-but the addresses of the self-attention layers.
+The expected values come from a copy of the UNet, called by ComfyUI as any model. It uses nothing of the pack but the
+addresses of the self-attention layers.
 """
 
 import copy

@@ -1,8 +1,8 @@
-"""Real checkpoint files with little in them: the host's loader detects and runs them like those people download.
+"""Real checkpoint files with small contents: the host's loader detects and runs them like downloaded ones.
 
-A matrix is written as overlapping windows of one short random vector, so every row differs, the file stays around ten
-megabytes and it is made in a second. The text encoders have their full size once loaded, because the host's loader
-knows no other; `ComfyHost.load_checkpoint` can leave out all but a few of their layers.
+The rows of a matrix are overlapping windows of one short random vector. So every row is different, and the file has
+about ten megabytes and is written in a second. The text encoders have their full size once loaded, because the host's
+loader knows no other. `ComfyHost.load_checkpoint` can leave out most of their layers.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ KINDS: dict[str, Kind] = {
 
 
 def tiny_checkpoint(kind: str, cache: Path) -> Path:
-    """The path of `<kind>.ckpt` below `cache`, written unless this version of this file did so before."""
+    """The path of `<kind>.ckpt` below `cache`. It is written unless this version of this file has written it."""
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     for stale in cache.glob("tiny-*"):
         if stale.name != f"tiny-{version}":
@@ -79,7 +79,7 @@ def tiny_checkpoint(kind: str, cache: Path) -> Path:
     path = cache / f"tiny-{version}" / f"{kind}.ckpt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")  # benches start several hosts at once
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # benches start several hosts at the same time
         torch.save({"state_dict": state_dict(KINDS[kind])}, partial)
         partial.replace(path)
     return path
@@ -91,11 +91,11 @@ def state_dict(kind: Kind) -> dict[str, torch.Tensor]:
     write_vae(weights, kind)
     for encoder in kind.text_encoders:
         write_text_encoder(weights, encoder)
-    return dict(weights)  # a class of ours has no place in the file
+    return dict(weights)  # a file must not contain a class of ours
 
 
 class Weights(dict[str, torch.Tensor]):
-    """Random tensors, each seeded by its own name: what two kinds of checkpoint share is equal in both."""
+    """Random tensors, each seeded by its name: two kinds of checkpoint have equal tensors under equal names."""
 
     def vector(self, name: str, n: int, std: float, mean: float = 0.0) -> torch.Tensor:
         values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(n, dtype=np.float32)
@@ -119,7 +119,7 @@ class Weights(dict[str, torch.Tensor]):
 
 
 def write_unet(weights: Weights, kind: Kind) -> None:
-    """320 channels at every level: the host knows the architecture by that number, and the depths are free."""
+    """320 channels at every level, by which the host knows the architecture. The depths are free."""
     prefix, c = "model.diffusion_model.", 320
     depths = iter(kind.output_depths)
     for name, n_in in (("time_embed", c), ("label_emb.0", kind.adm_channels)):
@@ -153,7 +153,7 @@ def write_unet(weights: Weights, kind: Kind) -> None:
             i += 1
     weights.norm(f"{prefix}out.0", c)
     weights.layer(f"{prefix}out.2", 4, c, 3, 3)
-    if kind.is_v_prediction:  # the host looks at the spread of this bias, and at nothing else of this block
+    if kind.is_v_prediction:  # the host reads the spread of this bias, and nothing else of this block
         weights.vector(f"{prefix}output_blocks.11.1.transformer_blocks.0.norm1.bias", c, std=0.2)
 
 
@@ -187,8 +187,11 @@ def write_transformer(weights: Weights, name: str, c: int, depth: int, kind: Kin
 
 
 def write_vae(weights: Weights, kind: Kind) -> None:
-    """The layout of TAESD. Pictures encode to unit variance; an untrained eps UNet samples about 20 times that, which
-    the scale below brings to where the decoder does not saturate. A v UNet stays near 1 and gets a louder decoder."""
+    """The layout of TAESD. Pictures encode to unit variance.
+
+    An untrained eps UNet samples about 20 times that, so the scale below keeps the decoder from saturating. A v UNet
+    stays near 1, and its decoder has a larger gain.
+    """
     prefix, c, relu = "first_stage_model.", 64, 2**0.5
     weights[f"{prefix}vae_scale"] = torch.tensor(kind.latent_scale / 20)
     weights[f"{prefix}vae_shift"] = torch.tensor(0.0)
@@ -216,7 +219,7 @@ def write_vae(weights: Weights, kind: Kind) -> None:
 
 
 def write_text_encoder(weights: Weights, encoder: TextEncoder) -> None:
-    """Branches add little to the residual stream, and the stream starts as the token, so every word shows."""
+    """Branches add little to the residual stream, which starts as the token. So every word has an effect."""
     d, gain = encoder.width, 0.2
     if encoder.is_openclip:
         tokens, positions, last_norm = "token_embedding.weight", "positional_embedding", "ln_final"

@@ -1,8 +1,8 @@
-"""Diffusion transformers and their text encoders with little in them, in the host's own classes.
+"""Small diffusion transformers and their text encoders, in the host's own classes.
 
-ComfyUI's loaders know these architectures by their full width (Z-Image by 3840, T5-XXL by its 24 layers), so that no
-small file can be one. So the classes that the loaders choose are given small numbers, and everything behind them is the
-host's: its model patcher, its conditions, its sampling, its tokenizers.
+ComfyUI's loaders know these architectures by their full width (Z-Image by 3840, T5-XXL by its 24 layers), so no small
+file can be one. So the classes that the loaders choose get small sizes. Everything else is the host's: model patcher,
+conditions, sampling and tokenizers.
 """
 
 from typing import Any, NamedTuple
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-TEXT_WIDTH = 64  # of every text encoder but CLIP
+TEXT_WIDTH = 64  # of all text encoders but CLIP
 POOLED_WIDTH = 768  # CLIP's
 
-# Names of a class of `comfy.supported_models`, and its numbers.
+# A class name of `comfy.supported_models`, and its sizes.
 NEXTDIT = {
     "image_model": "lumina2",
     "patch_size": 2,
@@ -129,7 +129,7 @@ def tiny_transformer(kind: str) -> Any:
 
 
 def tiny_vae(channels: int = 16) -> Any:
-    """A VAE of the host with so many latent channels, in the layout of TAESD."""
+    """A VAE of the host with a number of latent channels, in the layout of TAESD."""
     import comfy.sd
 
     from tests.host.tiny_checkpoints import SD15, Weights, write_vae
@@ -162,7 +162,7 @@ def tiny_clip(kind: str) -> Any:
 
 
 def randomize(module: nn.Module, seed: int) -> None:
-    """Fill weights so that unit variance stays about that, and every part of the network shows in the result."""
+    """Fill weights so that the variance stays about 1, and every part of the network has an effect."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in module.named_parameters():
         values = torch.randn(weight.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Small trainings through the node: what they begin with, and what they come to."""
+"""Small trainings through the node: their inputs and their results."""
 
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ class Checkpoint(NamedTuple):
 
 
 def pictures(count: int, height: int = 64, width: int = 64, channels: int = 3) -> torch.Tensor:
-    """A bright square on a darker, noisy ground, somewhere else in every picture. (count, h, w, c) in 0..1"""
+    """A bright square on a darker, noisy background, at another position in every picture. (count, h, w, c) in 0..1"""
     generator = torch.Generator().manual_seed(3)
     images = 0.4 * torch.rand(count, height, width, channels, generator=generator)
     for number, image in enumerate(images):
@@ -40,6 +40,6 @@ def tensors_of(adapter: Any) -> dict[str, torch.Tensor]:
 
 
 def same_adapter(a: Any, b: Any) -> bool:
-    """Whether two have learned the same."""
+    """Whether two trainings have the same result."""
     ours, theirs = ({**x.lora.state_dict(), **x.token_embedding} for x in (a, b))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -12,7 +12,7 @@ from sa_inject.core.lora import SelfAttentionLoRA  # pyright: ignore[reportMissi
 from tests.host.adapters import load, random
 from tests.host.tiny_transformers import POOLED_WIDTH, TEXT_WIDTH
 
-READ_AT = 0.75  # share of the schedule at which a picture without noise is read
+READ_AT = 0.75  # fraction of the schedule at which clean references are read
 
 
 def text_for(model: Any, tokens: int, seed: int = 0) -> TextConditioning:
@@ -22,13 +22,13 @@ def text_for(model: Any, tokens: int, seed: int = 0) -> TextConditioning:
 
 
 def conditioning(model: Any, seed: int, tokens: int = 7) -> list:
-    """What a text encode node would return, without the text encoder."""
+    """The output of a text encode node, without the text encoder."""
     text = text_for(model, tokens, seed)
     return [[text.cross_attn, {"pooled_output": text.pooled}]]
 
 
 def make_adapter(model: Any, positions: str = "none", seed: int = 0, is_fresh: bool = False, mode: str = "clean"):
-    """An adapter that was never trained, but whose share of the keys and values is plain to see unless it is fresh."""
+    """An untrained adapter. Its effect on keys and values is large, unless it is fresh."""
     from sa_inject.nodes.host.networks.registry import describe  # pyright: ignore[reportMissingImports]
 
     architecture, layers = describe(model)
@@ -56,7 +56,7 @@ def make_prompt(model: Any, *sizes: tuple[int, int], seed: int = 0, masks: tuple
 
 
 def apply(host: Any, model: Any, adapter: Adapter, prompt: ImagePrompt | None = None, **widgets) -> Any:
-    """The model that comes out of our Apply node, as strong as trained, from the first step on."""
+    """The model of our Apply node, at strength 1, from the first step on."""
     host.pack_nodes()
     inputs = {"model": model, "adapter": adapter, "image_prompt": prompt or make_prompt(model), "strength": 1.0}
     return host.execute("ApplySelfAttnInjection", **{**inputs, "start_percent": 0.0, **widgets})[0]
@@ -71,7 +71,7 @@ def sample(host: Any, model: Any, *, batch: int = 1, size: tuple[int, int] = (8,
 
 
 def call(model: Any, x: Tensor, sigma: float, text: TextConditioning, chunks: list[int], **options) -> Tensor:
-    """One call as the sampler makes it. x (b, c, h, w); every row reads the text; `chunks` is `cond_or_uncond`."""
+    """One call as the sampler makes it. x (b, c, h, w). Every row has this text. `chunks` is `cond_or_uncond`."""
     from comfy.patcher_extension import copy_nested_dicts
 
     base = load(model).model
@@ -91,7 +91,7 @@ def conditions(base: Any, x: Tensor, text: TextConditioning, **more) -> dict[str
 
 @dataclass
 class Layer:
-    """One attention layer as its own linear layer shows it: the picture's share of it, heads split, no positions."""
+    """One attention layer, read from its own linear layer: the picture's tokens, heads split, no positions."""
 
     z: Tensor  # (b, m, width)
     q: Tensor  # (b, m, heads, d), after the norm of queries
@@ -100,7 +100,7 @@ class Layer:
 
 
 class Written:
-    """The injection written out, from what the layers' own linears read and give, for every call of one network."""
+    """The injection written out, from inputs and outputs of the layers' linears, for every call of one network."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.base = model, load(model).model
@@ -117,7 +117,7 @@ class Written:
         given: list[tuple[Adapter, ImagePrompt, float, Tensor | None]],
         rows: list[int],
     ) -> Tensor:
-        """What a call draws in which these rows see each (adapter, image prompt, strength, mask of queries)."""
+        """The result of a call whose rows attend to each (adapter, image prompt, strength, mask of queries)."""
         banks = [self.bank(adapter, prompt) for adapter, prompt, *_ in given]
 
         def attended(place: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
@@ -175,7 +175,7 @@ class Written:
         return 1.0 if self.is_nextdit else getattr(self.network.params, "ref_index_scale", 1.0)
 
     def rotated(self, x: Tensor, grid: tuple[int, int], index: float, positions: str) -> Tensor:
-        """(b, m, heads, d) as the network itself would rotate a picture on this grid, of this index."""
+        """(b, m, heads, d), rotated by the network itself for a picture on this grid, with this index."""
         if positions == "none":
             return x
         height, width = grid
@@ -191,7 +191,7 @@ class Written:
         grid = (-(-x.shape[-2] // patch), -(-x.shape[-1] // patch))
         m, seen, handles = grid[0] * grid[1], [], []
         given = conditions(self.base, x, text, **more)
-        text_tokens = given["c_crossattn"].shape[1]  # some models fill texts up
+        text_tokens = given["c_crossattn"].shape[1]  # some models pad texts
 
         def watch(linear: Any, norms: tuple[Any, Any], heads: int, width: int, is_picture_alone: bool) -> None:
             def hook(module: Any, inputs: tuple, out: Tensor) -> None:
@@ -228,7 +228,7 @@ class Written:
         done: list[int] = []
 
         def override(original: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args, **kwargs) -> Tensor:
-            if len(seen) == len(done):  # an attention over text alone
+            if len(seen) == len(done):  # an attention over text only
                 return original(q, k, v, heads, *args, **kwargs)
             place = len(done)
             done.append(place)

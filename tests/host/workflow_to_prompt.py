@@ -1,7 +1,7 @@
-"""A workflow as the frontend saves it, turned into the prompt that the frontend would queue.
+"""Converts a saved workflow to the prompt that the frontend would queue.
 
-Strict where the frontend is lenient: a node the host does not have, or values that do not fit its widgets, is an error,
-because a shipped workflow has to match its nodes.
+It is stricter than the frontend. A shipped workflow must match its nodes. So a node that the host does not have is an
+error, and so are values that do not fit its widgets.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Link(NamedTuple):
 
 
 class Value(NamedTuple):
-    """What a PrimitiveNode holds."""
+    """The value of a PrimitiveNode."""
 
     value: Any
 
@@ -57,7 +57,7 @@ def read_link(link: list | dict[str, Any]) -> tuple[Any, Link]:
 
 
 def trace(link_id: Any, nodes: dict[Any, dict], links: dict[Any, Link]) -> Link | Value | None:
-    """Follow a link through reroutes and bypassed nodes to the output that feeds it; None where it ends in nothing."""
+    """Follow a link through reroutes and bypassed nodes to its source. None if it has none."""
     link = links[link_id]
     node = nodes[link.node]
     slots = node.get("inputs") or []
@@ -89,7 +89,7 @@ def widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
         options = spec[1] if len(spec) > 1 else {}
         if not rest:
             if name in info["input"].get("optional", {}) and "default" in options:
-                continue  # saved before the node had this input, which is then left out or its default
+                continue  # saved before the node had this input, which is then left out or has its default
             raise ValueError(f"node {node['id']} ({node['type']}): no value for '{name}'")
         values[name] = rest.pop(0)
         if has_seed_control(name, spec[0], options) and rest:
@@ -107,5 +107,5 @@ def is_widget(spec: list[Any]) -> bool:
 
 
 def has_seed_control(name: str, kind: Any, options: dict[str, Any]) -> bool:
-    """The widget "control after generate" that the frontend puts behind seeds."""
+    """The widget "control after generate" that the frontend adds after seeds."""
     return bool(options.get("control_after_generate", kind == "INT" and name in ("seed", "noise_seed")))

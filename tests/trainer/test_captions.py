@@ -1,4 +1,4 @@
-"""What is said about the pictures, and what is refused."""
+"""Captions of the pictures, and captions that are refused."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Settings that cannot work are refused by their name."""
+"""Invalid settings are refused by name."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Who is whose image prompt."""
+"""Which picture is the reference of which."""
 
 import itertools
 from collections import Counter

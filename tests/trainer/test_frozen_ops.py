@@ -1,4 +1,4 @@
-"""Lean operations: the results and gradients of torch's own, with less kept for the backward pass."""
+"""Operations of a frozen network: torch's results and gradients, with less stored for the backward pass."""
 
 from collections.abc import Callable
 from functools import partial

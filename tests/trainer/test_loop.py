@@ -371,8 +371,10 @@ def warmed_up(subject: Subject) -> Subject:
 
 
 def naive_losses(subject: Subject, pairs: Sequence[Pair], mode: str, noised: Sequence[Noised]) -> list[Tensor]:
-    """The loss of every pair on its own, from the chance that the loop drew: for each group that of the targets, and
-    when it is noised that of the references."""
+    """The loss of each pair, from the random numbers that the loop drew.
+
+    `noised` has those of each group's targets, followed by those of its references if the mode is noised.
+    """
     calls, found = iter(noised), []
     for places in group_by_shape(pairs):
         group, drawn = [pairs[place] for place in places], next(calls)

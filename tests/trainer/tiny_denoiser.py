@@ -1,4 +1,4 @@
-"""The tiny UNet as the training loop's Denoiser: an epsilon model with a text encoder of one vector a word."""
+"""The tiny UNet as the training loop's Denoiser: an eps model with a text encoder of one vector per word."""
 
 import zlib
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class TinyDenoiser:
-    """`token` (1, width) is the vector of the placeholder; the vector of any other word follows from its letters."""
+    """`token` (1, width) is the vector of the placeholder token. The vectors of other words depend on their letters."""
 
     def __init__(self, token: nn.Parameter) -> None:
         self.unet = TinyUNet().requires_grad_(False)
@@ -85,7 +85,7 @@ def per_row(sigma: Tensor) -> Tensor:
 
 
 class Subject(NamedTuple):
-    """All that a run needs beside its data: a denoiser, and fresh trainables."""
+    """The arguments of a run besides its data: a denoiser, and untrained trainables."""
 
     denoiser: TinyDenoiser
     lora: SelfAttentionLoRA

@@ -1,4 +1,4 @@
-"""The catalogue keeps what the base model learns apart from what it never sees, and every drawing in it can be had."""
+"""The catalogue separates base and held-out objects, and every drawing in it is available."""
 
 import io
 import subprocess

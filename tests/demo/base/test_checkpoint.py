@@ -1,4 +1,4 @@
-"""The host takes the checkpoint for a whole Stable Diffusion 1.5, with shipped weights or without."""
+"""The host loads the checkpoint as Stable Diffusion 1.5, with shipped weights or without."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The judge sees in real scenes what is in them, and of a wrong picture it says which factor is wrong."""
+"""The judge recognises real scenes, and finds the wrong factor in a wrong picture."""
 
 import itertools
 

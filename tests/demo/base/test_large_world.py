@@ -1,4 +1,4 @@
-"""The large world's table keeps subjects unseen, its artwork is packed alike everywhere, and its scenes show more."""
+"""The large set: its table keeps subjects unseen, its artwork is packed reproducibly, and its scenes show more."""
 
 import io
 import shutil

@@ -1,4 +1,4 @@
-"""Models are read with their colours, put together at rest, and seen from the side that is asked for."""
+"""Models are read with their colours, assembled at rest, and rendered from the requested side."""
 
 import struct
 

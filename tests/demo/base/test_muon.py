@@ -1,4 +1,4 @@
-"""Muon's updates are orthogonal whichever way they are reached, and they go downhill."""
+"""Muon's updates are orthogonal in both ways to compute them, and reduce a loss."""
 
 import copy
 

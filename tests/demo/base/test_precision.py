@@ -1,4 +1,4 @@
-"""Computing in bfloat16 is for processors that multiply in it."""
+"""bfloat16 is used on processors that multiply in it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The text encoder is the same on every machine, and training hears from it what the host will hear."""
+"""The text encoder is the same on every machine, and training sees the host's encoding."""
 
 import pytest
 import torch

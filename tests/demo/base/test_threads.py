@@ -1,4 +1,4 @@
-"""Long training leaves cores that other programs keep busy."""
+"""Long training leaves busy cores to other programs."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""The UNet starts where training wants it, attends as the host does, and sampling ends where a perfect one points."""
+"""The UNet starts as training needs it and attends as the host does. Sampling ends at a perfect model's target."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The shipped weights come back as they went in, and a damaged file is not used."""
+"""The shipped weights are read as they were written, and a damaged file is not used."""
 
 import hashlib
 

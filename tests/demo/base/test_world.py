@@ -1,4 +1,4 @@
-"""A scene's picture and its caption say the same thing, and neither says more than the scene."""
+"""A scene's picture and its caption have the same content."""
 
 import itertools
 import re

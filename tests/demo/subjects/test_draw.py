@@ -1,4 +1,4 @@
-"""The pictures that are shipped are those that the code draws, and they leave something for prompts to ask for."""
+"""The shipped pictures are those that the code draws, and they leave combinations for prompts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Nodes of a second pack, which tests put beside ours: something to disagree with, and a cheap loader."""
+"""Nodes of a second pack for tests: nodes that interfere with ours, and a fast loader."""
 
 import comfy.sd
 import comfy.utils
@@ -30,7 +30,7 @@ class ProbeLoadCheckpoint:
 
 
 class ProbeReplaceAttn1:
-    """An attn1 replacement of another pack: the host's attention, its output scaled, so its effect shows."""
+    """An attn1 replacement of another pack: the host's attention with a scaled output, which is visible."""
 
     @classmethod
     def INPUT_TYPES(cls):

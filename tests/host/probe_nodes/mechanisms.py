@@ -1,6 +1,6 @@
 """What popular packs do to the UNet and to its calls, each mechanism in a few lines of our own.
 
-The docstring of each node names the packs that work so.
+The docstring of each node names the packs that use it.
 """
 
 import types
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def node(**widgets):
-    """What ComfyUI asks of a class that takes a model and gives one."""
+    """The attributes of a node class that takes a model and returns one."""
 
     def decorate(cls):
         cls.INPUT_TYPES = classmethod(lambda _: {"required": {"model": ("MODEL",), **widgets}})
@@ -30,7 +30,7 @@ ORDERS = ["tiles", "chunks", "one by one", "reversed"]
 class ProbeTiles:
     """Tiled Diffusion (MultiDiffusion): several tiles in a call, tile by tile, each with all chunks.
 
-    order: `chunks` puts the tiles of a chunk together, `one by one` calls every chunk of a tile alone.
+    order: `chunks` keeps the tiles of a chunk together. `one by one` calls every chunk of a tile separately.
     """
 
     def patch(self, model, width, tiles_in_a_call, order):
@@ -65,9 +65,9 @@ class ProbeTiles:
 
 
 class ProbeWiderInput:
-    """IC-Light and LayerDiffuse: a first layer with further input channels, and what to put into them.
+    """IC-Light and LayerDiffuse: a first layer with more input channels, and the tensor for them.
 
-    raises: the function that IC-Light puts in the place of `extra_conds` needs a picture.
+    raises: IC-Light's function that replaces `extra_conds` needs a picture.
     """
 
     @classmethod
@@ -93,7 +93,7 @@ class ProbeWiderInput:
             return (model, *given)
 
         def extra_conds(self, **kwargs):
-            image = kwargs["concat_latent_image"]  # as the pack's own, it fails without one
+            image = kwargs["concat_latent_image"]  # like the pack's own, it fails without one
             conds = type(self).extra_conds(self, **{**kwargs, "concat_latent_image": None})
             return {**conds, "c_concat": CONDRegular(image)}
 
@@ -103,7 +103,7 @@ class ProbeWiderInput:
 
 
 class CountingModule(nn.Module):
-    """A motion module: it takes the rows for frames, and lets them see each other."""
+    """A motion module: it treats the rows as frames, and lets them attend to each other."""
 
     def __init__(self, frames):
         super().__init__()
@@ -112,13 +112,13 @@ class CountingModule(nn.Module):
 
     def forward(self, x, *args):
         self.rows.append(len(x))
-        frames = x.unflatten(0, (-1, self.frames))  # fails where the rows are no whole number of videos
+        frames = x.unflatten(0, (-1, self.frames))  # fails if the rows are not a whole number of videos
         return (0.9 * frames + 0.1 * frames.mean(1, keepdim=True)).flatten(0, 1)
 
 
 @node(frames=("INT", {"default": 4}))
 class ProbeMotionModules:
-    """AnimateDiff: modules in every block for the length of a run, which count the rows and ask for its options."""
+    """AnimateDiff: modules in every block during a run. They count the rows and read the run's options."""
 
     def patch(self, model, frames):
         module = CountingModule(frames)
@@ -149,7 +149,7 @@ class ProbeMotionModules:
 
 @node()
 class ProbeAddsToLayers:
-    """BrushNet and PowerPaint: another `forward` for every layer, which adds what was kept for the next call, once."""
+    """BrushNet and PowerPaint: another `forward` for every layer, which adds stored features to the next call, once."""
 
     def patch(self, model):
         def adding(self, x, *args, **kwargs):
@@ -183,7 +183,7 @@ class ProbeAddsToLayers:
 
 
 class SharedAttention(nn.Module):
-    """Attention of another pack in the place of the host's, without the host's projections."""
+    """Attention of another pack that replaces the host's, without the host's projections."""
 
     def __init__(self, original):
         super().__init__()
@@ -195,7 +195,7 @@ class SharedAttention(nn.Module):
 
 @node(layers=("INT", {"default": 99}))
 class ProbeSharedAttention:
-    """LayerDiffuse (joint) and kin: modules of their own in the place of the self-attentions."""
+    """LayerDiffuse (joint) and similar: other modules in place of the self-attentions."""
 
     def patch(self, model, layers):
         model = model.clone()
@@ -208,7 +208,7 @@ class ProbeSharedAttention:
 
 @node()
 class ProbeInputBlock:
-    """Fooocus inpaint and control by the first block: features that are added there, of the size that is drawn."""
+    """Fooocus inpaint and control by the first block: features of the drawn size are added there."""
 
     def patch(self, model):
         feature = torch.randn(1, 320, 8, 8, generator=torch.Generator().manual_seed(7))
