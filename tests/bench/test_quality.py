@@ -90,7 +90,7 @@ def test_showing_the_references_again_is_copying(artwork, judge, scores, subject
     from demo.base.world import render
 
     subject = subjects.make_subject(subjects.table_artworks(1)[0])
-    images = [render(subject.references[place % 4]) for place in range(25)]
+    images = [render(subject.references[index % 4]) for index in range(25)]
     copied = scores.score(judge, subject, images, subject.prompts)
     assert copied.copying > 0.2
     assert copied.fidelity < 0.1 and copied.harmonic < 0.2
@@ -158,9 +158,9 @@ def test_report_says_who_is_better_and_by_how_much(tmp_path, subjects, capsys):
     settings = Settings(steps=1, batch=1, sampler_steps=1, cfg=1.0)
     results = ResultStore(tmp_path / "results.jsonl")
     levels = {"base": 0.3, "full fine-tune": 0.8, "TrainLoraNode": 0.9, "ours, clean": 0.85, "ours, noised": 0.95}
-    for place, artwork in enumerate(subjects.table_artworks(12)):
+    for index, artwork in enumerate(subjects.table_artworks(12)):
         for method, level in levels.items():
-            value = level - 0.01 * place
+            value = level - 0.01 * index
             names = ("similarity", "top_1", "top_3", "fidelity", "size", "side", "colour", "pattern", "harmonic")
             results.add(
                 {

@@ -103,16 +103,16 @@ def metadata(file: bytes, chance: random.Random) -> bytes:
 def a_block(file: bytes, chance: random.Random) -> bytes:
     header, body = taken_apart(file)
     blocks = json.loads(header["__metadata__"]["blocks"])
-    place = chance.randrange(len(blocks))
+    index = chance.randrange(len(blocks))
     change = chance.randrange(5)
     if change == 0:
-        blocks[place] = chance.choice(NASTY)
+        blocks[index] = chance.choice(NASTY)
     elif change == 1:
         blocks.append(chance.choice(blocks))
     elif change == 2:
-        blocks.pop(place)
+        blocks.pop(index)
     else:
-        blocks[place][chance.randrange(6)] = chance.choice(NASTY)
+        blocks[index][chance.randrange(6)] = chance.choice(NASTY)
     header["__metadata__"]["blocks"] = json.dumps(blocks)
     return put_together(header, body)
 

@@ -204,9 +204,9 @@ def test_gradients_are_those_of_the_formula(case):
     target = torch.randn(site.q.shape, generator=torch.Generator().manual_seed(1))
     ours = torch.autograd.grad((inject(site, references) * target).sum(), leaves)
     expected = torch.autograd.grad((naive(site, references) * target).sum(), leaves)
-    for gradient, truth in zip(ours, expected, strict=True):
-        assert truth.abs().max() > 0
-        assert (gradient - truth).abs().max() <= 1e-5 * truth.abs().max()
+    for gradient, wanted in zip(ours, expected, strict=True):
+        assert wanted.abs().max() > 0
+        assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_inputs_are_left_as_they_were():

@@ -71,8 +71,8 @@ def projected(unet: nn.Module, hidden: dict[BlockKey, Tensor]) -> dict[BlockKey,
     return {key: KV(attentions[key].to_k(x), attentions[key].to_v(x)) for key, x in hidden.items()}
 
 
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    return ((value - truth).norm() / truth.norm()).item()
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return ((value - expected).norm() / expected.norm()).item()
 
 
 @torch.no_grad()

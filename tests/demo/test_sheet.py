@@ -37,17 +37,17 @@ def test_every_picture_is_there_whole(sheet):
 
 
 def test_the_subject_is_on_top_in_one_row(sheet):
-    places = [corner(sheet, colour) for colour in SUBJECT]
-    assert places == sorted(places) and len({y for _, y in places}) == 1
-    assert places[0][1] < min(corner(sheet, colour)[1] for colour in itertools.chain(*BASE, *ADAPTER))
+    corners = [corner(sheet, colour) for colour in SUBJECT]
+    assert corners == sorted(corners) and len({y for _, y in corners}) == 1
+    assert corners[0][1] < min(corner(sheet, colour)[1] for colour in itertools.chain(*BASE, *ADAPTER))
 
 
 def test_a_prompts_pictures_share_a_row_the_base_left_the_adapter_right(sheet):
     heights = []
     for base, ours in zip(BASE, ADAPTER, strict=True):
-        places = [corner(sheet, colour) for colour in [*base, *ours]]
-        assert places == sorted(places) and len({y for _, y in places}) == 1
-        heights.append(places[0][1])
+        corners = [corner(sheet, colour) for colour in [*base, *ours]]
+        assert corners == sorted(corners) and len({y for _, y in corners}) == 1
+        heights.append(corners[0][1])
     assert heights == sorted(set(heights))
 
 

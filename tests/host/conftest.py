@@ -169,6 +169,16 @@ def forget_trainings() -> Iterator[Callable[[], None]]:
 
 
 @pytest.fixture
+def shown_texts(comfy_host, monkeypatch) -> list[str]:
+    """The texts that nodes showed below themselves."""
+    import server
+
+    texts: list[str] = []
+    monkeypatch.setattr(server.PromptServer.instance, "send_progress_text", lambda text, node_id: texts.append(text))
+    return texts
+
+
+@pytest.fixture
 def adapters_folder(comfy_host, pack_nodes) -> Iterator[Path]:
     """models/sa_inject, empty before and after."""
     found = comfy_host.base / "models/sa_inject"

@@ -19,7 +19,7 @@ def vectors(*encoders: str, seed: int = 0, count: int = 1) -> dict[str, Tensor]:
     return {name: 0.02 * random(count, WIDTHS[name], seed=seed) for name in encoders or ("clip_l",)}
 
 
-def teach(clip: Any, tokens: dict[str, Tensor], placeholder_token: str = PLACEHOLDER) -> Any:
+def with_token(clip: Any, tokens: dict[str, Tensor], placeholder_token: str = PLACEHOLDER) -> Any:
     from sa_inject.nodes.host.text import clip_with_token
 
     return clip_with_token(clip, placeholder_token, tokens)

@@ -55,8 +55,8 @@ def test_card_tells_what_the_adapter_is(server, folder):
     write_adapter(folder / "cards/robot.safetensors")
     write_adapter(folder / "cards/robot.training/step-000020.safetensors")
     write_adapter(folder / "cards/robot.training/step-000100.safetensors")
-    told = card(server, "cards/robot.safetensors")
-    assert told["status"] == 200
+    shown = card(server, "cards/robot.safetensors")
+    assert shown["status"] == 200
     wanted = {
         "name": "cards/robot.safetensors",
         "placeholder_token": "sainj",
@@ -71,7 +71,7 @@ def test_card_tells_what_the_adapter_is(server, folder):
             {"step": 100, "name": "cards/robot.training/step-000100.safetensors"},
         ],
     }
-    assert {key: told[key] for key in wanted} == wanted
+    assert {key: shown[key] for key in wanted} == wanted
     found = thumbnail(server, "cards/robot.safetensors")
     assert found is not None
     red, green, blue = found.convert("RGB").getpixel((100, 100))
@@ -130,10 +130,10 @@ def test_script_and_paths_in_the_metadata_come_out_as_text(server, folder):
         date="<b>" * 1000,
         training=json.dumps({"steps": "<b>", "resolution": 10**30}),
     )
-    told = card(server, "hostile.safetensors")
-    assert told["placeholder_token"] == word and told["class_word"] == SCRIPT
-    assert told["architecture"] == "../../../../etc/passwd"
-    assert len(told["date"]) <= 10 and told["steps"] is None and told["resolution"] is None
+    shown = card(server, "hostile.safetensors")
+    assert shown["placeholder_token"] == word and shown["class_word"] == SCRIPT
+    assert shown["architecture"] == "../../../../etc/passwd"
+    assert len(shown["date"]) <= 10 and shown["steps"] is None and shown["resolution"] is None
 
 
 @pytest.mark.parametrize(
@@ -170,8 +170,8 @@ def test_what_is_sent_is_never_what_the_file_holds(server, folder):
 
 def test_a_header_that_claims_two_gigabytes_is_not_believed(server, folder):
     (folder / "claims.safetensors").write_bytes((2 * 2**30).to_bytes(8, "little") + b'{"x":')
-    told = card(server, "claims.safetensors")
-    assert told["status"] == 200 and "header" in told["error"]
+    shown = card(server, "claims.safetensors")
+    assert shown["status"] == 200 and "header" in shown["error"]
     assert thumbnail(server, "claims.safetensors") is None
 
 

@@ -148,17 +148,17 @@ def test_others_are_told_the_rows_of_a_reference_and_that_they_are_conditional(c
     """Kernels and modules of other packs go by these options; the rows of the drawing are others."""
     from sa_inject.nodes.host.drawing.sampling_run import RUN_KEY  # pyright: ignore[reportMissingImports]
 
-    told = []
+    shown = []
 
     def override(kernel, q, k, v, *args, transformer_options, **kwargs):
         if RUN_KEY not in transformer_options:
-            told.append((len(q), transformer_options["cond_or_uncond"], transformer_options["sigmas"].shape))
+            shown.append((len(q), transformer_options["cond_or_uncond"], transformer_options["sigmas"].shape))
         return kernel(q, k, v, *args, transformer_options=transformer_options, **kwargs)
 
     prompt = make_prompt(*[(8, 8)] * 3)
     sample(comfy_host, apply(comfy_host, with_override(model, override), make_adapter(model), prompt), steps=1, batch=2)
-    assert {rows for rows, *_ in told} == {3}
-    assert all(kinds == [0] and shape == (rows,) for rows, kinds, shape in told)
+    assert {rows for rows, *_ in shown} == {3}
+    assert all(kinds == [0] and shape == (rows,) for rows, kinds, shape in shown)
 
 
 def test_token_merging_merges_queries_only(comfy_host, model, ours, log, both_stay):

@@ -97,18 +97,15 @@ def test_an_ordinary_word_is_refused(write, load, clip):
 
 
 @pytest.mark.parametrize("second_word", ["sainj", "SainJ"])
-def test_a_word_that_is_taken_on_this_clip_is_said(write, load, clip, caplog, monkeypatch, second_word):
-    import server
-
-    said: list[str] = []
-    monkeypatch.setattr(server.PromptServer.instance, "send_progress_text", lambda text, node_id: said.append(text))
+def test_a_word_that_is_taken_on_this_clip_is_said(write, load, clip, caplog, shown_texts, second_word):
     one, two = write("one", seed=1), write("two", seed=2, placeholder_token=second_word)
     _, patched_clip = load(one, clip=clip)
     load(one, clip=patched_clip)  # the same word of the same adapter
-    assert not said and "already reads" not in caplog.text
+    assert not shown_texts and "already reads" not in caplog.text
     load(two, clip=patched_clip)
-    assert len(said) == 1 and f"already reads '{second_word}'" in said[0] and "placeholder_token" in said[0]
-    assert said[0] in caplog.text
+    (text,) = shown_texts
+    assert f"already reads '{second_word}'" in text and "placeholder_token" in text
+    assert text in caplog.text
 
 
 def test_saved_workflows_still_load(pack_nodes):

@@ -134,7 +134,7 @@ def worst_error(found: dict[BlockKey, KV], expected: dict[BlockKey, KV]) -> floa
 
 
 @dataclass
-class Truth:
+class ReferenceCase:
     model: Any
     adapter: Any
     prompt: Any
@@ -142,35 +142,35 @@ class Truth:
 
 
 @pytest.fixture(scope="module")
-def truth(comfy_host):
-    """`truth("sd15")`: a fully loaded model, an adapter, three pictures of two sizes, and the bank to be expected."""
+def case_of(comfy_host):
+    """`case_of("sd15")`: a fully loaded model, an adapter, three pictures of two sizes, and the bank to be expected."""
 
     @functools.cache
-    def compute(kind: str) -> Truth:
+    def compute(kind: str) -> ReferenceCase:
         model = load(base_model(comfy_host, kind))
         adapter, prompt = make_adapter(model), make_prompt((8, 8), (8, 16), (8, 8))
-        return Truth(model, adapter, prompt, expected_bank(model, adapter, prompt))
+        return ReferenceCase(model, adapter, prompt, expected_bank(model, adapter, prompt))
 
     return compute
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reference_pass_equals_merged_projections_of_the_frozen_pass(comfy_host, truth, kind):
-    true = truth(kind)
-    found = call_once(load(apply(comfy_host, true.model, true.adapter, true.prompt)))
-    assert worst_error(found, true.bank) < EXACT
+def test_reference_pass_equals_merged_projections_of_the_frozen_pass(comfy_host, case_of, kind):
+    case = case_of(kind)
+    found = call_once(load(apply(comfy_host, case.model, case.adapter, case.prompt)))
+    assert worst_error(found, case.bank) < EXACT
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("kind", KINDS)
-def test_injection_equals_its_formula(comfy_host, truth, kind, strength):
-    true = truth(kind)
-    prompt = true.prompt if strength != 1 else ImagePrompt(true.prompt.pictures[:1])
+def test_injection_equals_its_formula(comfy_host, case_of, kind, strength):
+    case = case_of(kind)
+    prompt = case.prompt if strength != 1 else ImagePrompt(case.prompt.pictures[:1])
     spy = Spy()
-    call_once(load(spy.on(apply(comfy_host, true.model, true.adapter, prompt, strength=strength))))
-    assert [a.key for a in spy.attended] == list(true.adapter.blocks())
+    call_once(load(spy.on(apply(comfy_host, case.model, case.adapter, prompt, strength=strength))))
+    assert [a.key for a in spy.attended] == list(case.adapter.blocks())
     for a in spy.attended:
-        reference = true.bank[a.key]
+        reference = case.bank[a.key]
         if strength == 1:
             tokens = a.k.shape[1]  # the first picture is as large as the one that is drawn
             reference = KV(reference.k[:, :tokens], reference.v[:, :tokens])
@@ -181,26 +181,26 @@ def test_injection_equals_its_formula(comfy_host, truth, kind, strength):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_training_reads_a_reference_as_sampling_does(truth, kind):
+def test_training_reads_a_reference_as_sampling_does(case_of, kind):
     from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser  # pyright: ignore[reportMissingImports]
 
-    true = truth(kind)
-    base, device = true.model.model, true.model.load_device
-    sampling = true.model.get_model_object("model_sampling")
-    denoiser = ComfyDenoiser(base, sampling, None, true.adapter.info.layers, device, torch.float32)
-    latent = base.process_latent_in(true.prompt.pictures[0].latent)
-    deltas = true.adapter.lora.deltas(device, torch.float32)
-    read = denoiser.read_reference(latent, None, true.adapter.class_conditioning, None, deltas)
+    case = case_of(kind)
+    base, device = case.model.model, case.model.load_device
+    sampling = case.model.get_model_object("model_sampling")
+    denoiser = ComfyDenoiser(base, sampling, None, case.adapter.info.layers, device, torch.float32)
+    latent = base.process_latent_in(case.prompt.pictures[0].latent)
+    deltas = case.adapter.lora.deltas(device, torch.float32)
+    read = denoiser.read_reference(latent, None, case.adapter.class_conditioning, None, deltas)
     found = {key: reference.kv for key, reference in read.items()}
-    first = {key: KV(k[:, : found[key].k.shape[1]], v[:, : found[key].v.shape[1]]) for key, (k, v) in true.bank.items()}
+    first = {key: KV(k[:, : found[key].k.shape[1]], v[:, : found[key].v.shape[1]]) for key, (k, v) in case.bank.items()}
     assert worst_error(found, first) < EXACT
 
 
-def test_the_lora_of_these_tests_can_be_seen(truth):
-    true = truth("sd15")
-    without = make_adapter(true.model)
+def test_the_lora_of_these_tests_can_be_seen(case_of):
+    case = case_of("sd15")
+    without = make_adapter(case.model)
     without.lora.load_state_dict({name: 0 * tensor for name, tensor in without.lora.state_dict().items()})
-    assert worst_error(expected_bank(load(true.model), without, true.prompt), true.bank) > 0.1
+    assert worst_error(expected_bank(load(case.model), without, case.prompt), case.bank) > 0.1
 
 
 def with_user_lora(model: Any, strength: float = 0.8) -> Any:
@@ -263,8 +263,8 @@ def test_reference_pass_is_exact_over_fp8_storage(comfy_host, share):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 @pytest.mark.parametrize("has_area", [False, True])
-def test_reference_pass_and_injection_run_in_half_precision(comfy_host, own_model, truth, dtype, tolerance, has_area):
-    adapter, prompt = make_adapter(own_model), ImagePrompt(truth("sd15").prompt.pictures[::2])
+def test_reference_pass_and_injection_run_in_half_precision(comfy_host, own_model, case_of, dtype, tolerance, has_area):
+    adapter, prompt = make_adapter(own_model), ImagePrompt(case_of("sd15").prompt.pictures[::2])
     area = None
     weights: Tensor | float = 1.0
     if has_area:  # the right half
@@ -276,9 +276,9 @@ def test_reference_pass_and_injection_run_in_half_precision(comfy_host, own_mode
     model.set_model_compute_dtype(dtype)
     bank = call_once(load(model))
     assert {x.dtype for kv in bank.values() for x in kv} == {dtype}
-    for key in bank:  # the tokens of the second picture, which is the third of the prompt of `truth`
+    for key in bank:  # the tokens of the second picture, which is the third of the prompt of `case_of`
         tokens = bank[key].k.shape[1] // 2
-        assert relative_error(bank[key].k[:, tokens:], truth("sd15").bank[key].k[:, -tokens:]) < tolerance
+        assert relative_error(bank[key].k[:, tokens:], case_of("sd15").bank[key].k[:, -tokens:]) < tolerance
     (a,) = spy.attended
     assert a.out.dtype == dtype
     expected = naive_attention(a.q, KV(a.k, a.v), [(bank[FIRST], weights)], a.heads)

@@ -62,17 +62,17 @@ def test_a_training_is_told_sampled_and_finished_by_its_browser(server, graph):
         assert json.loads(client.request(address("toys/told", "/finish"), b"")) == {"ok": True}
         outputs = client.wait(prompt_id, timeout=300)["outputs"]
         time.sleep(0.2)
-    told = steps_of(events)
-    assert {data["run"] for data in told} == {"toys/told"} and {data["node"] for data in told} == {"3"}
-    assert {data["prompt_id"] for data in told} == {prompt_id}
-    assert told[-1]["phase"] == "done" and told[-1]["step"] < 3000
-    assert {"encoding", "training"} <= {data["phase"] for data in told}
+    shown = steps_of(events)
+    assert {data["run"] for data in shown} == {"toys/told"} and {data["node"] for data in shown} == {"3"}
+    assert {data["prompt_id"] for data in shown} == {prompt_id}
+    assert shown[-1]["phase"] == "done" and shown[-1]["step"] < 3000
+    assert {"encoding", "training"} <= {data["phase"] for data in shown}
     assert steps_of(others) == []
 
     run = client.get(address("toys/told"))
     (summary,) = outputs["3"]["sa_inject_training"]
     assert summary["samples"] == run["samples"] and len(summary["points"]) <= 200
-    assert run["phase"] == "done" and run["step"] == told[-1]["step"]
+    assert run["phase"] == "done" and run["step"] == shown[-1]["step"]
     (sample,) = run["samples"]
     assert sample["prompts"] == ["a photo of sainj toy"] and sample["images"] == [0]
     for size, side in (("", 64), ("?size=32", 32), ("?size=100000", 64)):

@@ -69,16 +69,6 @@ def refused(train, save, adapter, folder, monkeypatch) -> Callable[[str], str]:
     return run
 
 
-@pytest.fixture
-def texts(comfy_host, monkeypatch) -> list[str]:
-    """What was shown under the node."""
-    import server
-
-    told: list[str] = []
-    monkeypatch.setattr(server.PromptServer.instance, "send_progress_text", lambda text, node_id: told.append(text))
-    return told
-
-
 @contextlib.contextmanager
 def no_file_above(size: int) -> Iterator[None]:
     """The kernel refuses to let a file grow beyond so many bytes, as it does when a disk or a quota is full."""
@@ -205,19 +195,19 @@ def test_file_that_comes_while_it_is_saved_is_not_replaced(save, adapter, folder
 
 
 @needs_linux
-def test_adapter_that_cannot_be_saved_goes_to_the_temporary_folder(train, link_to, texts, comfy_host):
+def test_adapter_that_cannot_be_saved_goes_to_the_temporary_folder(train, link_to, shown_texts, comfy_host):
     from sa_inject.core.adapter_file import load_adapter
 
     adapter, _, loss_map, *_ = train("link/robot", in_first_step=lambda: link_to(Path("/sys")))
     rescued = comfy_host.base / "temp/sa_inject/robot.safetensors"
-    assert texts[-1].startswith("NOT SAVED to models/sa_inject (") and "Permission denied" in texts[-1]
-    assert str(rescued) in texts[-1] and "move it" in texts[-1]
+    assert shown_texts[-1].startswith("NOT SAVED to models/sa_inject (") and "Permission denied" in shown_texts[-1]
+    assert str(rescued) in shown_texts[-1] and "move it" in shown_texts[-1]
     assert same_adapter(load_adapter(rescued), adapter) and len(loss_map["loss"]) == 1
 
 
 @pytest.mark.parametrize("trouble", ["disk", "rename"])
 def test_adapter_that_can_be_saved_nowhere_is_still_there(
-    train, folder, texts, comfy_host, sd15, save, monkeypatch, trouble
+    train, folder, shown_texts, comfy_host, sd15, save, monkeypatch, trouble
 ):
     undo = contextlib.ExitStack()
 
@@ -234,7 +224,7 @@ def test_adapter_that_can_be_saved_nowhere_is_still_there(
     with undo:
         adapter, clip, *_ = train(f"no room {trouble}", in_first_step=begin)
     monkeypatch.undo()
-    assert texts[-1].startswith("NOT SAVED (") and "Save SA-Inject Adapter" in texts[-1]
+    assert shown_texts[-1].startswith("NOT SAVED (") and "Save SA-Inject Adapter" in shown_texts[-1]
     for place in (folder, comfy_host.base / "temp"):
         files = [path for path in place.rglob("*") if path.is_file()]
         assert not [path for path in files if "no room" in path.name or path.suffix == ".part"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.host.adapters import make_adapter, random
-from tests.host.learned_words import encoder_of_prompts, same, teach, vectors
+from tests.host.learned_words import encoder_of_prompts, same, vectors, with_token
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def write_embedding(load_checkpoint, pack_nodes):
 def patched_clip(sd15_clip, write_embedding):
     """A CLIP that reads `sainj` as the vector that is also the embedding `word`."""
     write_embedding("word", vectors())
-    return teach(sd15_clip, vectors())
+    return with_token(sd15_clip, vectors())
 
 
 # --- where the word is found ------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_given_clip_stays_as_it_was(encode, sd15_clip):
     tokenizer, attributes = sd15_clip.tokenizer, dict(vars(sd15_clip.tokenizer.clip_l))
     before = encode(sd15_clip, prompt)
     weights = {name: tensor.clone() for name, tensor in sd15_clip.cond_stage_model.state_dict().items()}
-    assert not torch.equal(encode(teach(sd15_clip, vectors()), prompt)[0], before[0])
+    assert not torch.equal(encode(with_token(sd15_clip, vectors()), prompt)[0], before[0])
     assert sd15_clip.tokenizer is tokenizer and vars(tokenizer.clip_l) == attributes
     assert all(torch.equal(weights[name], now) for name, now in sd15_clip.cond_stage_model.state_dict().items())
     assert same(encode(sd15_clip, prompt), before)
@@ -103,12 +103,12 @@ def test_clip_skip_before_and_after_teaching(encode, comfy_host, sd15_clip, patc
     expected = encode(skipped(sd15_clip), "a photo of embedding:word toy")
     assert not torch.equal(encode(patched_clip, "a photo of sainj toy")[0], expected[0])
     assert same(encode(skipped(patched_clip), "a photo of sainj toy"), expected)
-    assert same(encode(teach(skipped(sd15_clip), vectors()), "a photo of sainj toy"), expected)
+    assert same(encode(with_token(skipped(sd15_clip), vectors()), "a photo of sainj toy"), expected)
 
 
 def test_word_of_several_vectors(encode, sd15_clip, write_embedding):
     write_embedding("several", vectors(seed=3, count=3))
-    patched_clip = teach(sd15_clip, vectors(seed=3, count=3))
+    patched_clip = with_token(sd15_clip, vectors(seed=3, count=3))
     assert same(encode(patched_clip, "my sainj toy"), encode(sd15_clip, "my embedding:several toy"))
 
 
@@ -119,7 +119,7 @@ def test_clip_without_an_embeddings_folder_learns_too(encode, sd15_clip, patched
     bare.tokenizer = copy.copy(bare.tokenizer)
     bare.tokenizer.clip_l = copy.copy(bare.tokenizer.clip_l)
     bare.tokenizer.clip_l.embedding_directory = None
-    assert same(encode(teach(bare, vectors()), "my sainj"), encode(patched_clip, "my sainj"))
+    assert same(encode(with_token(bare, vectors()), "my sainj"), encode(patched_clip, "my sainj"))
 
 
 # --- several words ----------------------------------------------------------------------------------------------------
@@ -128,9 +128,9 @@ def test_clip_without_an_embeddings_folder_learns_too(encode, sd15_clip, patched
 @pytest.mark.parametrize("second", ["wubbo", "sainj-2", "inject", "token"])
 def test_two_adapters_share_a_clip(encode, patched_clip, sd15_clip, write_embedding, second):
     write_embedding("second", vectors(seed=5))
-    other_way = teach(teach(sd15_clip, vectors(seed=5), second), vectors())
+    other_way = with_token(with_token(sd15_clip, vectors(seed=5), second), vectors())
     expected = encode(sd15_clip, "embedding:word beside embedding:second")
-    for both in (teach(patched_clip, vectors(seed=5), second), other_way):
+    for both in (with_token(patched_clip, vectors(seed=5), second), other_way):
         assert same(encode(both, f"sainj beside {second}"), expected)
     assert same(encode(patched_clip, "sainj alone"), encode(sd15_clip, "embedding:word alone"))
 
@@ -138,7 +138,7 @@ def test_two_adapters_share_a_clip(encode, patched_clip, sd15_clip, write_embedd
 @pytest.mark.parametrize("spelling", ["sainj", "SAINJ"])
 def test_of_two_adapters_with_one_word_the_later_counts(encode, patched_clip, sd15_clip, write_embedding, spelling):
     write_embedding("second", vectors(seed=5))
-    later = teach(patched_clip, vectors(seed=5), spelling)
+    later = with_token(patched_clip, vectors(seed=5), spelling)
     assert same(encode(later, "my sainj"), encode(sd15_clip, "my embedding:second"))
 
 
@@ -153,7 +153,7 @@ def test_clones_of_a_taught_clip_know_the_word(encode, patched_clip):
 def test_both_encoders_of_sdxl_read_the_word(encode, sdxl, write_embedding):
     clip, tokens = sdxl[1], vectors("clip_l", "clip_g")
     write_embedding("both", tokens)
-    patched_clip = teach(clip, tokens)
+    patched_clip = with_token(clip, tokens)
     found, base = encode(patched_clip, "my (sainj:1.2) toy"), encode(clip, "my (sainj:1.2) toy")
     assert same(found, encode(clip, "my (embedding:both:1.2) toy"))
     assert not torch.allclose(found[0][..., :768], base[0][..., :768], atol=1e-3)
@@ -173,24 +173,24 @@ def test_both_encoders_of_sdxl_read_the_word(encode, sdxl, write_embedding):
 def test_clip_of_another_family_is_refused(load_checkpoint, kind):
     encoders = {"sd2": "clip_h", "sdxl": "clip_l, clip_g"}[kind]
     with pytest.raises(ValueError, match=f"'sainj' was trained for clip_l, but .* has {encoders}. Connect the CLIP of"):
-        teach(load_checkpoint(kind)[1], vectors())
+        with_token(load_checkpoint(kind)[1], vectors())
 
 
 def test_word_for_more_encoders_than_the_clip_has_is_refused(sd15_clip):
     with pytest.raises(ValueError, match="'sainj' was trained for clip_l, clip_g, but the connected CLIP has clip_l. "):
-        teach(sd15_clip, {"clip_l": random(1, 768), "clip_g": random(1, 1280)})
+        with_token(sd15_clip, {"clip_l": random(1, 768), "clip_g": random(1, 1280)})
 
 
 def test_clip_of_another_width_is_refused(sd15_clip):
     with pytest.raises(
         ValueError, match="'sainj' has embedding size 1024 for clip_l, but .* expects 768. Connect the CLIP of"
     ):
-        teach(sd15_clip, {"clip_l": random(1, 1024)})
+        with_token(sd15_clip, {"clip_l": random(1, 1024)})
 
 
 def test_text_encoder_without_a_clip_is_refused():
     with pytest.raises(ValueError, match="no CLIP text encoder"):
-        teach(SimpleNamespace(tokenizer=SimpleNamespace()), vectors())
+        with_token(SimpleNamespace(tokenizer=SimpleNamespace()), vectors())
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def gradient_of_the_word(clip: Any, recompute: bool, dtype: torch.dtype) -> Tens
         model_management.load_models_gpu([clip.patcher])
         make_differentiable(clip.cond_stage_model)
         with out_of_place_text_encoder(clip, recompute, dtype):
-            encoded = encode_text(teach(clip, {"clip_l": word}), ["a photo of sainj toy"]).cross_attn
+            encoded = encode_text(with_token(clip, {"clip_l": word}), ["a photo of sainj toy"]).cross_attn
             assert encoded.dtype == torch.float32
             encoded.square().sum().backward()
     return word.grad
@@ -238,7 +238,7 @@ def assert_gradients_reach(clip: Any, tokens: dict[str, Tensor], prompt: str, la
 
     with torch.inference_mode(), training_mode():  # as in a node
         learned = {name: torch.nn.Parameter(vector.clone()) for name, vector in tokens.items()}
-        patched_clip = teach(clip, learned)
+        patched_clip = with_token(clip, learned)
         patched_clip.clip_layer(layer)
         model_management.load_models_gpu([clip.patcher])
         make_differentiable(clip.cond_stage_model)
@@ -259,7 +259,7 @@ TEXTS = ("a photo of sainj toy", "a (sainj:1.3) toy", "", "a dog")
 
 @pytest.mark.parametrize("texts", [TEXTS, (*TEXTS, "sainj " + "very " * 90), ("sainj " + "very " * 90,) * 2])
 def test_texts_that_are_encoded_together_come_out_as_they_do_alone(sd15_clip, texts):
-    assert_together_as_alone(teach(sd15_clip, vectors()), texts, pooled_width=768)
+    assert_together_as_alone(with_token(sd15_clip, vectors()), texts, pooled_width=768)
 
 
 @torch.inference_mode()
@@ -279,7 +279,7 @@ def test_word_of_several_tokens_begins_as_their_mean(sdxl):
 
 
 def test_texts_that_sdxl_encodes_together_keep_their_pooled_vectors(sdxl):
-    assert_together_as_alone(teach(sdxl[1], vectors("clip_l", "clip_g")), TEXTS, pooled_width=1280)
+    assert_together_as_alone(with_token(sdxl[1], vectors("clip_l", "clip_g")), TEXTS, pooled_width=1280)
 
 
 @torch.inference_mode()

@@ -142,7 +142,9 @@ def test_an_error_leaves_model_clip_and_vae_as_they_were(sd15, before, run, evid
     assert_unchanged(evidence(sd15), before)
 
 
-def test_cancel_stops_within_the_step_and_leaves_everything_as_it_was(sd15, before, run, evidence, comfy_host, spoken):
+def test_cancel_stops_within_the_step_and_leaves_everything_as_it_was(
+    sd15, before, run, evidence, comfy_host, shown_texts
+):
     import comfy.model_management as model_management
 
     calls = []
@@ -158,7 +160,7 @@ def test_cancel_stops_within_the_step_and_leaves_everything_as_it_was(sd15, befo
         run(sd15, steps=50, precision="bf16", gradient_checkpointing=True)
     handle.remove()
     assert len(calls) == 2
-    assert [text.split(",")[0] for text in spoken] == ["step 1/50"]
+    assert [text.split(",")[0] for text in shown_texts] == ["step 1/50"]
     assert not model_management.processing_interrupted()
     assert set((comfy_host.base / "models/sa_inject").rglob("*.safetensors")) == adapters
     assert_unchanged(evidence(sd15), before)
@@ -203,15 +205,15 @@ def steps_run(sd15, run, **inputs) -> tuple[Trained, int]:
     return found, len(calls)
 
 
-def test_cancelled_training_goes_on_when_it_is_queued_again(sd15, trained, run, stop, kept, caplog, spoken):
+def test_cancelled_training_goes_on_when_it_is_queued_again(sd15, trained, run, stop, kept, caplog, shown_texts):
     stop(1, steps=STEPS)
     stop(1, steps=STEPS)
     assert len(kept()) == 1
-    spoken.clear()
+    shown_texts.clear()
     with caplog.at_level(logging.INFO):
         found, taken = steps_run(sd15, run, steps=STEPS, file_name="another name")
     assert taken == STEPS - 2
-    assert spoken[0].startswith(f"step 3/{STEPS}")
+    assert shown_texts[0].startswith(f"step 3/{STEPS}")
     assert any("stopped at step 2, and goes on from there" in message for message in caplog.messages)
     assert found.losses == trained.losses
     assert all(same_bytes(found.tensors[key], tensor) for key, tensor in trained.tensors.items())
@@ -607,17 +609,7 @@ def test_matched_mode_noises_the_reference(sd15, trained, run):
 # --- what the user sees -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def spoken(comfy_host, monkeypatch) -> list[str]:
-    """The texts that were sent to the node."""
-    import server
-
-    texts: list[str] = []
-    monkeypatch.setattr(server.PromptServer.instance, "send_progress_text", lambda text, node_id: texts.append(text))
-    return texts
-
-
-def test_progress_tells_step_loss_and_time_left_every_step(sd15, run, spoken, monkeypatch, caplog):
+def test_progress_tells_step_loss_and_time_left_every_step(sd15, run, shown_texts, monkeypatch, caplog):
     import comfy.utils
 
     bar = []
@@ -625,10 +617,10 @@ def test_progress_tells_step_loss_and_time_left_every_step(sd15, run, spoken, mo
     with caplog.at_level(logging.INFO):
         found = run(sd15, steps=3, file_name="told")
     assert bar == [(1, 3), (2, 3), (3, 3)]
-    *steps, last = spoken
-    told = [re.fullmatch(r"step (\d)/3, loss (\d+\.\d{4}), \d+:\d\d left", text).groups() for text in steps]
-    assert [number for number, _ in told] == ["1", "2", "3"]
-    assert float(told[0][1]) == pytest.approx(found.losses[0], abs=1e-4)
+    *steps, last = shown_texts
+    shown = [re.fullmatch(r"step (\d)/3, loss (\d+\.\d{4}), \d+:\d\d left", text).groups() for text in steps]
+    assert [number for number, _ in shown] == ["1", "2", "3"]
+    assert float(shown[0][1]) == pytest.approx(found.losses[0], abs=1e-4)
     assert last == f"saved {found.adapter.name}.safetensors"
 
     ours = [record for record in caplog.records if record.name.startswith("sa_inject")]

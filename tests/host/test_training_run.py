@@ -198,12 +198,12 @@ def test_a_stopped_and_a_failed_run_say_so(run, stopped, folder):
     from sa_inject.nodes.host.training_runs import known_run
 
     stopped(1, steps=3)
-    told = known_run("seen")
-    assert told is not None and told["phase"] == "stopped" and told["step"] == 1
+    shown = known_run("seen")
+    assert shown is not None and shown["phase"] == "stopped" and shown["step"] == 1
     with pytest.raises(ValueError):
         run(captions="nothing of it")
-    told = known_run("seen")
-    assert told is not None and told["phase"] == "error" and "placeholder token" in told["text"]
+    shown = known_run("seen")
+    assert shown is not None and shown["phase"] == "error" and "placeholder token" in shown["text"]
 
 
 def test_a_run_is_known_after_a_restart(run, monkeypatch):

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from tests.host.learned_words import encoder_of_prompts, same, teach, vectors
+from tests.host.learned_words import encoder_of_prompts, same, vectors, with_token
 
 LONG = "very " * 90
 
@@ -101,7 +101,7 @@ def patched_clip(clips, tokens, comfy_host):
         path = folder / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)
         safetensors.torch.save_file(of_name or vectors("clip_l", "clip_g", seed=90 + number), path)
-    yield {kind: teach(clip, tokens[kind]) for kind, clip in clips.items()}
+    yield {kind: with_token(clip, tokens[kind]) for kind, clip in clips.items()}
     for name in [*contents, "other", "toys/sainj"]:
         (folder / f"{name}.safetensors").unlink()
 
@@ -161,7 +161,7 @@ def test_words_of_every_kind_are_found(encode, clips, patched_clip, tokens, plac
     from sa_inject.nodes.host.text import check_placeholder_token
 
     check_placeholder_token(clips["sd15"], placeholder_token)
-    found = encode(teach(clips["sd15"], tokens["sd15"], placeholder_token), prompt)
+    found = encode(with_token(clips["sd15"], tokens["sd15"], placeholder_token), prompt)
     assert same(found, encode(clips["sd15"], plain(stock)))
 
 
@@ -176,15 +176,15 @@ def test_words_of_every_kind_are_found(encode, clips, patched_clip, tokens, plac
     ],
 )
 def test_words_of_every_kind_are_not_found_in_longer_ones(encode, clips, tokens, placeholder_token, prompt):
-    patched_clip = teach(clips["sd15"], tokens["sd15"], placeholder_token)
+    patched_clip = with_token(clips["sd15"], tokens["sd15"], placeholder_token)
     assert same(encode(patched_clip, prompt), encode(clips["sd15"], prompt))
 
 
 @pytest.mark.parametrize("words", [("sain", "sainj"), ("sainj", "sainj-2"), ("小明", "小明明"), ("toyx", "my_toyx")])
 def test_a_word_that_contains_another_is_read_as_itself(encode, clips, patched_clip, tokens, words):
     short, long = words
-    both = teach(teach(clips["sd15"], vectors(seed=7), short), tokens["sd15"], long)
-    other_way = teach(teach(clips["sd15"], tokens["sd15"], long), vectors(seed=7), short)
+    both = with_token(with_token(clips["sd15"], vectors(seed=7), short), tokens["sd15"], long)
+    other_way = with_token(with_token(clips["sd15"], tokens["sd15"], long), vectors(seed=7), short)
     expected = encode(clips["sd15"], plain("a WORD , WORD toy"))
     for clip in (both, other_way):
         assert same(encode(clip, f"a {long}, {long.upper()} toy"), expected)
@@ -198,7 +198,7 @@ def complaints(caplog) -> list[str]:
 
 
 def test_a_word_that_was_not_found_is_reported_once_for_each_text(encode, clips, tokens, caplog):
-    clip = teach(teach(clips["sd15"], tokens["sd15"]), vectors(seed=3), "wubbo")
+    clip = with_token(with_token(clips["sd15"], tokens["sd15"]), vectors(seed=3), "wubbo")
     for text in (
         "unsainjed toys",
         "unsainjed toys",
@@ -216,7 +216,7 @@ def test_a_word_that_was_not_found_is_reported_once_for_each_text(encode, clips,
 def test_nothing_is_reported_where_the_word_is_found_or_not_meant(encode, clips, patched_clip, caplog):
     for text in ("sainj", "", "a toy", "embedding:sainj_style", "embedding:other,sainj", "<lora:sainj:1> toy"):
         encode(patched_clip["sd15"], text)
-    long_word = teach(teach(clips["sd15"], vectors(), "sain"), vectors(), "sainj")
+    long_word = with_token(with_token(clips["sd15"], vectors(), "sain"), vectors(), "sainj")
     encode(long_word, "sainj toy")
     assert complaints(caplog) == []
 

@@ -347,8 +347,8 @@ def test_training_whose_previews_are_cancelled_is_not_done_again(server, subject
             node["inputs"]["previews"] = 0
     with server.client.listen() as events:
         server.client.run(graph, timeout=300)
-    told = [event["data"]["text"] for event in events if event["type"] == "progress_text"]
-    assert told == ["previews-cancelled.safetensors holds this adapter already"]
+    texts = [event["data"]["text"] for event in events if event["type"] == "progress_text"]
+    assert texts == ["previews-cancelled.safetensors holds this adapter already"]
     folder = server.base / "models" / "sa_inject"
     assert [path.name for path in folder.glob("previews-cancelled*.safetensors")] == ["previews-cancelled.safetensors"]
 
@@ -360,5 +360,5 @@ def steps_told(events: list[dict]) -> int:
 
 def steps_of(events: list[dict]) -> list[int]:
     """The steps that the node has shown, among other texts."""
-    told = [re.match(r"step (\d+)/", e["data"]["text"]) for e in events if e["type"] == "progress_text"]
-    return [int(match[1]) for match in told if match]
+    matches = [re.match(r"step (\d+)/", e["data"]["text"]) for e in events if e["type"] == "progress_text"]
+    return [int(match[1]) for match in matches if match]

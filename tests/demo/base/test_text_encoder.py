@@ -13,7 +13,7 @@ CAPTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "expected"),
+    ("name", "index", "expected"),
     [
         ("embeddings.token_embedding.weight", (0, 0), -0.0087738),
         ("embeddings.token_embedding.weight", (49407, 767), -0.0070953),
@@ -21,9 +21,9 @@ CAPTIONS = [
         ("encoder.layers.11.mlp.fc1.weight", (3071, 766), 0.0252685),
     ],
 )
-def test_the_drawn_numbers_are_those_that_the_weights_were_trained_with(text_encoder_weights, name, place, expected):
+def test_the_drawn_numbers_are_those_that_the_weights_were_trained_with(text_encoder_weights, name, index, expected):
     """First, middle and last of the stream: one number more or less, or another order, would change the last."""
-    assert text_encoder_weights[name][place].item() == pytest.approx(expected, rel=3e-3)
+    assert text_encoder_weights[name][index].item() == pytest.approx(expected, rel=3e-3)
 
 
 @torch.inference_mode()

@@ -53,8 +53,8 @@ def test_the_prediction_depends_on_the_latent_the_time_and_the_words(module, ope
     first, others = inputs(seed=0), inputs(seed=1)
     others = (others[0], others[1] + 50, others[2])
     predicted = module.predict_noise(open_unet, *first)
-    for place in range(3):
-        changed = module.predict_noise(open_unet, *first[:place], others[place], *first[place + 1 :])
+    for index in range(3):
+        changed = module.predict_noise(open_unet, *first[:index], others[index], *first[index + 1 :])
         assert (changed - predicted).norm() > 0.01 * predicted.norm()
 
 
