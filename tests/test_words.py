@@ -152,9 +152,30 @@ def test_tooltips_have_short_sentences(path):
     assert [sentence for text in shown_texts(path) for sentence in too_long(text)] == []
 
 
+def docstrings(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+@pytest.mark.parametrize("folder", sorted({pattern.partition("/")[0] for pattern in CODE}))
+def test_docstrings_have_short_sentences(folder):
+    files = [path for pattern in CODE if pattern.startswith(folder) for path in ROOT.glob(pattern)]
+    found = {
+        f"{path.relative_to(ROOT)}: {sentence}"
+        for path in files
+        if "nodes/host/" not in path.as_posix()
+        for text in docstrings(path.read_text(encoding="utf-8"))
+        for sentence in too_long(text)
+    }
+    assert files and not found
+
+
 def test_long_sentences_and_retired_names_are_found():
     long = "word " * 31
     assert too_long(f"Short one. {long.strip()}. Short.") == [f"{long.strip()}."]
     assert too_long(f"| {long} | cell |") == [long.strip()]
     assert too_long(f"    {long}") == []
+    source = f'def f():\n    """Short.\n\n    {long}\n    """'
+    assert [sentence for text in docstrings(source) for sentence in too_long(text)] == [long.strip()]
     assert names_in("x = settled.settle()  # keep_hidden") & set(RETIRED) == {"settle"}
