@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -15,13 +14,13 @@ from torch.amp.grad_scaler import GradScaler
 from ..core.image_prompt import TextConditioning
 from ..core.lora import SelfAttentionLoRA
 from .average import PolynomialAverage
+from .batches import Batch, BatchSampler, RandomState
 from .config import TrainConfig
 from .denoiser import Denoiser
-from .examples import Pair, TrainingSet, group_by_shape
+from .examples import TrainingSet
 from .losses import Loss, PairLosses
-from .noised import NoisedPairs, noised_pairs
+from .noised import NoisedPairs
 from .optimizers import build_optimizer, build_schedule
-from .prior import ClassPairs
 from .workers import Alone, Workers, sum_gradients
 
 
@@ -81,14 +80,11 @@ class Training(Iterator[Step]):
         self._workers = workers or Alone()
         for token in tokens:
             token.requires_grad_(config.token_learning_rate > 0)
-        self._sigmas = denoiser.sigmas.cpu()  # ascending
         has_class_pictures = len(getattr(data, "class_pictures", ())) > 0
         self._losses = PairLosses(denoiser, lora, reference_caption, config, device, compute_dtype, has_class_pictures)
-        self._generator = torch.Generator().manual_seed(config.seed)
-        self._pairs = data.pairs(config.reference_dropout, self._generator)
-        uses_class_pictures = has_class_pictures and config.options.prior_weight > 0
-        self._class_pairs = ClassPairs(data, self._generator) if uses_class_pictures else None
-        self._rng_state = self._capture_rng_state()  # as the last whole step left it
+        self._uses_class_pictures = has_class_pictures and config.options.prior_weight > 0
+        self._batches = BatchSampler(data, denoiser.sigmas.cpu(), config, device)
+        self._random_state = self._batches.state()  # as the last whole step left it
         self._optimizer = build_optimizer(config, lora.parameters(), self._tokens)
         self._schedule = build_schedule(self._optimizer, config)
         self._scaler = GradScaler(device.type, enabled=config.loss_scaling)
@@ -124,7 +120,7 @@ class Training(Iterator[Step]):
             self._schedule.step()
         if self._average is not None:
             self._average.update_parameters(self._create_trainables)
-        self._rng_state, self._scale = self._capture_rng_state(), self._scaler.state_dict()
+        self._random_state, self._scale = self._batches.state(), self._scaler.state_dict()
         return Step(number, loss, self._gradient_norm)
 
     def _optimize(self, number: int) -> bool:
@@ -193,9 +189,7 @@ class Training(Iterator[Step]):
 
     def rewind(self) -> None:
         """Drop what a step that failed has drawn and added up, as if it had not begun."""
-        random, waiting = self._rng_state
-        self._generator.set_state(random)
-        self._pairs.waiting = list(waiting)
+        self._batches.restore(self._random_state)
         self._scaler.load_state_dict(self._scale)
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -219,7 +213,6 @@ class Training(Iterator[Step]):
     def state_dict(self) -> dict[str, Any]:
         """Where the last whole step left everything: numbers, lists and tensors, as torch.load(weights_only=True)
         takes them. The tensors are the live ones: save or copy them before the next step."""
-        random, waiting = self._rng_state
         return {
             "losses": list(self.losses),
             "trainables": self._create_trainables.state_dict(),
@@ -227,8 +220,8 @@ class Training(Iterator[Step]):
             "optimizer": self._optimizer.state_dict(),
             "schedule": None if self._schedule is None else self._schedule.state_dict(),
             "scaler": self._scale,
-            "generator": random,
-            "waiting": list(waiting),
+            "generator": self._random_state.generator,
+            "waiting": list(self._random_state.waiting),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -241,39 +234,25 @@ class Training(Iterator[Step]):
             self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
         self._scale = state["scaler"]
-        self._generator.set_state(state["generator"])
-        self._pairs.waiting = list(state["waiting"])
+        self._batches.restore(RandomState(state["generator"], list(state["waiting"])))
         self.losses = list(state["losses"])
-        self._rng_state = self._capture_rng_state()
+        self._random_state = self._batches.state()
         self._optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way
-
-    def _capture_rng_state(self) -> tuple[Tensor, list[int]]:
-        return self._generator.get_state(), list(self._pairs.waiting)
 
     def _accumulate_gradients(self) -> float:
         """Add up the gradients of this process's part of one batch, and of as many class pictures; its loss."""
-        config = self._config
-        with_reference = (1 - config.reference_start) * len(self._sigmas)  # noise levels, from the lowest
-        batch = list(itertools.islice(self._pairs, config.batch_size))
-        levels = torch.randint(len(self._sigmas), (len(batch),), generator=self._generator)  # uniform, as the model's
-        batch = _drop_references_at_high_noise(batch, levels, with_reference)
-        batch = _drop_captions(batch, config.options.caption_dropout, self._generator)
-        total = self._backward(batch, levels, 1.0, self._losses.of_pairs)
-        if self._class_pairs is not None:
-            batch = list(itertools.islice(self._class_pairs, config.batch_size))
-            levels = torch.randint(math.ceil(with_reference), (len(batch),), generator=self._generator)
-            total += self._backward(batch, levels, config.options.prior_weight, self._losses.of_class_pairs)
+        total = self._backward(self._batches.draw(), 1.0, self._losses.of_pairs)
+        if self._uses_class_pictures:
+            weight = self._config.options.prior_weight
+            total += self._backward(self._batches.draw_class_pictures(), weight, self._losses.of_class_pairs)
         return total
 
-    def _backward(
-        self, batch: Sequence[Pair], levels: Tensor, weight: float, losses: Callable[[NoisedPairs], Iterator[Loss]]
-    ) -> float:
-        """Add up the gradients of these pairs at these noise levels; their mean loss, times the weight."""
+    def _backward(self, batch: Batch, weight: float, losses: Callable[[NoisedPairs], Iterator[Loss]]) -> float:
+        """Add up the gradients of a batch; its mean loss, times the weight."""
         total = 0.0
-        for places in group_by_shape(batch):
-            group, sigma = [batch[place] for place in places], self._sigmas[levels[places]].to(self._device)
-            for part in self._parts(noised_pairs(group, sigma, self._config.reference_mode, self._generator)):
-                share = weight * (len(part.pairs) / len(batch) / self._config.gradient_accumulation)
+        for group in batch.groups:
+            for part in self._parts(group):
+                share = weight * (len(part.pairs) / batch.size / self._config.gradient_accumulation)
                 # One after the other, and each graph is gone before the next is built: memory for one is enough.
                 for loss, shares_its_graph in losses(part):
                     loss = share * loss
@@ -294,19 +273,3 @@ class Training(Iterator[Step]):
 def _norms(vectors: Tensor) -> Tensor:
     """(n, width) -> (n, 1)"""
     return cast(Any, vectors).norm(dim=-1, keepdim=True)
-
-
-def _drop_references_at_high_noise(batch: Sequence[Pair], levels: Tensor, first: float) -> list[Pair]:
-    """Let the word stand alone at noise levels from `first` on, which a sampler goes through first."""
-    return [
-        pair if level < first else pair._replace(reference=None)
-        for pair, level in zip(batch, map(int, levels), strict=True)
-    ]
-
-
-def _drop_captions(batch: Sequence[Pair], share: float, generator: torch.Generator) -> list[Pair]:
-    """Let about this share of the pairs have an empty caption. Nothing is drawn where none is to have one."""
-    if share == 0:
-        return list(batch)
-    dropped = torch.rand(len(batch), generator=generator) < share
-    return [pair._replace(caption="") if drop else pair for pair, drop in zip(batch, map(bool, dropped), strict=True)]
