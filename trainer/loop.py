@@ -71,9 +71,9 @@ class Training(Iterator[Step]):
         self.overflows = 0  # batches that gave no step, for their gradients overflowed in float16
         self._config = config
         self._device = device
-        self._create_trainables = nn.ParameterList([*lora.parameters(), *tokens])
+        self._trainables = nn.ParameterList([*lora.parameters(), *tokens])
         self._average = (
-            None if config.average_power is None else PolynomialAverage(self._create_trainables, config.average_power)
+            None if config.average_power is None else PolynomialAverage(self._trainables, config.average_power)
         )
         self._tokens = list(tokens)
         self._token_norms = [_norms(token.detach()) for token in tokens]
@@ -102,7 +102,7 @@ class Training(Iterator[Step]):
             self._freeze_tokens()
         for _ in range(OVERFLOWS_IN_A_ROW):
             loss = sum(self._accumulate_gradients() for _ in range(self._config.gradient_accumulation))
-            loss = sum_gradients(list(self._create_trainables), loss, self._workers)
+            loss = sum_gradients(list(self._trainables), loss, self._workers)
             if not math.isfinite(loss):
                 raise DivergedError(
                     f"The loss became {loss} at step {number}. Lower the learning rates, or choose a wider precision."
@@ -119,7 +119,7 @@ class Training(Iterator[Step]):
         if self._schedule is not None:
             self._schedule.step()
         if self._average is not None:
-            self._average.update_parameters(self._create_trainables)
+            self._average.update_parameters(self._trainables)
         self._random_state, self._scale = self._batches.state(), self._scaler.state_dict()
         return Step(number, loss, self._gradient_norm)
 
@@ -129,12 +129,12 @@ class Training(Iterator[Step]):
         Raises Diverged, and changes nothing then, where they are none though nothing scales them.
         """
         config = self._config
-        if all(parameter.grad is None for parameter in self._create_trainables):
+        if all(parameter.grad is None for parameter in self._trainables):
             self._optimizer.step()  # of nothing: a word alone that does not learn
             self._gradient_norm = None
             return True
         self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._create_trainables, config.max_gradient_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._trainables, config.max_gradient_norm)
         self._gradient_norm = norm.item()
         is_finite = math.isfinite(self._gradient_norm)
         if not (is_finite or config.loss_scaling):
@@ -171,20 +171,20 @@ class Training(Iterator[Step]):
     def apply_average(self) -> None:
         """Let the trainables be their average over the steps, where one is kept."""
         if self._average is not None:
-            self._create_trainables.load_state_dict(self._average.module.state_dict())
+            self._trainables.load_state_dict(self._average.module.state_dict())
             self._restore_token_norms()
 
     @contextlib.contextmanager
     def averaged(self) -> Generator[None]:
         """Let the trainables be what `apply_average` makes of them, for as long as this lasts."""
-        before = [parameter.detach().clone() for parameter in self._create_trainables]
+        before = [parameter.detach().clone() for parameter in self._trainables]
         try:
             if self.losses:  # before the first step there is nothing to average
                 self.apply_average()
             yield
         finally:
             with torch.no_grad():
-                for parameter, value in zip(self._create_trainables, before, strict=True):
+                for parameter, value in zip(self._trainables, before, strict=True):
                     parameter.copy_(value)
 
     def rewind(self) -> None:
@@ -215,7 +215,7 @@ class Training(Iterator[Step]):
         takes them. The tensors are the live ones: save or copy them before the next step."""
         return {
             "losses": list(self.losses),
-            "trainables": self._create_trainables.state_dict(),
+            "trainables": self._trainables.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": None if self._schedule is None else self._schedule.state_dict(),
@@ -226,7 +226,7 @@ class Training(Iterator[Step]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Only for a run over the same pictures, with the same settings but `steps`."""
-        self._create_trainables.load_state_dict(state["trainables"])
+        self._trainables.load_state_dict(state["trainables"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
