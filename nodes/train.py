@@ -16,7 +16,8 @@ from .host.drawing.preview import draw_previews, draw_samples, sample_texts
 from .host.files import adapter_folder
 from .host.images import SIZE_MULTIPLE, encode_picture, fit_picture, split_images, to_comfy
 from .host.inputs import mark_advanced
-from .host.learning.training import PRECISIONS, AdapterTraining
+from .host.learning.training import AdapterTraining
+from .host.learning.training_models import PRECISIONS
 from .host.learning.training_set import Subject
 from .host.masks import keeps_something, split_masks
 from .host.networks.registry import describe

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,7 @@ from sa_inject.nodes.host.learning.autograd import (
 )
 from sa_inject.nodes.host.learning.denoiser import ComfyDenoiser
 from sa_inject.nodes.host.learning.training import AdapterTraining
+from sa_inject.nodes.host.learning.training_models import TrainingModels
 from sa_inject.nodes.host.learning.training_set import Subject
 from sa_inject.nodes.host.text import clip_with_token
 from sa_inject.trainer.config import TrainConfig
@@ -62,6 +64,22 @@ class Trainables:
         return {}
 
 
+class UnfrozenModels(TrainingModels):
+    """Without the memory-efficient layers, which are for frozen weights. Here they may be trained."""
+
+    def __init__(self, *models: Any, autocast: torch.dtype, **settings: Any) -> None:
+        super().__init__(*models, **settings)
+        self._autocast = autocast
+
+    def let_gradients_through(self, undo: contextlib.ExitStack) -> torch.dtype:
+        make_differentiable(self.patcher.model)
+        make_differentiable(self.clip.cond_stage_model)
+        undo.enter_context(out_of_place_text_encoder(self.clip, checkpointing=False))
+        undo.enter_context(cast_once(self.clip.cond_stage_model, self._autocast))
+        undo.enter_context(weights_kept(self.patcher.model.diffusion_model))
+        return torch.float32
+
+
 class TrainingSetup(AdapterTraining):
     """The pack's training of one subject, with any trainables. `lora` is untrained."""
 
@@ -72,12 +90,20 @@ class TrainingSetup(AdapterTraining):
         config: TrainConfig,
         denoiser_class: Callable[..., ComfyDenoiser] = ComfyDenoiser,
     ) -> None:
-        super().__init__(models.model, models.clip, models.vae, subject, config, denoiser_class=denoiser_class)
         self.autocast = models.dtype
+        super().__init__(
+            models.model,
+            models.clip,
+            models.vae,
+            subject,
+            config,
+            denoiser_class=denoiser_class,
+            models_class=partial(UnfrozenModels, autocast=models.dtype),
+        )
 
     @property
     def unet(self) -> nn.Module:
-        return self.patcher.model.diffusion_model
+        return self.models.patcher.model.diffusion_model
 
     def learn(self, trainables: Any, **changes: Any) -> list[float]:
         """Run the loop. -> the loss of every step"""
@@ -97,15 +123,6 @@ class TrainingSetup(AdapterTraining):
 
     def learned_word(self) -> dict[str, Tensor]:
         return {name: vector.detach().cpu() for name, vector in self.tokens.items()}
-
-    def _let_gradients_through(self, undo: contextlib.ExitStack) -> torch.dtype:
-        """Without the memory-efficient layers, which are for frozen weights. Here they may be trained."""
-        make_differentiable(self.patcher.model)
-        make_differentiable(self.clip.cond_stage_model)
-        undo.enter_context(out_of_place_text_encoder(self.clip, checkpointing=False))
-        undo.enter_context(cast_once(self.clip.cond_stage_model, self.autocast))
-        undo.enter_context(weights_kept(self.unet))
-        return torch.float32
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import comfy.model_management as model_management
 import torch
 from torch import Tensor, nn
 
@@ -29,34 +28,18 @@ from ....trainer.workers import FollowerDoneError, current_workers, share_state
 from ..adapter_index import warn_of_adapters_with
 from ..embeddings import embedding_from_file
 from ..networks.registry import describe, is_transformer, positions, warn_if_experimental
-from ..networks.unet import compute_dtype, prediction_type
+from ..networks.unet import prediction_type
 from ..text import check_placeholder_token, clip_with_token, encode_text, finder, initial_token_embedding
-from .autograd import (
-    checkpoint_activations,
-    clone_for_autograd,
-    make_differentiable,
-    memory_efficient_layers,
-    out_of_place_text_encoder,
-    recompute_cheap_ops,
-    training_mode,
-)
+from .autograd import clone_for_autograd, training_mode
 from .checkpoint import TrainingCheckpoint
 from .denoiser import ComfyDenoiser
 from .fingerprint import Digest, training_fingerprint
-from .plain_weights import plain_weights
 from .preflight import preflight
 from .steps import Steps
+from .training_models import TrainingModels, load_fully
 from .training_set import Subject, training_set, without_inference_tensors
-from .transformer_blocks import transformer_gradients
 
 log = logging.getLogger(__name__)
-
-PRECISIONS: dict[str, torch.dtype | None] = {
-    "auto": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
 
 
 class AdapterTraining:
@@ -69,7 +52,6 @@ class AdapterTraining:
     lora: SelfAttentionLoRA
     tokens: dict[str, nn.Parameter]
     denoiser: ComfyDenoiser
-    dtype: torch.dtype  # of the computation
     # From `run` on.
     reference_text: TextConditioning  # what the reference pass reads, the same from the first step to the last
     fingerprint: str = ""  # of what the steps are given
@@ -87,6 +69,7 @@ class AdapterTraining:
         hold_out: bool = False,
         begin_with: Adapter | None = None,
         denoiser_class: Callable[..., ComfyDenoiser] = ComfyDenoiser,
+        models_class: Callable[..., TrainingModels] = TrainingModels,
     ) -> None:
         """hold_out: learn all pictures but one, at which is measured. begin_with: an adapter whose values come first,
         with its rank, its alpha and as many vectors of the word."""
@@ -113,37 +96,24 @@ class AdapterTraining:
         config = dataclasses.replace(config, token_vectors=len(next(iter(self._initial.values()))))
         self.data = training_set(model, vae, subject, self._captions, config.seed, config.options)
         self.data, self.held_out = held_out_of(self.data) if hold_out else (self.data, [])
-        self.patcher = model.clone()  # over the same weights; another compute precision does not reach the user's
-        self._forced_dtype = PRECISIONS[precision]
-        if self._forced_dtype is not None:
-            self.patcher.set_model_compute_dtype(self._forced_dtype)
-        self.clip, self.subject, self.config = clip, subject, config
-        self.checkpointing = checkpointing
+        self.models = models_class(model, clip, precision=precision, checkpointing=checkpointing)
+        self.subject, self.config = subject, config
         self._denoiser_class = denoiser_class
-        self._known_texts: dict[str, TextConditioning] | None = None
+        self._known_texts: dict[str, TextConditioning] = {}
 
     @property
     def device(self) -> torch.device:
-        return self.patcher.load_device
+        return self.models.device
 
     @contextlib.contextmanager
     def prepare(self) -> Iterator[None]:
         """Load the models, let gradients through them, and create what is learned."""
-        try:
-            self._enter()
-            self.config = dataclasses.replace(self.config, loss_scaling=self.dtype == torch.float16)
+        self._known_texts = self._texts_in_advance()
+        self.models.needs_clip = not self._known_texts
+        with self.models.loaded():
+            self.config = dataclasses.replace(self.config, loss_scaling=self.models.dtype == torch.float16)
             self._create_trainables()
             yield
-        finally:
-            self._undo.close()
-
-    @contextlib.contextmanager
-    def released(self) -> Iterator[None]:
-        """Inside `prepare`: the models as other nodes have them, under inference mode, for as long as this lasts."""
-        self._undo.close()
-        with torch.inference_mode():
-            yield
-        self._enter()
 
     def run(self, folder: Path, watch: Watch) -> list[float]:
         """Take the steps that are left, and return the losses of all.
@@ -160,13 +130,13 @@ class AdapterTraining:
         checkpoint.resume(training, self.config.steps)
         share_state(training, current_workers())
         watch.begin(training, self.fingerprint)
-        watch.warn(preflight(self.subject, self._captions, finder(self.clip, self.subject.placeholder_token)))
+        watch.warn(preflight(self.subject, self._captions, finder(self.models.clip, self.subject.placeholder_token)))
         steps = Steps(
             training,
             checkpoint,
             Validation(self.data, self.held_out, self.config, self.denoiser.sigmas.cpu()),
             watch,
-            released=self.released,
+            released=self.models.released,
             build=lambda: self.build("", steps=len(training.losses)),
             save_memory=lambda: self._save_memory(training),
             device=self.device,
@@ -187,7 +157,7 @@ class AdapterTraining:
             self.subject.class_word,
             dataclasses.replace(self.config, **changes),
             device=self.device,
-            compute_dtype=self.dtype,
+            compute_dtype=self.models.dtype,
             workers=current_workers(),
         )
 
@@ -208,32 +178,11 @@ class AdapterTraining:
             ),
         )
 
-    def _enter(self) -> None:
-        self._undo = contextlib.ExitStack()
-        self._undo.callback(self._give_back)
-        try:
-            self._undo.enter_context(training_mode())
-            if self._known_texts is None:
-                self._known_texts = self._texts_in_advance()
-            load_fully([self.patcher, *([] if self._known_texts else [self.clip.patcher])])
-            self.dtype = self._let_gradients_through(self._undo)
-        except BaseException:
-            self._undo.close()
-            raise
-
-    def _give_back(self) -> None:
-        if self._forced_dtype is not None:
-            # After a full load unpatching would leave the forced casts on, and the next partial load would take
-            # those layers for offloaded ones and skip the user's LoRA on them.
-            self.patcher.model.model_lowvram = True
-            self.patcher.unpatch_model(self.patcher.offload_device)
-        model_management.soft_empty_cache()
-
     def _save_memory(self, training: Training) -> str | None:
         """Take less memory from the next step on. -> how, in words; None when nothing is left to do"""
-        if not self.checkpointing:
-            self.checkpointing = True
-            with self.released():
+        if not self.models.checkpointing:
+            self.models.checkpointing = True
+            with self.models.released():
                 pass
             return "with gradient checkpointing"
         rows = training.max_rows or self.config.batch_size
@@ -241,25 +190,6 @@ class AdapterTraining:
             return None
         training.max_rows = rows // 2
         return f"with {training.max_rows} of {self.config.batch_size} pictures at a time, which gives the same step"
-
-    def _let_gradients_through(self, undo: contextlib.ExitStack) -> torch.dtype:
-        """Change both loaded models for the training. -> what the network computes in"""
-        base, encoder = self.patcher.model, self.clip.cond_stage_model
-        network = base.diffusion_model
-        undo.enter_context(plain_weights(self.patcher, *([] if self._known_texts else [self.clip.patcher])))
-        make_differentiable(base)
-        make_differentiable(encoder)
-        undo.enter_context(memory_efficient_layers(network, encoder))
-        if is_transformer(network):
-            undo.enter_context(transformer_gradients(network, self.checkpointing))
-        else:
-            save_activation_memory = checkpoint_activations if self.checkpointing else recompute_cheap_ops
-            undo.enter_context(save_activation_memory(network))
-        dtype = compute_dtype(base)
-        # Not float16, which cannot hold what some text encoders compute.
-        text_dtype = dtype if dtype == torch.bfloat16 else torch.float32
-        undo.enter_context(out_of_place_text_encoder(self.clip, self.checkpointing, text_dtype))
-        return dtype
 
     def _create_trainables(self) -> None:
         """The LoRA, the token embeddings, a CLIP that reads the placeholder as them, and a denoiser with that."""
@@ -271,18 +201,18 @@ class AdapterTraining:
         if self._begin_with is not None:
             values = self._begin_with.lora.state_dict()
             self.lora.load_state_dict({key: clone_for_autograd(value) for key, value in values.items()})
-        text_device = self.clip.patcher.load_device
+        text_device = self.models.clip.patcher.load_device
         self.tokens = {
             name: nn.Parameter(clone_for_autograd(vector).to(text_device)) for name, vector in self._initial.items()
         }
-        self._patched_clip = clip_with_token(self.clip, self.subject.placeholder_token, self.tokens)
+        self._patched_clip = clip_with_token(self.models.clip, self.subject.placeholder_token, self.tokens)
         self.denoiser = self._denoiser_class(
-            self.patcher.model,
-            self.patcher.get_model_object("model_sampling"),
+            self.models.patcher.model,
+            self.models.patcher.get_model_object("model_sampling"),
             self._patched_clip,
             self.description.layers,
             self.device,
-            self.dtype,
+            self.models.dtype,
             positions=positions(self.description.architecture),
             known_texts=self._known_texts,
         )
@@ -292,12 +222,12 @@ class AdapterTraining:
 
         It leaves the device then: the model that is loaded next takes all room there is.
         """
-        if self.config.token_learning_rate > 0 or not is_transformer(self.patcher.model.diffusion_model):
+        if self.config.token_learning_rate > 0 or not is_transformer(self.models.patcher.model.diffusion_model):
             return {}
-        load_fully([self.clip.patcher])
-        clip = clip_with_token(self.clip, self.subject.placeholder_token, self._initial)
         captions = {caption for e in (*self.data.examples, *self.data.views, *self.held_out) for caption in e.captions}
-        with torch.no_grad():
+        with training_mode(), torch.no_grad():
+            load_fully([self.models.clip.patcher])
+            clip = clip_with_token(self.models.clip, self.subject.placeholder_token, self._initial)
             return {caption: encode_text(clip, [caption]) for caption in sorted({*captions, self.subject.class_word})}
 
     def _fingerprint(self) -> str:
@@ -309,7 +239,9 @@ class AdapterTraining:
                 digest.add(key)
                 digest.add_whole(value)
             names["begins with"] = digest.hexdigest()
-        return training_fingerprint(self.patcher, self._patched_clip, self.data, word, self.config, self.dtype, names)
+        return training_fingerprint(
+            self.models.patcher, self._patched_clip, self.data, word, self.config, self.models.dtype, names
+        )
 
     def _info(self, steps: int) -> AdapterInfo:
         config, subject = self.config, self.subject
@@ -325,16 +257,11 @@ class AdapterTraining:
                 **dataclasses.asdict(dataclasses.replace(config, steps=max(steps, 1))),
                 "resolution": subject.resolution,
                 "pictures": len(subject.pictures),
-                "prediction_type": prediction_type(self.patcher),
+                "prediction_type": prediction_type(self.models.patcher),
                 "fingerprint": self.fingerprint,
             },
             positions=positions(self.description.architecture),
         )
-
-
-def load_fully(patchers: list[Any]) -> None:
-    """Load models and keep nothing else: they are given more room than any device has."""
-    model_management.load_models_gpu(patchers, memory_required=1e20, force_full_load=True)
 
 
 def _follow(training: Training) -> NoReturn:

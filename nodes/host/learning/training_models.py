@@ -1,0 +1,109 @@
+"""The models of one training: loaded, changed so that gradients pass through them, and given back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.model_management as model_management
+import torch
+
+from ..networks.registry import is_transformer
+from ..networks.unet import compute_dtype
+from .autograd import (
+    checkpoint_activations,
+    make_differentiable,
+    memory_efficient_layers,
+    out_of_place_text_encoder,
+    recompute_cheap_ops,
+    training_mode,
+)
+from .plain_weights import plain_weights
+from .transformer_blocks import transformer_gradients
+
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+
+
+class TrainingModels:
+    """A base model and its text encoder. All weights keep their values, and all patches are removed at the end."""
+
+    dtype: torch.dtype  # of the computation, from `loaded` on
+
+    def __init__(self, model: Any, clip: Any, *, precision: str = "auto", checkpointing: bool = False) -> None:
+        """precision: a key of PRECISIONS. checkpointing: store fewer activations, and compute them again."""
+        self.patcher = model.clone()  # over the same weights; another compute precision does not reach the user's
+        self.clip = clip
+        self.checkpointing = checkpointing  # counts from the next load on
+        self.needs_clip = True  # False: all texts are encoded already
+        self._forced_dtype = PRECISIONS[precision]
+        if self._forced_dtype is not None:
+            self.patcher.set_model_compute_dtype(self._forced_dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.patcher.load_device
+
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[None]:
+        try:
+            self._enter()
+            yield
+        finally:
+            self._undo.close()
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Inside `loaded`: the models as other nodes have them, under inference mode, for as long as this lasts."""
+        self._undo.close()
+        with torch.inference_mode():
+            yield
+        self._enter()
+
+    def let_gradients_through(self, undo: contextlib.ExitStack) -> torch.dtype:
+        """Change both loaded models for the training. -> what the network computes in"""
+        base, encoder = self.patcher.model, self.clip.cond_stage_model
+        network = base.diffusion_model
+        undo.enter_context(plain_weights(self.patcher, *([self.clip.patcher] if self.needs_clip else [])))
+        make_differentiable(base)
+        make_differentiable(encoder)
+        undo.enter_context(memory_efficient_layers(network, encoder))
+        if is_transformer(network):
+            undo.enter_context(transformer_gradients(network, self.checkpointing))
+        else:
+            save_activation_memory = checkpoint_activations if self.checkpointing else recompute_cheap_ops
+            undo.enter_context(save_activation_memory(network))
+        dtype = compute_dtype(base)
+        # Not float16, which cannot hold what some text encoders compute.
+        text_dtype = dtype if dtype == torch.bfloat16 else torch.float32
+        undo.enter_context(out_of_place_text_encoder(self.clip, self.checkpointing, text_dtype))
+        return dtype
+
+    def _enter(self) -> None:
+        self._undo = contextlib.ExitStack()
+        self._undo.callback(self._give_back)
+        try:
+            self._undo.enter_context(training_mode())
+            load_fully([self.patcher, *([self.clip.patcher] if self.needs_clip else [])])
+            self.dtype = self.let_gradients_through(self._undo)
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def _give_back(self) -> None:
+        if self._forced_dtype is not None:
+            # After a full load unpatching would leave the forced casts on, and the next partial load would take
+            # those layers for offloaded ones and skip the user's LoRA on them.
+            self.patcher.model.model_lowvram = True
+            self.patcher.unpatch_model(self.patcher.offload_device)
+        model_management.soft_empty_cache()
+
+
+def load_fully(patchers: list[Any]) -> None:
+    """Load models and keep nothing else: they are given more room than any device has."""
+    model_management.load_models_gpu(patchers, memory_required=1e20, force_full_load=True)
