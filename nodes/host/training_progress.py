@@ -21,6 +21,7 @@ from ...core.adapter_file import save_adapter
 from ...core.atomic_write import atomic_write
 from ...trainer.loop import Step, Training
 from ...trainer.settings import TrainingSettings
+from ...trainer.time_left import TimeLeft
 from ...trainer.workers import FollowerDoneError
 from .contact_sheet import contact_sheet
 from .images import to_comfy
@@ -57,7 +58,7 @@ class TrainingProgress:
         self.run = TrainingRun(name, steps, node=node_id, prompt_id=getattr(server, "last_prompt_id", None))
         self.run.placeholder_token, self.run.class_word = words
         self._client = getattr(server, "client_id", None)
-        self._start, self._earlier = time.monotonic(), 0  # steps that another run has taken
+        self._time_left = TimeLeft()
         self._sent_at = -1.0
         self._training: Training | None = None
 
@@ -87,7 +88,7 @@ class TrainingProgress:
     def begin(self, training: Training, fingerprint: str) -> None:
         run = self.run
         run.begin(fingerprint, training.losses)
-        self._training, self._earlier, self._start = training, len(training.losses), time.monotonic()
+        self._training, self._time_left = training, TimeLeft()
         if training.losses:
             run.text = f"goes on from step {len(training.losses)}"
         self._send(resumed_at=len(training.losses) or None)
@@ -98,6 +99,8 @@ class TrainingProgress:
         if phase == run.phase:
             return
         run.phase = phase
+        change = self._time_left.begin_step if phase == "training" else self._time_left.begin_pause
+        change(time.monotonic())
         if phase != "training" or not run.text.startswith("goes on"):
             run.text = {"reading": "reading the pictures", "encoding": "encoding the pictures"}.get(phase, phase)
         self._send()
@@ -125,12 +128,30 @@ class TrainingProgress:
             gradient_norm=step.gradient_norm,
             memory=run.memory,
         )
-        run.left = (time.monotonic() - self._start) / (step.number - self._earlier) * (run.steps - step.number)
+        self._update_time_left(step.number)
         shown = run.rows[step.number]["smoothed"]
-        self.say(f"step {step.number}/{run.steps}, loss {shown:.4f}, {_duration(run.left)} left")
+        left = "" if run.left is None else f", {_duration(run.left)} left"
+        self.say(f"step {step.number}/{run.steps}, loss {shown:.4f}{left}")
         self._bar.update_absolute(step.number, run.steps)
         self._send()
         model_management.throw_exception_if_processing_interrupted()
+
+    def _update_time_left(self, step: int) -> None:
+        time_left, left = self._time_left, self.run.steps - step
+        was_known = time_left.is_known
+        time_left.end_step(time.monotonic())
+        self.run.left = time_left.left(left, self._pauses_from(step))
+        if time_left.is_known and not was_known and self.run.left is not None:
+            a_step = time_left.seconds_a_step
+            log.info(
+                "SA-Inject: %d steps are left, of %.2f seconds each: about %s.", left, a_step, _duration(self.run.left)
+            )
+
+    def _pauses_from(self, step: int) -> int:
+        """How many times it stops for samples or validation, from behind this step on."""
+        draws = self.settings.sample_every if self._draw is not None else 0
+        measures = self.settings.validation_every or draws
+        return max(_due_from(step, self.run.steps, every) for every in (draws, measures))
 
     def on_validation(self, step: int, loss: float) -> None:
         self.run.add(step, validation=loss)
@@ -230,6 +251,11 @@ def _keep(run: TrainingRun, step: int, adapter: Adapter, count: int) -> None:
         save_adapter(adapter, run.kept_path(step), {})
         for old in run.kept()[:-count]:
             run.kept_path(old).unlink(missing_ok=True)
+
+
+def _due_from(step: int, steps: int, every: int) -> int:
+    """How many steps from this one on are multiples of `every`, or the last one. 0 where `every` is not positive."""
+    return -(-steps // every) - (step - 1) // every if every > 0 else 0
 
 
 def _peak_memory() -> int | None:

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,6 +194,55 @@ def test_the_browser_is_told_at_most_four_times_a_second(run):
 def test_a_resumed_run_says_from_where(run, stopped):
     stopped(2, steps=4)
     assert [event["resumed_at"] for event in run(steps=4).events if event["resumed_at"]] == [2]
+
+
+def test_time_left_after_a_resume_is_that_of_the_steps_of_this_process(run, stopped, monkeypatch):
+    from sa_inject.nodes.host.training_progress import TrainingProgress
+    from sa_inject.trainer.loop import Training
+
+    stopped(2, steps=8)
+    take, update, told = Training.__next__, TrainingProgress.update, {}
+
+    def slow_at_first(self):
+        if len(self.losses) == 2:
+            time.sleep(4)
+        return take(self)
+
+    def heard(self, step):
+        update(self, step)
+        told[step.number] = (self.run.left, self.run.text)
+
+    monkeypatch.setattr(Training, "__next__", slow_at_first)
+    monkeypatch.setattr(TrainingProgress, "update", heard)
+    run(steps=8)
+    assert [told[step][0] for step in (3, 4)] == [None, None] and "left" not in told[4][1]
+    for step in (5, 6, 7):
+        assert 0 < told[step][0] < 4 * (8 - step) and told[step][1].endswith(" left")
+    assert told[8][0] == 0
+
+
+def test_samples_that_are_still_to_come_count_for_the_time_left(run, monkeypatch):
+    from sa_inject.nodes.host import training_progress
+
+    now, told = [0.0], []
+    monkeypatch.setattr(training_progress, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    update = training_progress.TrainingProgress.update
+    draw = training_progress.TrainingProgress.draw
+
+    def after_a_second(self, step):
+        now[0] += 1
+        update(self, step)
+        told.append(self.run.left)
+
+    def in_ten_seconds(self, *args):
+        now[0] += 10
+        draw(self, *args)
+
+    monkeypatch.setattr(training_progress.TrainingProgress, "update", after_a_second)
+    monkeypatch.setattr(training_progress.TrainingProgress, "draw", in_ten_seconds)
+    run(steps=6, sample_every=4)
+    assert told[:2] == [None, None]
+    assert told[2:] == pytest.approx([3 + 20, 2 + 20, 1 + 10, 10])  # samples come behind steps 4 and 6
 
 
 def test_a_stopped_and_a_failed_run_say_so(run, stopped, folder):
