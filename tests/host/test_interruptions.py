@@ -8,7 +8,7 @@ from tests.conftest import ROOT, import_folder
 def test_a_killed_training_ends_bit_by_bit_as_one_that_was_never_stopped(comfy_host, pack_nodes, tmp_path, monkeypatch):
     if "bench" not in sys.modules:
         import_folder("bench", ROOT / "bench")
-    from bench.interruptions.main import STEPS, trainer
+    from bench.interruptions.training import STEPS, trainer
     from bench.report import run_bench
     from sa_inject.nodes.host.drawing import preview
 
