@@ -1,11 +1,11 @@
-"""Trainings that are killed, cancelled, or run out of memory or disk at random moments, and end as if they had not.
+"""Trainings that are killed, cancelled, or run out of memory or disk at random moments must end with the same result.
 
     python dev.py bench interruptions            20 kills, 10 cancels, 10 times no memory, 5 times no disk
     python dev.py bench interruptions --quick    one of each
 
-A tiny SD1.5 with random weights, float32, with samples, validation and saved states. What is compared are the bits of
-the adapter. Every training is interrupted up to three times, in processes of their own. Cancels go through the
-/interrupt of a server. It needs a system that can fork, such as Linux.
+A tiny SD1.5 with random weights, float32, with samples, validation and saved states. The bits of the adapter
+are compared. Every training is interrupted up to three times, in processes of their own. Cancels go through the
+/interrupt of a server. The system must be able to fork, as Linux is.
 """
 
 from __future__ import annotations

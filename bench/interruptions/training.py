@@ -28,7 +28,7 @@ def trainer_on(base: Path) -> Callable[[], str]:
 
 
 def trainer(host: Any) -> Callable[[], str]:
-    """`train()` trains through the node, and goes on where it was stopped. -> a digest of the adapter's bits"""
+    """`train()` trains through the node, and resumes if it was stopped. -> a digest of the adapter's bits"""
     from sa_inject.nodes.host.drawing import preview
 
     preview.STEPS = 2
