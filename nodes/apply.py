@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..core.adapter import Adapter
+from ..core.image_prompt import ImagePrompt
 from ..core.schedule import DEFAULT_STRENGTH, REFERENCE_START
 from .host.drawing.injection import APPLY_TO, BLOCK_CHOICES, build_injection
 from .host.drawing.patched_model import patch_model
@@ -95,7 +97,16 @@ class ApplySelfAttnInjection(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, adapter, image_prompt, strength, start_percent, end_percent, apply_to, blocks, attn_mask=None
+        cls,
+        model: io.Model.Type,
+        adapter: Adapter,
+        image_prompt: ImagePrompt,
+        strength,
+        start_percent,
+        end_percent,
+        apply_to,
+        blocks,
+        attn_mask=None,
     ) -> io.NodeOutput:
         injection = build_injection(
             model,

@@ -63,7 +63,7 @@ def train_job(job: dict[str, Any]) -> None:
         _execute(TrainSAInjectAdapter, {**job, **pictures, "model": model, "clip": clip, "vae": vae, "settings": more})
 
 
-def _execute(node: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:
+def _execute(node: type[io.ComfyNode], inputs: dict[str, Any]) -> tuple[Any, ...]:
     hidden: dict[Any, Any] = {io.Hidden.unique_id: None, io.Hidden.prompt: {}, io.Hidden.extra_pnginfo: {}}
     hidden["hidden_inputs"] = dict(hidden)  # hosts newer than 0.3.75 look for them here
     clone = node.PREPARE_CLASS_CLONE(hidden)
@@ -72,7 +72,7 @@ def _execute(node: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:
     return result.args
 
 
-def _checked_inputs(node: Any, given: dict[str, Any], beside: Path) -> dict[str, Any]:
+def _checked_inputs(node: type[io.ComfyNode], given: dict[str, Any], beside: Path) -> dict[str, Any]:
     inputs = {one.id: one for one in node.define_schema().inputs if one.id not in NOT_HERE}
     for name in given:
         if name not in inputs:
@@ -82,7 +82,7 @@ def _checked_inputs(node: Any, given: dict[str, Any], beside: Path) -> dict[str,
     return found
 
 
-def _checked_value(socket: Any, value: Any, beside: Path) -> Any:
+def _checked_value(socket: io.Input, value: Any, beside: Path) -> Any:
     """A value of the file for one input, with the checks that ComfyUI makes for a prompt. Raises ValueError."""
     name = socket.id
     if name in FOLDERS:

@@ -100,7 +100,16 @@ class InspectSelfAttnInjection(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, vae, noise_levels, point_x, point_y, **sampling
+        cls,
+        model: io.Model.Type,
+        positive: io.Conditioning.Type,
+        negative: io.Conditioning.Type,
+        latent_image: io.Latent.Type,
+        vae: io.Vae.Type,
+        noise_levels,
+        point_x,
+        point_y,
+        **sampling,
     ) -> io.NodeOutput:
         point = (point_x, point_y)
         found = inspect_sampling(model, positive, negative, latent_image, point, **sampling)

@@ -70,7 +70,9 @@ class LoadSAInjectAdapter(io.ComfyNode):
         return f"{adapter_fingerprint(adapter_name)} {deleted}"
 
     @classmethod
-    def execute(cls, adapter_name, write_embedding=False, clip=None, placeholder_token="") -> io.NodeOutput:
+    def execute(
+        cls, adapter_name, write_embedding=False, clip: io.Clip.Type | None = None, placeholder_token=""
+    ) -> io.NodeOutput:
         adapter = read_adapter(adapter_name)
         if word := placeholder_token.strip():
             check_placeholder_token(clip, word)

@@ -6,7 +6,9 @@ import dataclasses
 import logging
 
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..core.adapter import Adapter
 from ..core.image_prompt import ImagePrompt, ReferenceImage
 from ..trainer.config import TrainConfig
 from ..trainer.presets import AS_SET, with_preset
@@ -120,7 +122,7 @@ class TrainSAInjectAdapter(io.ComfyNode):
             more = dataclasses.replace(more, sample_every=sample_every[0])
         texts = sample_texts(more.sample_prompts, subject.placeholder_token, subject.class_word)
 
-        def draw(adapter):
+        def draw(adapter: Adapter) -> Tensor:
             return draw_samples(model, clip, vae, adapter, _image_prompt(vae, subject), texts, config.seed)
 
         progress = TrainingProgress(
@@ -159,13 +161,21 @@ class TrainSAInjectAdapter(io.ComfyNode):
         return io.NodeOutput(trained, patched_clip, {"loss": losses}, previews, samples, ui=progress.ui())
 
 
-def _previews(model, clip, vae, adapter, subject, count, seed):
+def _previews(
+    model: io.Model.Type,
+    clip: io.Clip.Type,
+    vae: io.Vae.Type,
+    adapter: Adapter,
+    subject: Subject,
+    count: int,
+    seed: int,
+) -> Tensor:
     if count == 0:
         return to_comfy(subject.pictures[0])
     return draw_previews(model, clip, vae, adapter, _image_prompt(vae, subject), count, seed)
 
 
-def _image_prompt(vae, subject):
+def _image_prompt(vae: io.Vae.Type, subject: Subject) -> ImagePrompt:
     picture, mask = fit_picture(subject.pictures[0], subject.masks[0], subject.resolution, "crop")
     if mask is not None and not keeps_something(mask):  # the crop has cut off the subject
         picture, mask = fit_picture(subject.pictures[0], subject.masks[0], subject.resolution, "pad")

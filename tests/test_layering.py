@@ -17,15 +17,23 @@ PICTURES = {"numpy", "PIL"}  # the host's own currency for previews and files
 ANY_HOST = TENSORS | PICTURES | CONFIGURATION | HOST
 # Drawing and learning do not import each other.
 HOST_FOLDERS = {"nodes/host", "nodes/host/networks", "nodes/host/drawing", "nodes/host/learning"}
+HOST_TYPES = "nodes/host/host_types"  # a file that is a layer of its own: all of nodes/host may name these types
 
 # folder: (layers of the pack it may import, third-party modules it may import); the standard library is free
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"core"}, TENSORS),
     "trainer": ({"core", "trainer"}, TENSORS | {"prodigyopt"}),
-    "nodes/host": ({"core", "trainer", "nodes/host"}, ANY_HOST),
-    "nodes/host/networks": ({"core", "nodes/host/networks"}, ANY_HOST),
-    "nodes/host/drawing": ({"core", "trainer", "nodes/host", "nodes/host/networks", "nodes/host/drawing"}, ANY_HOST),
-    "nodes/host/learning": ({"core", "trainer", "nodes/host", "nodes/host/networks", "nodes/host/learning"}, ANY_HOST),
+    HOST_TYPES: (set(), HOST),
+    "nodes/host": ({"core", "trainer", "nodes/host", HOST_TYPES}, ANY_HOST),
+    "nodes/host/networks": ({"core", "nodes/host/networks", HOST_TYPES}, ANY_HOST),
+    "nodes/host/drawing": (
+        {"core", "trainer", "nodes/host", HOST_TYPES, "nodes/host/networks", "nodes/host/drawing"},
+        ANY_HOST,
+    ),
+    "nodes/host/learning": (
+        {"core", "trainer", "nodes/host", HOST_TYPES, "nodes/host/networks", "nodes/host/learning"},
+        ANY_HOST,
+    ),
     "nodes": ({"core", "trainer", "nodes", *HOST_FOLDERS}, TENSORS | {"comfy_api"}),
 }
 FILES = sorted(path.relative_to(ROOT).as_posix() for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
@@ -34,6 +42,7 @@ FILES = list(dict.fromkeys(FILES))
 
 def layer_of(path: str) -> str | None:
     """`nodes/host/drawing/patch.py` -> `nodes/host`; the longest name wins."""
+    path = path.removesuffix(".py")
     inside = [layer for layer in LAYERS if path == layer or path.startswith(layer + "/")]
     return max(inside, key=len, default=None)
 
@@ -135,6 +144,8 @@ def test_the_table_catches_what_it_should(monkeypatch):
         ("nodes/host/drawing/patch.py", "from ..learning.training import AdapterTraining"): 1,
         ("nodes/host/learning/training.py", "from ..drawing.patch import patch_model"): 1,
         ("nodes/host/networks/unet.py", "from ..text import clip_with_token"): 1,
+        ("nodes/host/networks/unet.py", "from ..host_types import ModelSampling"): 0,
+        ("nodes/host/host_types.py", "from .text import clip_with_token"): 1,
         ("nodes/host/learning/training.py", "from ..networks.unet import describe\nfrom ..text import folded"): 0,
         ("nodes/train.py", "from .host.drawing import patch\nfrom comfy_api.latest import io"): 0,
         ("nodes/train.py", "def f():\n    import comfy.samplers"): 1,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import comfy.sd
 import folder_paths
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
 
 
 def checkpoint_path(name: str) -> str:
@@ -19,7 +23,7 @@ def checkpoint_path(name: str) -> str:
     return path
 
 
-def load_checkpoint(name: str) -> tuple[Any, Any, Any]:
+def load_checkpoint(name: str) -> tuple[ModelPatcher, CLIP | None, VAE | None]:
     """-> model, clip, vae"""
     return comfy.sd.load_checkpoint_guess_config(
         checkpoint_path(name),

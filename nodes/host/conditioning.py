@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ...core.image_prompt import TextConditioning
+
+if TYPE_CHECKING:
+    from .host_types import Conditioning
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ NOT_READ = {
 }
 
 
-def reference_texts(conditionings: Sequence[list[Any]], pictures: int, node: str) -> list[TextConditioning | None]:
+def reference_texts(conditionings: Sequence[Conditioning], pictures: int, node: str) -> list[TextConditioning | None]:
     """One text for each picture, from none, one for all, or one for each. Raises ValueError for other counts."""
     if not conditionings:
         return [None] * pictures
@@ -39,7 +42,7 @@ def reference_texts(conditionings: Sequence[list[Any]], pictures: int, node: str
     return texts * pictures if len(texts) == 1 else texts
 
 
-def reference_text(conditioning: list[Any]) -> TextConditioning:
+def reference_text(conditioning: Conditioning) -> TextConditioning:
     """The text of a CONDITIONING. Raises ValueError if there is none or more than one."""
     if not conditioning:
         raise ValueError("The conditioning is empty. Connect the output of a CLIPTextEncode, or leave it open.")

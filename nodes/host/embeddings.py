@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import folder_paths
 import torch
@@ -17,6 +17,9 @@ from ...core.adapter import Adapter
 from ...core.adapter_file import header_metadata
 from ...core.atomic_write import atomic_write
 from .text import encoder_tokenizers
+
+if TYPE_CHECKING:
+    from comfy.sd import CLIP
 
 FORMAT = "sa_inject_embedding"
 EXTENSION = ".safetensors"
@@ -61,7 +64,7 @@ def check_embedding_file(name: str) -> None:
         )
 
 
-def embedding_from_file(clip: Any, name: str) -> dict[str, Tensor]:
+def embedding_from_file(clip: CLIP, name: str) -> dict[str, Tensor]:
     """The vectors of an embedding file as the host reads it for each text encoder: {encoder: (n, width)}, float32."""
     check_embedding_file(name)
     found = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from einops import rearrange
@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .masks import cropped_mask, resized_mask
+
+if TYPE_CHECKING:
+    from comfy.sd import VAE
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +106,12 @@ def to_comfy(picture: Tensor) -> Tensor:
     return rearrange(picture, "b c h w -> b h w c").contiguous()
 
 
-def encode_picture(vae: Any, picture: Tensor, latent_channels: int | None = None) -> Tensor:
+def encode_picture(vae: VAE, picture: Tensor, latent_channels: int | None = None) -> Tensor:
     """VAE latent of one picture, not yet scaled for a model. (1, 3, h, w) -> (1, c, h/8, w/8)
 
     Raises ValueError if the latents have another shape than the model's, or NaN or infinite values.
     """
-    latent = vae.encode(to_comfy(picture))
+    latent = cast("Tensor", vae.encode(to_comfy(picture)))
     if latent.ndim != 4 or (latent_channels is not None and latent.shape[1] != latent_channels):
         raise ValueError(
             f"The connected VAE makes latents of {latent.shape[1]} channels and {latent.ndim - 2} dimensions, but the "
@@ -119,7 +122,7 @@ def encode_picture(vae: Any, picture: Tensor, latent_channels: int | None = None
     return latent
 
 
-def decode_latents(vae: Any, latent: Tensor) -> Tensor:
+def decode_latents(vae: VAE, latent: Tensor) -> Tensor:
     """IMAGE (b, h, w, c) of latents. NaN becomes black, and the log says so."""
     images = vae.decode(latent)
     if bool(images.isfinite().all()):
@@ -131,7 +134,7 @@ def decode_latents(vae: Any, latent: Tensor) -> Tensor:
     return images.nan_to_num(0.0, 0.0, 0.0)
 
 
-def vae_name(vae: Any) -> str:
+def vae_name(vae: VAE) -> str:
     """The VAE's kind of network and precision, for messages."""
     network = type(getattr(vae, "first_stage_model", vae)).__name__
     dtype = getattr(vae, "vae_dtype", None)

@@ -12,30 +12,35 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy.sd1_clip import SDClipModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.image_prompt import TextConditioning
 from .word_tokens import is_clip, marked, token_ids, with_vectors, word_ids
 from .words import find_words, folded, hidden_words
 
+if TYPE_CHECKING:
+    from comfy.sd import CLIP
+
+    from .host_types import Tokenizer
+
 log = logging.getLogger(__name__)
 
 
-def encoder_tokenizers(clip: Any) -> dict[str, Any]:
+def encoder_tokenizers(clip: CLIP) -> dict[str, Tokenizer]:
     """The CLIP tokenizers of a ComfyUI CLIP by the name of their encoder: {"clip_l": SDTokenizer, ...}."""
     return _encoder_tokenizers(clip.tokenizer)
 
 
-def _encoder_tokenizers(tokenizer: Any) -> dict[str, Any]:
+def _encoder_tokenizers(tokenizer: Tokenizer) -> dict[str, Tokenizer]:
     inner = vars(_unwrapped(tokenizer)).values()
     return {t.embedding_key: t for t in inner if hasattr(t, "_try_get_embedding")}
 
 
-def clip_with_token(clip: Any, placeholder_token: str, vectors: Mapping[str, Tensor]) -> Any:
+def clip_with_token(clip: CLIP, placeholder_token: str, vectors: Mapping[str, Tensor]) -> CLIP:
     """Return a clone of a CLIP in which `placeholder_token` has these vectors, {encoder: (n, width)}.
 
     The given CLIP is not changed. Raises ValueError if the vectors do not fit the text encoders.
@@ -62,7 +67,7 @@ def clip_with_token(clip: Any, placeholder_token: str, vectors: Mapping[str, Ten
 class PlaceholderTokenizer:
     """A ComfyUI tokenizer with one more word. Everything else is passed on to the wrapped tokenizer."""
 
-    def __init__(self, tokenizer: Any, placeholder_token: str, vectors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tokenizer: Tokenizer, placeholder_token: str, vectors: Mapping[str, Tensor]) -> None:
         self._tokenizer = copy.copy(_unwrapped(tokenizer))
         # By folded spelling. Of two adapters with the same word, the later one is used.
         self._words = {**getattr(tokenizer, "_words", {}), folded(placeholder_token): dict(vectors)}
@@ -76,7 +81,7 @@ class PlaceholderTokenizer:
             raise AttributeError(name)  # during copying there are no attributes yet
         return getattr(self._tokenizer, name)
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict[str, list]:
         found = find_words(text, self._words, partial(_is_embedding, self))
         self._report(text, hidden_words(text, self._words, found))
         numbers = {word: number for number, word in enumerate(self._words)}
@@ -95,15 +100,15 @@ class PlaceholderTokenizer:
             text,
         )
 
-    def _patch_tokenizer(self, inner: Any) -> Any:
+    def _patch_tokenizer(self, inner: Tokenizer) -> Tokenizer:
         return with_vectors(inner, {at: word[inner.embedding_key] for at, word in enumerate(self._words.values())})
 
 
-def _unwrapped(tokenizer: Any) -> Any:
+def _unwrapped(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer._tokenizer if isinstance(tokenizer, PlaceholderTokenizer) else tokenizer
 
 
-def _is_embedding(tokenizer: Any, name: str) -> bool:
+def _is_embedding(tokenizer: Tokenizer, name: str) -> bool:
     """Whether the whole name is an embedding file of the host."""
     for inner in _encoder_tokenizers(tokenizer).values():
         if inner.embedding_directory is not None and name.split():
@@ -113,12 +118,12 @@ def _is_embedding(tokenizer: Any, name: str) -> bool:
     return False
 
 
-def finder(clip: Any, placeholder_token: str) -> Callable[[str], bool]:
+def finder(clip: CLIP, placeholder_token: str) -> Callable[[str], bool]:
     """A function that says whether the placeholder token is found in a text."""
     return lambda text: bool(find_words(text, [placeholder_token], partial(_is_embedding, clip.tokenizer)))
 
 
-def warn_of_taken_word(clip: Any, placeholder_token: str, vectors: Mapping[str, Tensor]) -> str | None:
+def warn_of_taken_word(clip: CLIP, placeholder_token: str, vectors: Mapping[str, Tensor]) -> str | None:
     """Log and return a warning if the CLIP already has this word from another adapter."""
     known = getattr(clip.tokenizer, "_words", {}).get(folded(placeholder_token))
     if known is None or (known.keys() == vectors.keys() and all(torch.equal(known[k], vectors[k]) for k in known)):
@@ -131,7 +136,7 @@ def warn_of_taken_word(clip: Any, placeholder_token: str, vectors: Mapping[str, 
     return warning
 
 
-def check_placeholder_token(clip: Any | None, placeholder_token: str) -> None:
+def check_placeholder_token(clip: CLIP | None, placeholder_token: str) -> None:
     """Raise ValueError for a word that cannot be used. The message suggests one that can."""
     spelling = folded(placeholder_token)
     what_to_use = (
@@ -166,7 +171,7 @@ def _is_found(word: str) -> bool:
     return has_letters and find_words(f"a photo of {word} toy", [word]) == [(11, 11 + len(word), word)]
 
 
-def initial_token_embedding(clip: Any, class_word: str, count: int) -> dict[str, Tensor]:
+def initial_token_embedding(clip: CLIP, class_word: str, count: int) -> dict[str, Tensor]:
     """The mean embedding of the class word's tokens, repeated: {encoder: (count, width)}, float32.
 
     The vectors start equal. They become different in training, because each has its own position.
@@ -182,7 +187,7 @@ def initial_token_embedding(clip: Any, class_word: str, count: int) -> dict[str,
     return vectors
 
 
-def encode_text(clip: Any, texts: Sequence[str]) -> TextConditioning:
+def encode_text(clip: CLIP, texts: Sequence[str]) -> TextConditioning:
     """Encode texts, one row each, on a loaded CLIP. Gradients reach the token embedding."""
     tokens = [clip.tokenize(text) for text in texts]
     sizes = {tuple(tuple(map(len, chunks)) for chunks in of_text.values()) for of_text in tokens}
@@ -195,7 +200,7 @@ def encode_text(clip: Any, texts: Sequence[str]) -> TextConditioning:
     return TextConditioning.stack(found)
 
 
-def _encode_batch(clip: Any, tokens: Sequence[Mapping[str, list]]) -> TextConditioning:
+def _encode_batch(clip: CLIP, tokens: Sequence[Mapping[str, list]]) -> TextConditioning:
     """Texts that have equally many chunks.
 
     ComfyUI encodes the chunks of one long prompt, joins them, and returns the first chunk's pooled vector.
@@ -221,11 +226,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _pooled_vectors(stage: Any) -> Iterator[list[Tensor]]:
+def _pooled_vectors(stage: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the pooled vectors of each text encoder inside `stage`, (chunks, width)."""
     found: list[Tensor] = []
 
-    def collect(module: Any, inputs: Any, outputs: tuple) -> None:
+    def collect(module: nn.Module, inputs: tuple, outputs: tuple) -> None:
         if outputs[1] is not None:
             found.append(outputs[1])
 

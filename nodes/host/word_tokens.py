@@ -9,9 +9,12 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .host_types import Tokenizer
 
 MARKER = "sa-inject-token-"  # followed by a number, so that several adapters can share one CLIP
 MARKED = re.compile(rf" embedding:{MARKER}(\d+) ")
@@ -23,27 +26,27 @@ def marked(number: int) -> str:
     return f" embedding:{MARKER}{number} "
 
 
-def with_vectors(inner: Any, vectors: Mapping[int, Tensor]) -> Any:
+def with_vectors(inner: Tokenizer, vectors: Mapping[int, Tensor]) -> Tokenizer:
     """A copy of one encoder's tokenizer that replaces markers by vectors (n, width)."""
     return _by_embedding_syntax(inner, vectors) if is_clip(inner) else _by_token_ids(inner, vectors)
 
 
-def is_clip(inner: Any) -> bool:
+def is_clip(inner: Tokenizer) -> bool:
     return str(inner.embedding_key).startswith("clip_")
 
 
-def word_ids(inner: Any, word: str) -> list[int]:
+def word_ids(inner: Tokenizer, word: str) -> list[int]:
     """The token ids of a word inside a text."""
     return token_ids(inner, word if is_clip(inner) or not word else f" {word}")
 
 
-def token_ids(inner: Any, text: str) -> list[int]:
+def token_ids(inner: Tokenizer, text: str) -> list[int]:
     """The token ids of a text, without start and end tokens."""
     ids = inner.tokenizer(text)["input_ids"][inner.tokens_start :]
     return ids[:-1] if inner.tokenizer_adds_end_token else ids
 
 
-def _by_embedding_syntax(inner: Any, vectors: Mapping[int, Tensor]) -> Any:
+def _by_embedding_syntax(inner: Tokenizer, vectors: Mapping[int, Tensor]) -> Tokenizer:
     original = copy.copy(inner)
     if original.embedding_directory is None:
         original.embedding_directory = []  # None would disable the `embedding:` syntax
@@ -64,7 +67,7 @@ def _by_embedding_syntax(inner: Any, vectors: Mapping[int, Tensor]) -> Any:
     return patched
 
 
-def _by_token_ids(inner: Any, vectors: Mapping[int, Tensor]) -> Any:
+def _by_token_ids(inner: Tokenizer, vectors: Mapping[int, Tensor]) -> Tokenizer:
     original = getattr(inner, "_sa_inject_original", inner)
     patched = copy.copy(original)
     patched.tokenizer = WordVocabulary(original, vectors)
@@ -73,7 +76,7 @@ def _by_token_ids(inner: Any, vectors: Mapping[int, Tensor]) -> Any:
     def signed(marker: re.Match) -> str:
         return f"{SIGN}{marker[1]}{SIGN}" if int(marker[1]) in vectors else marker[0]
 
-    def tokenize_with_weights(text: str, *args: Any, **kwargs: Any) -> Any:
+    def tokenize_with_weights(text: str, *args: Any, **kwargs: Any) -> dict[str, list]:
         return read(MARKED.sub(signed, text), *args, **kwargs)
 
     patched.tokenize_with_weights = tokenize_with_weights
@@ -87,7 +90,7 @@ class WordVocabulary:
     The host accepts vectors among the token ids, as for an embedding file.
     """
 
-    def __init__(self, inner: Any, vectors: Mapping[int, Tensor]) -> None:
+    def __init__(self, inner: Tokenizer, vectors: Mapping[int, Tensor]) -> None:
         self._inner = inner
         self._vectors = vectors
         self._signed = re.compile(rf"{SIGN}({'|'.join(map(str, vectors))}){SIGN}")
@@ -97,7 +100,7 @@ class WordVocabulary:
             raise AttributeError(name)  # during copying there are no attributes yet
         return getattr(self._inner.tokenizer, name)
 
-    def __call__(self, text: str, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, text: str, *args: Any, **kwargs: Any) -> dict[str, list]:
         pieces = self._signed.split(text)  # texts, and at every second index the number of a word
         if len(pieces) == 1:
             return self._inner.tokenizer(text, *args, **kwargs)

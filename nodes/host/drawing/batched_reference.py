@@ -8,7 +8,7 @@ fit into one batch, and where nobody else looks into the call and would count th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,13 @@ from ....core.site import Site
 from ..networks.unet import NetworkInputs
 from .foreign import ForeignCode
 from .reference_pass import fits_in_memory
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.patcher_extension import WrapperExecutor
+
+    from ..host_types import Arguments, TransformerOptions
+    from .sampling_run import BankKey
 
 
 class BatchedReferences(NamedTuple):
@@ -43,19 +50,19 @@ class ExtendedBatch:
 
     def __init__(
         self,
-        executor: Any,
+        executor: WrapperExecutor,
         arguments: Sequence[Any],
-        rest: dict[str, Any],
-        options: dict[str, Any],
+        rest: Arguments,
+        options: TransformerOptions,
         foreign: ForeignCode,
     ) -> None:
         self.arguments = list(arguments)
-        self.pictures: dict[Any, BatchedReferences] = {}  # by the keys of their banks
+        self.pictures: dict[BankKey, BatchedReferences] = {}  # by the keys of their banks
         is_innermost = executor.idx + 1 == len(executor.wrappers)
         is_patched = any(options.get("patches", {}).values()) or any(options.get("patches_replace", {}).values())
         self._can_extend = is_innermost and not is_patched and not rest and not foreign and self.arguments[4] is None
 
-    def can_append(self, prompt: ImagePrompt, adapter: Adapter, base: Any) -> bool:
+    def can_append(self, prompt: ImagePrompt, adapter: Adapter, base: BaseModel) -> bool:
         """Whether nothing speaks against it that is known before the pictures are noised and their text is ready.
 
         The text of the call stays as it is, so theirs have to go into its length.
@@ -74,7 +81,7 @@ class ExtendedBatch:
             return False
         return fits_in_memory(base, [len(x) + len(prompt.pictures), *x.shape[1:]], x.device)
 
-    def join(self, key: Any, prompt: ImagePrompt, inputs: NetworkInputs, recorder: KVRecorder) -> bool:
+    def join(self, key: BankKey, prompt: ImagePrompt, inputs: NetworkInputs, recorder: KVRecorder) -> bool:
         """Add the pictures as rows, unless they are of another kind than those of the call."""
         x, timestep, context, y, control = self.arguments
         if x.shape[1:] != inputs.x.shape[1:] or (y is None) != (inputs.y is None):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -55,7 +54,7 @@ def foreign_code(unet: nn.Module, layers: Sequence[SelfAttentionLayer]) -> Forei
     )
 
 
-def _width(unet: nn.Module, layer: SelfAttentionLayer) -> Any:
+def _width(unet: nn.Module, layer: SelfAttentionLayer) -> tuple[int, ...] | None:
     """Of the norm before it, which stays where an attention is replaced."""
     norm = _submodule(unet, layer.path.removesuffix("attn1") + "norm1")
     return getattr(norm, "normalized_shape", None)
@@ -82,7 +81,7 @@ def _projects(unet: nn.Module, layer: SelfAttentionLayer) -> bool:
     return all(hasattr(attention, name) for name in PROJECTIONS)
 
 
-def _submodule(unet: Any, path: str) -> Any:
+def _submodule(unet: nn.Module, path: str) -> nn.Module | None:
     try:
         return unet.get_submodule(path)
     except AttributeError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from ..networks.unet import prediction_type
 from ..progress import warn_on_node
 from .sampling_run import ApplyTo, Injection
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
 APPLY_TO: tuple[str, ...] = get_args(ApplyTo)
 BLOCK_CHOICES: dict[str, tuple[str, ...]] = {
     "all": ("input", "middle", "output"),
@@ -26,7 +29,7 @@ BLOCK_CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def build_injection(
-    model: Any,
+    model: ModelPatcher,
     adapter: Adapter,
     image_prompt: ImagePrompt,
     strength: float,
@@ -68,7 +71,7 @@ def build_injection(
     )
 
 
-def _chosen_blocks(model: Any, adapter: Adapter, architecture: str, blocks: str) -> frozenset[BlockKey]:
+def _chosen_blocks(model: ModelPatcher, adapter: Adapter, architecture: str, blocks: str) -> frozenset[BlockKey]:
     if blocks == "all":
         return frozenset(adapter.blocks())
     if is_transformer(model.model.diffusion_model):
@@ -76,7 +79,7 @@ def _chosen_blocks(model: Any, adapter: Adapter, architecture: str, blocks: str)
     return frozenset(key for key in adapter.blocks() if key.stage in BLOCK_CHOICES[blocks])
 
 
-def _check_latents(model: Any, image_prompt: ImagePrompt) -> None:
+def _check_latents(model: ModelPatcher, image_prompt: ImagePrompt) -> None:
     wanted = model.model.latent_format.latent_channels
     for number, picture in enumerate(image_prompt.pictures, start=1):
         if picture.latent.shape[1] != wanted:
@@ -86,7 +89,7 @@ def _check_latents(model: Any, image_prompt: ImagePrompt) -> None:
             )
 
 
-def _check_texts(model: Any, image_prompt: ImagePrompt) -> None:
+def _check_texts(model: ModelPatcher, image_prompt: ImagePrompt) -> None:
     wanted, pooled = text_width(model.model), pooled_width(model.model)
     for number, picture in enumerate(image_prompt.pictures, start=1):
         if picture.text is None:

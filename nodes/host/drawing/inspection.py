@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.sample
 import torch
@@ -22,6 +22,11 @@ from ....core.kv import BlockKey
 from ....core.masks import token_mask
 from .patch import installed_injections
 from .sampling_run import Injection
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from ..host_types import Conditioning, Latent, ModelSampling, TransformerOptions
 
 STAGES = ("input", "middle", "output")
 OVERRIDE = "optimized_attention_override"
@@ -49,7 +54,12 @@ class Inspection:
 
 
 def inspect_sampling(
-    model: Any, positive: Any, negative: Any, latent: dict[str, Any], point: tuple[float, float], **sampling: Any
+    model: ModelPatcher,
+    positive: Conditioning,
+    negative: Conditioning,
+    latent: Latent,
+    point: tuple[float, float],
+    **sampling: Any,
 ) -> Inspection:
     """Sample once and watch. point: (x, y) as shares of the picture's width and height.
 
@@ -93,7 +103,11 @@ class Watcher:
     """Stands where other packs put their attention, and computes nothing itself."""
 
     def __init__(
-        self, injections: Sequence[Injection], sampling: Any, size: tuple[int, ...], point: tuple[float, float]
+        self,
+        injections: Sequence[Injection],
+        sampling: ModelSampling,
+        size: tuple[int, ...],
+        point: tuple[float, float],
     ) -> None:
         self.levels: dict[float, Maps] = {}
         self._injections = injections
@@ -106,7 +120,7 @@ class Watcher:
         self._is_cross_attention = False
         self._looked_at = [torch.zeros(p.latent.shape[-2:]) for i in injections for p in i.image_prompt.pictures]
 
-    def watching(self, model: Any) -> Any:
+    def watching(self, model: ModelPatcher) -> ModelPatcher:
         """A clone of the model, in which whatever computed the attention before still does."""
         clone = model.clone()
         clone.set_model_attn2_patch(self.before_cross_attention)
@@ -114,11 +128,13 @@ class Watcher:
         options[OVERRIDE] = Watched(self, options.get(OVERRIDE))
         return clone
 
-    def before_cross_attention(self, n: Tensor, context: Tensor, value: Tensor, extra_options: dict[str, Any]) -> tuple:
+    def before_cross_attention(
+        self, n: Tensor, context: Tensor, value: Tensor, extra_options: TransformerOptions
+    ) -> tuple:
         self._block, self._own, self._is_cross_attention = None, None, True
         return n, context, value
 
-    def see(self, q: Tensor, k: Tensor, out: Tensor, heads: int, options: dict[str, Any]) -> None:
+    def see(self, q: Tensor, k: Tensor, out: Tensor, heads: int, options: TransformerOptions) -> None:
         if self._is_cross_attention:
             self._is_cross_attention = False
             return

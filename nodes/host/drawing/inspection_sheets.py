@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +13,13 @@ from ..heatmap import marked, overlay, sheet
 from ..images import decode_latents
 from .inspection import STAGES, Inspection
 
+if TYPE_CHECKING:
+    from comfy.sd import VAE
+
 PARTS = {"input": "encoder", "middle": "middle", "output": "decoder"}
 
 
-def added_sheet(found: Inspection, vae: Any, noise_levels: int) -> Tensor:
+def added_sheet(found: Inspection, vae: VAE, noise_levels: int) -> Tensor:
     """A row for each part of the UNet, a column for each of some noise levels. -> IMAGE (1, h, w, 3)"""
     picture = _picture(vae, found.latent)
     sigmas = list(found.levels)
@@ -38,7 +41,7 @@ def added_sheet(found: Inspection, vae: Any, noise_levels: int) -> Tensor:
     return _image(sheet([row for row in rows if row], title, legend, "highest of the row"))
 
 
-def looked_at_sheet(found: Inspection, vae: Any, point: tuple[float, float]) -> Tensor:
+def looked_at_sheet(found: Inspection, vae: VAE, point: tuple[float, float]) -> Tensor:
     """The picture with the chosen place, then every reference with where that place looks. -> IMAGE (1, h, w, 3)"""
     references = [reference for injection in found.injections for reference in injection.image_prompt.pictures]
     highest = max(float(seen.max()) for seen in found.looked_at) or 1.0
@@ -50,7 +53,7 @@ def looked_at_sheet(found: Inspection, vae: Any, point: tuple[float, float]) -> 
     return _image(sheet([row], title, "share of the place's attention to the references", f"{highest:.2g}"))
 
 
-def _picture(vae: Any, latent: Tensor) -> Image.Image:
+def _picture(vae: VAE, latent: Tensor) -> Image.Image:
     image = decode_latents(vae, latent[:1])
     return Image.fromarray((image.reshape(-1, *image.shape[-3:])[0].clamp(0, 1) * 255).round().byte().cpu().numpy())
 

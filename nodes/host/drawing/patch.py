@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....core.kv import KVBank
 from ....core.reference import KVRecorder
@@ -25,7 +25,15 @@ from .reference_pass import encode_references, join_images, reference_inputs
 from .row_texts import conditional_rows, is_plain_call
 from .sampling_run import RUN_KEY, BankKey, Injection, SamplingRun, sigma_of, warn_of_another_shape
 
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+    from comfy.patcher_extension import WrapperExecutor
+
+    from ..host_types import Arguments, TransformerOptions
+
 # A compiled model traces our wrapper too; the reference pass and its caches would make it compile again and again.
+# Any: torch does not keep the type of what it disables.
 uncompiled_encode_references: Any = torch.compiler.disable(encode_references)
 uncompiled_foreign_code: Any = torch.compiler.disable(foreign_code)
 
@@ -43,7 +51,9 @@ OUTER_SAMPLE_ARGUMENTS = (
 CALL_ARGUMENTS = ("x", "timesteps", "context", "y", "control", "transformer_options")
 
 
-def patch_self_attention(model: Any, injection: Injection, wrapper_class: type[SelfAttentionInjection]) -> Any:
+def patch_self_attention(
+    model: ModelPatcher, injection: Injection, wrapper_class: type[SelfAttentionInjection]
+) -> ModelPatcher:
     """Return a clone of the model that injects; injections that it already has stay and add up.
 
     wrapper_class: what knows the calls of its network.
@@ -60,12 +70,12 @@ def patch_self_attention(model: Any, injection: Injection, wrapper_class: type[S
     return patched
 
 
-def _installed(patcher: Any) -> SelfAttentionInjection | None:
+def _installed(patcher: ModelPatcher) -> SelfAttentionInjection | None:
     found = patcher.wrappers.get(WrappersMP.DIFFUSION_MODEL, {}).get(WRAPPER_KEY, [])
     return found[0] if found else None
 
 
-def installed_injections(patcher: Any) -> tuple[Injection, ...]:
+def installed_injections(patcher: ModelPatcher) -> tuple[Injection, ...]:
     """The injections that a model has, in the order of their Apply nodes."""
     found = _installed(patcher)
     return found.injections if found else ()
@@ -74,11 +84,11 @@ def installed_injections(patcher: Any) -> tuple[Injection, ...]:
 class SelfAttentionInjection:
     """The wrapper around every UNet call, and its two companions around the run. It holds no state of its own."""
 
-    def __init__(self, base: Any, injections: Sequence[Injection]) -> None:
+    def __init__(self, base: BaseModel, injections: Sequence[Injection]) -> None:
         self.base = base
         self.injections = tuple(injections)
 
-    def outer_sample_wrapper(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+    def outer_sample_wrapper(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
         """Open a SamplingRun for the calls inside, and drop it with all its banks whatever happens."""
         options = executor.class_obj.model_options.setdefault("transformer_options", {})
         named = {**dict(zip(OUTER_SAMPLE_ARGUMENTS, args, strict=False)), **kwargs}
@@ -98,14 +108,14 @@ class SelfAttentionInjection:
             run.report(self.injections)
 
     def prepare_sampling_wrapper(
-        self, executor: Any, model: Any, noise_shape: Sequence[int], *args: Any, **kwargs: Any
+        self, executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any
     ):
         """Ask for room for the reference pass: its pictures count as further rows of the batch."""
         cells = sum(p.latent.shape[-2] * p.latent.shape[-1] for i in self.injections for p in i.image_prompt.pictures)
         rows = -(-cells // (noise_shape[-2] * noise_shape[-1]))
         return executor(model, [noise_shape[0] + rows, *noise_shape[1:]], *args, **kwargs)
 
-    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
         arguments, kwargs, options = _take_options(args, kwargs)
         run = options.get(RUN_KEY) or SamplingRun()
         unet, x = executor.class_obj, arguments[0]
@@ -140,7 +150,7 @@ class SelfAttentionInjection:
         return out[: len(x)] if joined.pictures else out
 
     def _rows(
-        self, run: SamplingRun, executor: Any, arguments: Sequence[Any], options: dict[str, Any]
+        self, run: SamplingRun, executor: WrapperExecutor, arguments: Sequence[Any], options: TransformerOptions
     ) -> list[tuple[Injection, Sequence[bool]]]:
         """The injections that have rows to act on in this call, and for each row whether it sees them."""
         x = arguments[0]
@@ -162,7 +172,7 @@ class SelfAttentionInjection:
                 seen.append((injection, rows))
         return seen
 
-    def _foreign(self, run: SamplingRun, unet: Any, context: Tensor) -> ForeignCode | None:
+    def _foreign(self, run: SamplingRun, unet: nn.Module, context: Tensor) -> ForeignCode | None:
         """What others put into the network of this call. None: it is not the one that the adapters were made for."""
         if id(unet) not in run.foreign:
             run.foreign[id(unet)] = uncompiled_foreign_code(unet, self.injections[0].adapter.info.layers)
@@ -176,7 +186,7 @@ class SelfAttentionInjection:
         self,
         run: SamplingRun,
         injection: Injection,
-        unet: Any,
+        unet: nn.Module,
         sigma: float | None,
         drawing: DrawingCall,
         joined: ExtendedBatch,
@@ -209,7 +219,7 @@ class SelfAttentionInjection:
         return run.banks[key]
 
 
-def _take_options(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+def _take_options(args: Sequence[Any], kwargs: Arguments) -> tuple[list[Any], Arguments, TransformerOptions]:
     """Split transformer_options off a UNet call, whatever of it was named.
 
     -> [x, timestep, context, y, control], further arguments, transformer_options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import comfy.sample
 import torch
@@ -19,13 +19,17 @@ from ..text import clip_with_token
 from .patched_model import patch_model
 from .sampling_run import Injection
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
+
 STEPS = 20
 GUIDANCE = 4.0
 SAMPLER, SCHEDULER = "euler_ancestral", "normal"  # as in the workflows; fresh noise at every step suits a reference
 
 
 def draw_previews(
-    model: Any, clip: Any, vae: Any, adapter: Adapter, prompt: ImagePrompt, count: int, seed: int
+    model: ModelPatcher, clip: CLIP, vae: VAE, adapter: Adapter, prompt: ImagePrompt, count: int, seed: int
 ) -> Tensor:
     """Draw the subject `count` times at the size of its first image prompt. -> IMAGE (count, h, w, 3)"""
     text = TEMPLATES[0].format(subject_phrase(adapter.info.placeholder_token, adapter.info.class_word))
@@ -33,7 +37,7 @@ def draw_previews(
 
 
 def draw_samples(
-    model: Any, clip: Any, vae: Any, adapter: Adapter, prompt: ImagePrompt, texts: Sequence[str], seed: int
+    model: ModelPatcher, clip: CLIP, vae: VAE, adapter: Adapter, prompt: ImagePrompt, texts: Sequence[str], seed: int
 ) -> Tensor:
     """Draw each text once, all from the same noise; nobody else's chance is disturbed. -> IMAGE (texts, h, w, 3)"""
     with torch.random.fork_rng():
@@ -48,7 +52,7 @@ def sample_texts(prompts: Sequence[str], placeholder_token: str, class_word: str
 
 
 def _draw(
-    model: Any, clip: Any, vae: Any, adapter: Adapter, prompt: ImagePrompt, text: str, count: int, seed: int
+    model: ModelPatcher, clip: CLIP, vae: VAE, adapter: Adapter, prompt: ImagePrompt, text: str, count: int, seed: int
 ) -> Tensor:
     patched_clip = clip_with_token(clip, adapter.info.placeholder_token, adapter.token_embedding)
     positive, negative = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from comfy.model_management import OOM_EXCEPTION, InterruptProcessingException
@@ -19,6 +19,9 @@ from ..networks.unet_sites import attending
 from .foreign import ForeignCode
 from .row_texts import COND
 from .sampling_run import RUN_KEY
+
+if TYPE_CHECKING:
+    from ..host_types import Arguments, TransformerOptions
 
 # Of the options of the call that draws: others' patches and ours are made for its rows and its size.
 PRIVATE = {"patches", "patches_replace", "wrappers", "callbacks", RUN_KEY}
@@ -37,8 +40,8 @@ class DrawingCall:
     unet: Callable[..., Tensor]  # its call (x, timestep, context, y, control, transformer_options)
     x: Tensor
     y: Tensor | None
-    rest: dict[str, Any]  # further arguments
-    options: dict[str, Any]
+    rest: Arguments  # further arguments
+    options: TransformerOptions
     foreign: ForeignCode
 
     @property
@@ -72,7 +75,7 @@ class DrawingCall:
         assert len(inputs.x) == 1, "where rows are counted, pictures are read one by one"
         return NetworkInputs(*(None if t is None else t.repeat(self.rows, *[1] * (t.ndim - 1)) for t in inputs))
 
-    def _options(self, rows: int) -> dict[str, Any]:
+    def _options(self, rows: int) -> TransformerOptions:
         """Theirs, which modules of their own may ask for, without what is made for the call that draws."""
         options = {name: value for name, value in self.options.items() if name not in PRIVATE}
         if self.rows is None:
@@ -83,7 +86,7 @@ class DrawingCall:
         layers = self.options.get("patches", {}).get(LAYER_PATCHES)
         return {**options, "patches": {LAYER_PATCHES: layers} if layers else {}}
 
-    def _further_arguments(self, rows: int) -> dict[str, Any]:
+    def _further_arguments(self, rows: int) -> Arguments:
         """Those with a row for each of x get as many as there are now."""
         return {
             name: value[:1].expand(rows, *value.shape[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from comfy.model_management import get_free_memory
@@ -17,13 +17,17 @@ from ....core.lora import LoRADeltas
 from ....core.masks import token_mask
 from ....core.reference import KVRecorder, ReferenceKV, run_reference_pass, select_tokens
 from ..networks.registry import is_transformer, network_inputs
-from ..networks.unet import clean_reference_sigma
+from ..networks.transformers import TransformerInputs
+from ..networks.unet import NetworkInputs, clean_reference_sigma
 from .reference_call import DrawingCall, with_channels
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
 
 
 def encode_references(
     call: DrawingCall,
-    base: Any,
+    base: BaseModel,
     adapter: Adapter,
     prompt: ImagePrompt,
     sigma: float | None,
@@ -62,14 +66,14 @@ def encode_references(
 
 
 def reference_inputs(
-    base: Any,
+    base: BaseModel,
     adapter: Adapter,
     pictures: Sequence[ReferenceImage],
     places: Sequence[int],
     sigma: float | None,
     noise_seed: int,
     like: Tensor,
-) -> Any:
+) -> NetworkInputs | TransformerInputs:
     """What the network is called with to read pictures of one size; `places` are theirs in the image prompt."""
     latent = base.process_latent_in(torch.cat([p.latent for p in pictures])).to(like.device, torch.float32)
     sampling = base.model_sampling
@@ -92,7 +96,7 @@ def _noise(latent: Tensor, seed: int, place: int) -> Tensor:
 
 
 def _batches(
-    pictures: Sequence[ReferenceImage], adapter: Adapter, base: Any, device: torch.device, cells: int | None
+    pictures: Sequence[ReferenceImage], adapter: Adapter, base: BaseModel, device: torch.device, cells: int | None
 ) -> Iterator[list[int]]:
     """Places of pictures that are read in one call: one size of latent, and no more than fit.
 
@@ -125,7 +129,7 @@ def _alike(pictures: Sequence[ReferenceImage], adapter: Adapter, length_matters:
     return groups
 
 
-def fits_in_memory(base: Any, shape: Sequence[int], device: torch.device) -> bool:
+def fits_in_memory(base: BaseModel, shape: Sequence[int], device: torch.device) -> bool:
     """Whether ComfyUI would itself make one call of latents (b, c, h, w)."""
     return base.memory_required(shape) * 1.5 < get_free_memory(device)
 

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import UUID
 
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.patcher_extension import WrapperExecutor
+    from comfy.samplers import CFGGuider
+
+    from ..host_types import Cond, TransformerOptions
 
 COND = 0  # how ComfyUI's own guiders mark a chunk of conditional rows in `cond_or_uncond`
 SURE = 4.0  # a row reads a text if every text of the other kind is so many times as far from it
@@ -31,10 +39,10 @@ class RowText(NamedTuple):
 class GuiderTexts:
     """The texts of the guider whose run it is, where the rows are."""
 
-    of: Any = None
+    of: dict[str, list[Cond]] | None = None
     rows: dict[tuple, list[RowText]] = field(default_factory=dict)
 
-    def on(self, guider: Any, like: Tensor) -> list[RowText]:
+    def on(self, guider: CFGGuider, like: Tensor) -> list[RowText]:
         conds = getattr(guider, "conds", None) or {}
         if self.of is not conds:
             self.of, self.rows = conds, {}
@@ -45,7 +53,7 @@ class GuiderTexts:
 
 
 def conditional_rows(
-    guider: Any, texts: GuiderTexts, options: dict[str, Any], arguments: Sequence[Any], is_plain: bool
+    guider: CFGGuider, texts: GuiderTexts, options: TransformerOptions, arguments: Sequence[Any], is_plain: bool
 ) -> list[bool] | None:
     """For each row of a UNet call (x, timestep, context, y, ...) whether it belongs to the positive prompt.
 
@@ -63,7 +71,7 @@ def conditional_rows(
     return [row is True for row in known] if any(row is not None for row in known) else None
 
 
-def conditional_chunks(guider: Any, options: dict[str, Any]) -> list[bool]:
+def conditional_chunks(guider: CFGGuider, options: TransformerOptions) -> list[bool]:
     """For each chunk of a UNet call whether it reads the positive text, as far as ComfyUI says."""
     kinds = options.get("cond_or_uncond") or [COND]
     uuids = options.get("uuids", [])
@@ -72,7 +80,7 @@ def conditional_chunks(guider: Any, options: dict[str, Any]) -> list[bool]:
     return [_is_conditional(guider, kind, uuid) for kind, uuid in zip(kinds, uuids, strict=True)]
 
 
-def _is_conditional(guider: Any, kind: int, uuid: Any) -> bool:
+def _is_conditional(guider: CFGGuider, kind: int, uuid: UUID | None) -> bool:
     """`kind` is a cond's place in the list that was handed over, and not every list opens with the positive:
     DualCFGGuider's does not, nor does the extra pass of a guidance node. The cond's own id says more, but ComfyUI
     copies ids from positive to negative for areas; then the place has to do.
@@ -85,7 +93,7 @@ def _is_conditional(guider: Any, kind: int, uuid: Any) -> bool:
     return is_positive == {True}
 
 
-def is_plain_call(executor: Any, guider: Any, base: Any, options: dict[str, Any]) -> bool:
+def is_plain_call(executor: WrapperExecutor, guider: CFGGuider, base: BaseModel, options: TransformerOptions) -> bool:
     """Whether nobody stands between ComfyUI and the UNet who could have put the rows in another order."""
     wrappers = options.get("wrappers", {})
     around = {key for key, found in wrappers.get(WrappersMP.APPLY_MODEL, {}).items() if found}
@@ -104,7 +112,7 @@ def _by_layout(chunks: Sequence[bool], rows: int, sigmas: Tensor | None, is_plai
     return None if left or not times else one_tile * times
 
 
-def _by_text(guider: Any, texts: GuiderTexts, context: Tensor, y: Tensor | None) -> list[bool | None]:
+def _by_text(guider: CFGGuider, texts: GuiderTexts, context: Tensor, y: Tensor | None) -> list[bool | None]:
     known = texts.on(guider, context)
     if not any(text.is_positive for text in known):
         return [None] * len(context)
@@ -143,7 +151,7 @@ def _apart(rows: Tensor, text: Tensor) -> Tensor:
     return (rows - text).square().flatten(1).mean(1) / text.square().mean().clamp(min=1e-12)
 
 
-def _row_texts(conds: dict[str, list], like: Tensor):
+def _row_texts(conds: dict[str, list[Cond]], like: Tensor):
     for name, entries in conds.items():
         for entry in entries:
             found = {key: getattr(value, "cond", None) for key, value in entry.get("model_conds", {}).items()}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....core.adapter import Adapter
 from ....core.image_prompt import ImagePrompt
@@ -18,6 +18,13 @@ from ....core.masks import downsample_mask
 from ..progress import warn_on_node
 from .foreign import ForeignCode
 from .row_texts import GuiderTexts
+
+if TYPE_CHECKING:
+    from comfy.hooks import Hook
+    from comfy.model_base import BaseModel
+    from comfy.samplers import CFGGuider
+
+    from ..host_types import ModelSampling, TransformerOptions
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +60,7 @@ class Injection:
         """Whether a reference pass of its own could stop no earlier than the UNet does."""
         return self.adapter.info.layers[-1].key in self.blocks
 
-    def active_at(self, sigma: float | None, sampling: Any) -> bool:
+    def active_at(self, sigma: float | None, sampling: ModelSampling) -> bool:
         """Asked while sampling, for a node after ours may have changed the schedule."""
         if sigma is None:
             return True
@@ -80,7 +87,7 @@ class SamplingRun:
     """Without a guider, size and sigmas for a UNet call outside of a sampling run."""
 
     seed: int = 0
-    guider: Any = None
+    guider: CFGGuider | None = None
     size: tuple[int, ...] | None = None  # (h, w) of the latent that is drawn
     steps: int | None = None
     banks: dict[BankKey, KVBank] = field(default_factory=dict)
@@ -92,7 +99,9 @@ class SamplingRun:
     skipped: dict[str, set[BlockKey]] = field(default_factory=dict)  # no blocks: in the whole call
     is_told_of_compilation: bool = False
 
-    def bank_key(self, injection: Injection, unet: Any, base: Any, sigma: float | None, x: Tensor) -> BankKey:
+    def bank_key(
+        self, injection: Injection, unet: nn.Module, base: BaseModel, sigma: float | None, x: Tensor
+    ) -> BankKey:
         """What a bank for this call is found by. Banks that nobody will ask for again are dropped."""
         hooks = hooks_in_force(base)
         key = BankKey(
@@ -120,7 +129,7 @@ class SamplingRun:
             self.downsampled_masks[key] = downsample_mask(injection.attn_mask, height, width).to(device)
         return self.downsampled_masks[key]
 
-    def is_active(self, injection: Injection, sigma: float | None, sampling: Any) -> bool:
+    def is_active(self, injection: Injection, sigma: float | None, sampling: ModelSampling) -> bool:
         active = injection.active_at(sigma, sampling)
         self.was_active[id(injection)] = active or self.was_active.get(id(injection), False)
         return active
@@ -146,12 +155,12 @@ class SamplingRun:
         warn_on_node(said, injection.node_id)
 
 
-def sigma_of(options: dict[str, Any]) -> float | None:
+def sigma_of(options: TransformerOptions) -> float | None:
     sigmas = options.get("sigmas")
     return None if sigmas is None else float(sigmas.flatten()[0])
 
 
-def hooks_in_force(base: Any) -> list[Any]:
+def hooks_in_force(base: BaseModel) -> list[Hook]:
     """The hooks whose weights the model has at the moment, which belong to the conditioning that is drawn."""
     group = getattr(getattr(base, "current_patcher", None), "current_hooks", None)
     return [] if group is None else list(group.hooks)

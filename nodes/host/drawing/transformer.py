@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,13 @@ from .reference_pass import encode_references
 from .row_texts import COND
 from .sampling_run import RUN_KEY, Injection, SamplingRun, sigma_of
 
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+    from comfy.patcher_extension import WrapperExecutor
+
+    from ..host_types import Arguments, TransformerOptions
+
 log = logging.getLogger(__name__)
 
 NOTHING_FOREIGN = ForeignCode(frozenset(), (), frozenset())
@@ -38,8 +45,8 @@ class TransformerInjection(SelfAttentionInjection):
     """The wrapper around every call of a transformer, and its two companions around the run."""
 
     def prepare_sampling_wrapper(
-        self, executor: Any, model: Any, noise_shape: Sequence[int], *args: Any, **kwargs: Any
-    ) -> Any:
+        self, executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any
+    ) -> tuple:
         """Ask for room for the pictures as rows of the batch, and for what is kept of them."""
         one = self.base.memory_required([1, *noise_shape[1:]])
         rows = -(-sum(bank_bytes(injection, self.base) for injection in self.injections) // max(1, int(one)))
@@ -48,7 +55,7 @@ class TransformerInjection(SelfAttentionInjection):
 
     # A compiled network would pass over the hooks of a call without a word, so it runs as it is while it is injected.
     @torch.compiler.disable
-    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
         call = NetworkCall.of(executor.original, args, kwargs)
         run = call.options.get(RUN_KEY) or SamplingRun()
         network, x = executor.class_obj, call.x
@@ -107,10 +114,10 @@ class NetworkCall:
     function: Callable[..., Tensor]
     names: tuple[str, ...]  # of the arguments that were given by their place
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    kwargs: Arguments
 
     @classmethod
-    def of(cls, function: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> NetworkCall:
+    def of(cls, function: Callable[..., Tensor], args: Sequence[Any], kwargs: Arguments) -> NetworkCall:
         names = tuple(inspect.signature(function).parameters)[: len(args)]
         return cls(function, names, tuple(args), kwargs)
 
@@ -132,14 +139,14 @@ class NetworkCall:
         return self["context"]
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> TransformerOptions:
         return self[OPTIONS] or {}
 
     def row_arguments(self) -> list[Any]:
         """What tells whose a row is: x, timestep, context and pooled text."""
         return [self.x, self.args[1], self.context, self["y"]]
 
-    def with_options(self, options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_options(self, options: TransformerOptions) -> tuple[tuple[Any, ...], Arguments]:
         if OPTIONS not in self.names:
             return self.args, {**self.kwargs, OPTIONS: options}
         place = self.names.index(OPTIONS)
@@ -153,7 +160,7 @@ class TransformerRead:
     network: nn.Module
     function: Callable[..., Tensor]
     x: Tensor
-    options: dict[str, Any]
+    options: TransformerOptions
     foreign: ForeignCode = NOTHING_FOREIGN
     rows: None = None  # any number may be read at once
 
@@ -172,7 +179,7 @@ class TransformerRead:
             self.function(inputs.x, inputs.timestep, **inputs.conditions, transformer_options=options)
 
 
-def bank_bytes(injection: Injection, base: Any) -> int:
+def bank_bytes(injection: Injection, base: BaseModel) -> int:
     """What is kept of an image prompt while it draws: keys at full width, values at the LoRA's rank."""
     patch = getattr(base.diffusion_model, "patch_size", 1)
     tokens = sum(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as model_management
 import torch
@@ -24,6 +24,11 @@ from ....core.attention import differentiable_attention
 from ....trainer.frozen_ops import CastBuffer, frozen_conv2d, frozen_linear, recompute
 from .patched_forward import patched_forward
 from .text_encoders import out_of_place
+
+if TYPE_CHECKING:
+    from comfy.sd import CLIP
+
+    from ..host_types import Forward, TransformerOptions
 
 # The layers whose forward is known; fp8 and quantized ones scale, too.
 LINEARS = (disable_weight_init.Linear, manual_cast.Linear)
@@ -92,7 +97,7 @@ def training_mode() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def out_of_place_text_encoder(clip: Any, checkpointing: bool, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+def out_of_place_text_encoder(clip: CLIP, checkpointing: bool, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Let gradients through the text encoders, whose layers add to their input in place.
 
     ComfyUI offers no hook for this, so the layers of this one encoder get a forward of their own, and lose it again.
@@ -101,7 +106,7 @@ def out_of_place_text_encoder(clip: Any, checkpointing: bool, dtype: torch.dtype
     """
     layers = [m for m in clip.cond_stage_model.modules() if out_of_place(m, dtype, checkpointing) is not None]
 
-    def forward(layer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(layer: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         compute = out_of_place(layer, dtype, checkpointing)
         assert compute is not None
         return compute(*args, **kwargs)
@@ -152,18 +157,18 @@ def checkpoint_activations(unet: nn.Module) -> Iterator[None]:
         yield
 
 
-def _frozen_linear(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:
+def _frozen_linear(buffer: CastBuffer, layer: nn.Module, original: Forward, x: Tensor) -> Tensor:
     return frozen_linear(x, layer.weight, layer.bias, buffer) if _can_be_frozen(layer, x) else original(x)
 
 
-def _frozen_convolution(buffer: CastBuffer, layer: Any, original: Any, x: Tensor) -> Tensor:
+def _frozen_convolution(buffer: CastBuffer, layer: nn.Module, original: Forward, x: Tensor) -> Tensor:
     if not _can_be_frozen(layer, x) or isinstance(layer.padding, str):
         return original(x)
     settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
     return frozen_conv2d(x, layer.weight, layer.bias, buffer, *settings)
 
 
-def _can_be_frozen(layer: Any, x: Tensor) -> bool:
+def _can_be_frozen(layer: nn.Module, x: Tensor) -> bool:
     weight, bias = layer.weight, layer.bias
     return (
         type(weight) is nn.Parameter
@@ -177,7 +182,7 @@ def _begins_with_norm_and_silu(layers: nn.Sequential) -> bool:
     return len(layers) > 1 and isinstance(layers[0], nn.GroupNorm) and isinstance(layers[1], nn.SiLU)
 
 
-def _recompute_norm_and_silu(layers: nn.Sequential, original: Any, x: Tensor) -> Tensor:
+def _recompute_norm_and_silu(layers: nn.Sequential, original: Forward, x: Tensor) -> Tensor:
     norm, silu, *rest = layers
     x = recompute(lambda x: silu(norm(x)), x)
     for layer in rest:
@@ -185,7 +190,7 @@ def _recompute_norm_and_silu(layers: nn.Sequential, original: Any, x: Tensor) ->
     return x
 
 
-def _recompute_gate(layer: Any, original: Any, x: Tensor) -> Tensor:
+def _recompute_gate(layer: GEGLU, original: Forward, x: Tensor) -> Tensor:
     def gated(projected: Tensor) -> Tensor:
         x, gate = projected.chunk(2, dim=-1)
         return x * F.gelu(gate)
@@ -193,7 +198,7 @@ def _recompute_gate(layer: Any, original: Any, x: Tensor) -> Tensor:
     return recompute(gated, layer.proj(x))
 
 
-def _recompute_forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _recompute_forward(module: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Tensor:
     if not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())):
         return original(*args, **kwargs)  # nothing would be kept: the reference pass, and what precedes all gradients
     options = kwargs.get("transformer_options")
@@ -207,17 +212,17 @@ def _recompute_forward(module: nn.Module, original: Any, *args: Any, **kwargs: A
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def differentiable_options() -> dict[str, Any]:
+def differentiable_options() -> TransformerOptions:
     """Options for a call with a backward pass: torch's own attention, whatever the host would choose."""
 
     def attend(
-        original: Any,
+        original: Forward,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         heads: int,
         mask: Tensor | None = None,
-        attn_precision: Any = None,
+        attn_precision: torch.dtype | None = None,
         skip_reshape: bool = False,
         **further: Any,
     ) -> Tensor:

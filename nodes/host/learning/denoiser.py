@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,15 +23,21 @@ from ..networks.unet import clean_reference_sigma
 from ..text import encode_text
 from .autograd import differentiable_options
 
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.sd import CLIP
+
+    from ..host_types import ModelSampling
+
 
 class ComfyDenoiser:
     """Implements trainer.Denoiser. The model is loaded, made differentiable, and stays so while this is used."""
 
     def __init__(
         self,
-        base: Any,
-        sampling: Any,
-        clip: Any,
+        base: BaseModel,
+        sampling: ModelSampling,
+        clip: CLIP,
         layers: Sequence[SelfAttentionLayer],
         device: torch.device,
         dtype: torch.dtype,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from ..images import bucket_size, cover, encode_picture
 from ..masks import resized_mask
 from ..tensor_store import TensorStore
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+
 log = logging.getLogger(__name__)
 
 LATENT_BYTES = 256 * 2**20  # of all latents that stay in memory; 1000 pictures of 512x512 pixels are 65 MB
@@ -27,7 +31,7 @@ PURPOSE = 1  # of the random numbers: others than those of the augmented views
 class ExampleEncoder:
     """Encodes one picture at a time, so that no more than one of them has to be in memory."""
 
-    def __init__(self, model: Any, vae: Any, resolution: int, options: TrainOptions, seed: int) -> None:
+    def __init__(self, model: ModelPatcher, vae: VAE, resolution: int, options: TrainOptions, seed: int) -> None:
         self._model = model
         self._vae = vae
         self._resolution = resolution

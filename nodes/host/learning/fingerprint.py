@@ -12,7 +12,7 @@ import hashlib
 import types
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,13 @@ from ....trainer.examples import Example, TrainingSet
 from ....trainer.options import TrainOptions
 from ..networks.unet import clean_reference_sigma
 from .plain_weights import ORIGINAL
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP
+
+    from ..host_types import ModelSampling
 
 FORMAT = 2  # increased if the same inputs train differently, or if the kept files change
 DIGITS = 16
@@ -36,8 +43,8 @@ PROBES = 8  # noise levels at which the model sampling is evaluated
 
 @torch.inference_mode()
 def training_fingerprint(
-    patcher: Any,
-    clip: Any,
+    patcher: ModelPatcher,
+    clip: CLIP,
     data: TrainingSet,
     reference_caption: str,
     config: TrainConfig,
@@ -70,7 +77,7 @@ def training_fingerprint(
 class Digest:
     """A hash of values: numbers, texts, containers, tensors, functions, objects of other packs."""
 
-    def __init__(self, objects: dict[int, tuple[str, Any]] | None = None) -> None:
+    def __init__(self, objects: dict[int, tuple[str, object]] | None = None) -> None:
         self._hash = hashlib.sha256()
         # Hashes of objects by id, which is valid for as long as they exist.
         self._objects = {} if objects is None else objects
@@ -83,7 +90,7 @@ class Digest:
         self._say("whole", tensor.dtype, tuple(tensor.shape))
         self._hash.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
 
-    def add(self, value: Any, depth: int = DEPTH) -> None:
+    def add(self, value: object, depth: int = DEPTH) -> None:
         """Add any value. An object is hashed by class and attributes, a function by its code."""
         if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.Size):
             self._say(type(value).__name__, value)
@@ -110,7 +117,7 @@ class Digest:
         else:
             self._add_object(value, depth - 1)
 
-    def _add_object(self, value: Any, depth: int) -> None:
+    def _add_object(self, value: object, depth: int) -> None:
         if id(value) not in self._objects:
             self._objects[id(value)] = ("part of itself", value)
             whole = Digest(self._objects)
@@ -118,7 +125,7 @@ class Digest:
             self._objects[id(value)] = (whole.hexdigest(), value)
         self._say("object", self._objects[id(value)][0])
 
-    def _add_parts(self, value: Any, depth: int) -> None:
+    def _add_parts(self, value: object, depth: int) -> None:
         if isinstance(value, functools.partial):
             self.add(["partial", value.func, value.args, value.keywords], depth)
         elif isinstance(value, types.MethodType):
@@ -139,7 +146,7 @@ class Digest:
             elif not _is_a_patcher(value):
                 self.add(getattr(value, "__dict__", None), depth)
 
-    def _say(self, *words: Any) -> None:
+    def _say(self, *words: object) -> None:
         self._hash.update(repr([str(word) for word in words]).encode())
 
 
@@ -167,7 +174,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return {**settings, **chosen}
 
 
-def _add_example(digest: Digest, example: Example, clip: Any) -> None:
+def _add_example(digest: Digest, example: Example, clip: CLIP) -> None:
     _add_picture(digest, example.latent, example.mask)
     digest.add([[clip.tokenize(caption) for caption in example.captions], example.picture])
     for versions in (example.as_target, example.as_reference):
@@ -185,7 +192,7 @@ def _add_picture(digest: Digest, latent: Tensor, mask: Tensor | None) -> None:
         digest.add_whole(mask)
 
 
-def _add_model(digest: Digest, patcher: Any, skipped: tuple[str, ...]) -> None:
+def _add_model(digest: Digest, patcher: ModelPatcher, skipped: tuple[str, ...]) -> None:
     """Hash the weights without patches, and the patches, whether they are already applied or not."""
     weights = _weights(patcher, skipped)
     digest.add({name: tuple(weight.shape) for name, weight in weights.items()})
@@ -208,21 +215,21 @@ def _samples_of_each(weights: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([found[name] for name in weights])
 
 
-def _weights(patcher: Any, skipped: tuple[str, ...]) -> dict[str, Tensor]:
+def _weights(patcher: ModelPatcher, skipped: tuple[str, ...]) -> dict[str, Tensor]:
     own = dict((*patcher.model.named_parameters(), *patcher.model.named_buffers()))
     originals = {name: getattr(weight, ORIGINAL, weight) for name, weight in own.items()}
     originals.update({name: kept.weight for name, kept in patcher.backup.items() if name in own})
     return {name: originals[name] for name in sorted(own) if not name.startswith(skipped)}
 
 
-def _unused_projections(clip: Any, base: Any) -> tuple[str, ...]:
+def _unused_projections(clip: CLIP, base: BaseModel) -> tuple[str, ...]:
     """Weights of text encoders that are not used. Many checkpoints lack them; then they are uninitialised memory."""
     read = ("clip_g",) if getattr(base, "adm_channels", 0) else ()
     names = (name for name, _ in clip.cond_stage_model.named_parameters() if "text_projection" in name)
     return tuple(name for name in names if not name.startswith(read))
 
 
-def _sampling_at_probes(sampling: Any) -> Iterator[Tensor]:
+def _sampling_at_probes(sampling: ModelSampling) -> Iterator[Tensor]:
     """Results of the model sampling for given values. So two classes with the same results are equal."""
     sigmas = sampling.sigmas
     yield sigmas
@@ -236,17 +243,17 @@ def _sampling_at_probes(sampling: Any) -> Iterator[Tensor]:
         yield sampling.timestep(sigma).float()
 
 
-def _name(key: Any) -> str:
+def _name(key: object) -> str:
     """A key as text that is the same in another process."""
     return repr(key) if isinstance(key, str | int | float | tuple | Enum) else type(key).__qualname__
 
 
-def _content(cell: Any) -> Any:
+def _content(cell: types.CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # empty cell
         return None
 
 
-def _is_a_patcher(value: Any) -> bool:
+def _is_a_patcher(value: object) -> bool:
     return hasattr(value, "patches_uuid") or hasattr(value, "cond_stage_model")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from ..host_types import Forward
 
 
 @contextlib.contextmanager
-def patched_forward(modules: list[Any], forward: Any) -> Iterator[None]:
+def patched_forward(modules: Sequence[nn.Module], forward: Forward) -> Iterator[None]:
     """Modules compute `forward(module, its forward until now, *its inputs)`, and are as they were afterwards."""
     earlier = [module.__dict__.get("forward") for module in modules]
     for module in modules:

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 # An attribute of modules whose weights the host casts. Without it, the weights are used as they are.
 OF_DYNAMIC_MODULES = ("_v", "_prefetch")
 ORIGINAL = "_sa_inject_original"  # on a plain weight: the original one, without patches
 
 
-def is_dynamic(patcher: Any) -> bool:
+def is_dynamic(patcher: ModelPatcher) -> bool:
     """Whether the host loads the weights of this model one by one, when they are used."""
     return bool(getattr(patcher, "is_dynamic", lambda: False)())
 
 
 @contextlib.contextmanager
-def plain_weights(*patchers: Any) -> Iterator[None]:
+def plain_weights(*patchers: ModelPatcher) -> Iterator[None]:
     """Give the modules of dynamic models their own weights on the device, with patches applied.
 
     Use it outside of inference mode, with the models loaded. It takes as much memory as a full load and reads no file.
@@ -38,7 +41,7 @@ def plain_weights(*patchers: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plain_weights(patcher: Any) -> Iterator[None]:
+def _plain_weights(patcher: ModelPatcher) -> Iterator[None]:
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     hidden: list[tuple[nn.Module, str, Any]] = []
     try:
@@ -59,12 +62,16 @@ def _plain_weights(patcher: Any) -> Iterator[None]:
             setattr(module, attribute, value)
 
 
-def _plain(patcher: Any, module: nn.Module, name: str, key: str, weight: nn.Parameter) -> nn.Parameter:
+def _plain(patcher: ModelPatcher, module: nn.Module, name: str, key: str, weight: nn.Parameter) -> nn.Parameter:
     original = patcher.backup[key].weight if key in patcher.backup else weight
     # The model's precision first, then the patches, as in an ordinary load.
     module._parameters[name] = _parameter(_moved(module, name, original, patcher.load_device))
     if key in patcher.patches:
-        patched = patcher.patch_weight_to_device(key, device_to=patcher.load_device, return_weight=True)
+        patched = patcher.patch_weight_to_device(
+            key,
+            device_to=patcher.load_device,
+            return_weight=True,  # type: ignore[reportCallIssue]  # hosts with dynamic memory have it
+        )
         module._parameters[name] = _parameter(patched)
     plain = module._parameters[name]
     assert plain is not None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable
-from typing import Any
 
 import comfy.model_management as model_management
+import torch
 
 from ....core.adapter import Adapter
 from ....trainer.loop import DivergedError, Step, Training
@@ -32,7 +32,7 @@ class Steps:
         released: Callable[[], contextlib.AbstractContextManager[None]],
         build: Callable[[], Adapter],
         save_memory: Callable[[], str | None],
-        device: Any,
+        device: torch.device,
     ) -> None:
         """released: gives the models back for as long as it lasts. build: the adapter as it is now.
         save_memory: does something about it, and says what; None when nothing is left to do."""

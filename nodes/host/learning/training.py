@@ -8,7 +8,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,10 @@ from .steps import Steps
 from .training_models import TrainingModels, load_fully
 from .training_set import Subject, training_set, without_inference_tensors
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
+
 log = logging.getLogger(__name__)
 
 
@@ -58,9 +62,9 @@ class AdapterTraining:
 
     def __init__(
         self,
-        model: Any,
-        clip: Any,
-        vae: Any,
+        model: ModelPatcher,
+        clip: CLIP,
+        vae: VAE,
         subject: Subject,
         config: TrainConfig,
         *,
@@ -147,7 +151,7 @@ class AdapterTraining:
             log.info("%d batches overflowed in float16 and were left out.", training.overflows)
         return training.losses
 
-    def loop(self, trainables: Any = None, **changes: Any) -> Training:
+    def loop(self, trainables: SelfAttentionLoRA | None = None, **changes: Any) -> Training:
         """The steps, not taken yet. trainables: in the place of the LoRA; changes: settings that are others."""
         return Training(
             self.denoiser,

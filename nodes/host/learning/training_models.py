@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import comfy.model_management as model_management
 import torch
@@ -22,6 +22,10 @@ from .autograd import (
 from .plain_weights import plain_weights
 from .transformer_blocks import transformer_gradients
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP
+
 PRECISIONS: dict[str, torch.dtype | None] = {
     "auto": None,
     "bf16": torch.bfloat16,
@@ -35,7 +39,9 @@ class TrainingModels:
 
     dtype: torch.dtype  # of the computation, from `loaded` on
 
-    def __init__(self, model: Any, clip: Any, *, precision: str = "auto", checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: ModelPatcher, clip: CLIP, *, precision: str = "auto", checkpointing: bool = False
+    ) -> None:
         """precision: a key of PRECISIONS. checkpointing: store fewer activations, and compute them again."""
         self.patcher = model.clone()  # over the same weights; another compute precision does not reach the user's
         self.clip = clip
@@ -104,6 +110,6 @@ class TrainingModels:
         model_management.soft_empty_cache()
 
 
-def load_fully(patchers: list[Any]) -> None:
+def load_fully(patchers: list[ModelPatcher]) -> None:
     """Load models and keep nothing else: they are given more room than any device has."""
     model_management.load_models_gpu(patchers, memory_required=1e20, force_full_load=True)

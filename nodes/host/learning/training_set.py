@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from ..masks import check_leaves_something, keeps_something
 from .autograd import clone_for_autograd, is_inference_tensor
 from .distinct import DistinctPictures
 from .example_encoder import ExampleEncoder
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +48,8 @@ class Subject:
 
 
 def training_set(
-    model: Any,
-    vae: Any,
+    model: ModelPatcher,
+    vae: VAE,
     subject: Subject,
     captions: Sequence[tuple[str, ...]],
     seed: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from comfy.ldm.lumina.model import JointTransformerBlock
@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..networks.registry import hooked
 from .patched_forward import patched_forward
+
+if TYPE_CHECKING:
+    from ..host_types import Forward
 
 IN_PLACE = (DoubleStreamBlock, SingleStreamBlock)  # they add to the very tensors that they are given
 CHANGED = ("img", "txt")  # and the only one that single blocks are given by its place
@@ -51,21 +54,21 @@ def checkpoint_blocks(network: nn.Module) -> Iterator[None]:
         yield
 
 
-def _normed_copy(norm: nn.Module, original: Any, x: Tensor) -> Tensor:
+def _normed_copy(norm: nn.Module, original: Forward, x: Tensor) -> Tensor:
     return original(x.clone() if x.requires_grad else x)
 
 
-def _with_own_inputs(block: nn.Module, original: Any, **kwargs: Any) -> Any:
+def _with_own_inputs(block: nn.Module, original: Forward, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
     return original(**{name: _copy(x) if name in CHANGED else x for name, x in kwargs.items()})
 
 
-def _recomputed(block: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
+def _recomputed(block: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
     if not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())):
         return original(*args, **kwargs)  # nothing would be kept: the reference pass, and what precedes all gradients
     options = dict(kwargs.pop("transformer_options", None) or {})
     changes = isinstance(block, IN_PLACE)
 
-    def run(*inputs: Any) -> Any:
+    def run(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         own = [_copy(x) for x in inputs] if changes else inputs
         named = {name: _copy(x) if changes and name in CHANGED else x for name, x in kwargs.items()}
         return original(*own, **named, transformer_options=dict(options))

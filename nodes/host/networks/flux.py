@@ -6,14 +6,14 @@ own, in which the attention is ours, and whatever another pack has put there is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from comfy.ldm.chroma.model import Chroma
-from comfy.ldm.flux.layers import apply_mod
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock, apply_mod
 from comfy.ldm.flux.model import Flux
 from torch import Tensor, nn
 
@@ -23,7 +23,11 @@ from ....core.positions import Rotation
 from ....core.site import AtSite
 from .joint_attention import Grid, JointAttention, next_index
 
+if TYPE_CHECKING:
+    from ..host_types import Arguments, Forward, TransformerOptions
+
 DOUBLE, SINGLE = "double_blocks", "single_blocks"
+FluxBlock: TypeAlias = DoubleStreamBlock | SingleStreamBlock
 REPLACED_AS = {DOUBLE: "double_block", SINGLE: "single_block"}
 
 
@@ -41,13 +45,13 @@ def attention_layers(network: nn.Module) -> tuple[SelfAttentionLayer, ...]:
 @contextmanager
 def attending(
     network: nn.Module,
-    options: dict[str, Any],
+    options: TransformerOptions,
     at: AtSite,
     blocks: Collection[BlockKey],
     *,
     size: tuple[int, int],
     keeps_hidden: bool = False,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[TransformerOptions]:
     """Options for one call of the network, in which `at` computes the attention of these blocks.
 
     size: of the latent (h, w). The given options stay as they are.
@@ -65,7 +69,7 @@ def attending(
 class Call:
     """One call of the network."""
 
-    network: Any
+    network: Flux | Chroma
     at: AtSite
     blocks: frozenset[BlockKey]
     grid: Grid
@@ -79,17 +83,17 @@ class MetBlock:
 
     call: Call
     key: BlockKey
-    block: Any
-    earlier: Callable[..., Any] | None
+    block: FluxBlock
+    earlier: Forward | None
 
-    def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> Any:
+    def __call__(self, args: Arguments, extra: dict[str, Forward]) -> Arguments:
         if self.key.stage == DOUBLE:
             self.call.text_tokens = args["txt"].shape[1]
         if self.key in self.call.blocks:
             args = {**args, "transformer_options": self._attention(args).options(args["transformer_options"])}
         return extra["original_block"](args) if self.earlier is None else self.earlier(args, extra)
 
-    def _attention(self, args: dict[str, Any]) -> JointAttention:
+    def _attention(self, args: Arguments) -> JointAttention:
         network, pe, text_tokens = self.call.network, args["pe"], self.call.text_tokens
 
         def rotation(tokens: slice) -> Rotation:
@@ -108,34 +112,34 @@ class MetBlock:
         )
 
 
-def index_step(network: Any) -> float:
+def index_step(network: Flux | Chroma) -> float:
     """How far apart ComfyUI puts a picture and a reference along the first axis, as the model was trained."""
     return float(getattr(network.params, "ref_index_scale", 1.0))
 
 
-def _double_hidden(block: Any, args: dict[str, Any], text_tokens: int, tokens: slice) -> Tensor:
+def _double_hidden(block: DoubleStreamBlock, args: Arguments, text_tokens: int, tokens: slice) -> Tensor:
     """What the picture's projections read, as the block computes it."""
     modulation, _ = block.img_mod(args["vec"]) if block.modulation else args["vec"][0]
     img = args["img"][:, tokens.start - text_tokens : tokens.stop - text_tokens]
     return apply_mod(block.img_norm1(img), 1 + modulation.scale, modulation.shift)
 
 
-def _single_hidden(block: Any, args: dict[str, Any], text_tokens: int, tokens: slice) -> Tensor:
+def _single_hidden(block: SingleStreamBlock, args: Arguments, text_tokens: int, tokens: slice) -> Tensor:
     modulation = block.modulation(args["vec"])[0] if block.modulation else args["vec"]
     return apply_mod(block.pre_norm(args["img"][:, tokens]), 1 + modulation.scale, modulation.shift)
 
 
-def _blocks(network: Any) -> Iterator[tuple[BlockKey, Any]]:
+def _blocks(network: nn.Module) -> Iterator[tuple[BlockKey, FluxBlock]]:
     for stage in (DOUBLE, SINGLE):
         for index, block in enumerate(getattr(network, stage)):
             yield BlockKey(stage, index), block
 
 
-def is_flux(network: Any) -> bool:
+def is_flux(network: nn.Module | None) -> bool:
     return type(network) in (Flux, Chroma)
 
 
-def is_plain(network: Any) -> bool:
+def is_plain(network: Flux | Chroma) -> bool:
     """Whether it takes noise and text alone: no further channels for a picture, and texts without other positions."""
     params = network.params
     further = getattr(params, "yak_mlp", False) or getattr(params, "txt_norm", False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -19,6 +19,11 @@ from ....core.attention import Attention
 from ....core.kv import BlockKey
 from ....core.positions import Rotation
 from ....core.site import AtSite, Site
+
+if TYPE_CHECKING:
+    from comfy.ldm.flux.layers import EmbedND
+
+    from ..host_types import Arguments, TransformerOptions
 
 OVERRIDE = "optimized_attention_override"
 
@@ -50,7 +55,7 @@ class JointAttention:
     rotation: Callable[[slice], Rotation | None]
     hidden: Callable[[slice], Tensor] | None  # what the projections of these tokens have read, where it is wanted
 
-    def options(self, options: dict[str, Any]) -> dict[str, Any]:
+    def options(self, options: TransformerOptions) -> TransformerOptions:
         """Options of the call for this layer alone. An override of another pack goes on being asked."""
         earlier = options.get(OVERRIDE)
 
@@ -60,7 +65,11 @@ class JointAttention:
         return {**options, OVERRIDE: override}
 
     def _compute(
-        self, original: Callable[..., Tensor], earlier: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        original: Callable[..., Tensor],
+        earlier: Callable[..., Tensor] | None,
+        args: tuple[Any, ...],
+        kwargs: Arguments,
     ) -> Tensor:
         def own() -> Tensor:
             return original(*args, **kwargs) if earlier is None else earlier(original, *args, **kwargs)
@@ -88,7 +97,7 @@ class JointAttention:
         return self.at(site)
 
 
-def host_attention(options: dict[str, Any]) -> Attention:
+def host_attention(options: TransformerOptions) -> Attention:
     """The host's attention kernel without a mask, with whatever override another pack put into the options."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -97,7 +106,7 @@ def host_attention(options: dict[str, Any]) -> Attention:
     return attend
 
 
-def next_index(embedder: Any, axes: int, shift: float, device: torch.device) -> Tensor:
+def next_index(embedder: EmbedND, axes: int, shift: float, device: torch.device) -> Tensor:
     """By what a network's own positions turn a token of the next picture. -> (pairs of the first axis, 2, 2)"""
     ids = torch.zeros(1, 1, axes, device=device)
     ids[..., 0] = shift

@@ -6,9 +6,9 @@ length of one call, do nothing in calls that are not marked as ours, and give ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from comfy.ldm.lumina.model import NextDiT
 from torch import Tensor, nn
@@ -18,6 +18,11 @@ from ....core.layers import SelfAttentionLayer
 from ....core.positions import Rotation
 from ....core.site import AtSite
 from .joint_attention import Grid, JointAttention, next_index
+
+if TYPE_CHECKING:
+    from comfy.ldm.lumina.model import JointAttention as JointSelfAttention
+
+    from ..host_types import Arguments, Forward, TransformerOptions
 
 STAGES = ("noise_refiner", "layers")  # in the order in which a call meets them; both see the noisy picture
 SITES_KEY = "sa_inject_sites"
@@ -45,13 +50,13 @@ def attention_layers(network: nn.Module) -> tuple[SelfAttentionLayer, ...]:
 @contextmanager
 def attending(
     network: nn.Module,
-    options: dict[str, Any],
+    options: TransformerOptions,
     at: AtSite,
     blocks: Collection[BlockKey],
     *,
     size: tuple[int, int],
     keeps_hidden: bool = False,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[TransformerOptions]:
     """Options for one call of the network, in which `at` computes the attention of these blocks.
 
     size: of the latent (h, w). The given options stay as they are.
@@ -71,8 +76,10 @@ def hooked(network: nn.Module) -> Iterator[None]:
         yield
 
 
-def _hook(network: nn.Module, key: BlockKey) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _hook(network: NextDiT, key: BlockKey) -> Forward:
+    def hook(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: Arguments
+    ) -> tuple[tuple[Tensor, ...], Arguments] | None:
         options = kwargs.get("transformer_options") or {}
         wanted = options.get(SITES_KEY)
         if wanted is None:
@@ -87,7 +94,7 @@ def _hook(network: nn.Module, key: BlockKey) -> Callable[..., Any]:
     return hook
 
 
-def _met(network: Any, key: BlockKey, wanted: Wanted, hidden: Tensor, freqs: Tensor) -> JointAttention:
+def _met(network: NextDiT, key: BlockKey, wanted: Wanted, hidden: Tensor, freqs: Tensor) -> JointAttention:
     def rotation(tokens: slice) -> Rotation:
         matrices = freqs[:, tokens, 0]  # (1 or b, m, d/2, 2, 2)
         index_pairs = network.axes_dims[0] // 2
@@ -110,11 +117,11 @@ def _met(network: Any, key: BlockKey, wanted: Wanted, hidden: Tensor, freqs: Ten
     )
 
 
-def _attentions(network: Any) -> Iterator[tuple[BlockKey, str, Any]]:
+def _attentions(network: nn.Module) -> Iterator[tuple[BlockKey, str, JointSelfAttention]]:
     for stage in STAGES:
         for index, block in enumerate(getattr(network, stage)):
             yield BlockKey(stage, index), f"{stage}.{index}.attention", block.attention
 
 
-def is_nextdit(network: Any) -> bool:
+def is_nextdit(network: nn.Module | None) -> bool:
     return type(network) is NextDiT

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING
 
+import torch
 from comfy.ldm.modules.attention import SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
@@ -21,12 +22,18 @@ from .architectures import ARCHITECTURES, PATCHED, refusal
 from .transformers import TransformerInputs
 from .unet import NetworkInputs, UnetDescription
 
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+
+    from ..host_types import Arguments, TransformerOptions
+
 log = logging.getLogger(__name__)
 
 FOREIGN_WEIGHTS = ("GGML", "GGUF", "SVDQ", "Nunchaku")  # in the names of classes that hold weights in their own way
 
 
-def describe(model: Any) -> UnetDescription:
+def describe(model: ModelPatcher) -> UnetDescription:
     """Describe the network of a ModelPatcher. Raises ValueError, naming the model, when it is none that we know."""
     base = model.model
     network = getattr(base, "diffusion_model", None)
@@ -41,20 +48,20 @@ def describe(model: Any) -> UnetDescription:
     return UnetDescription(family, _attention_layers(network))
 
 
-def is_transformer(network: Any) -> bool:
+def is_transformer(network: nn.Module | None) -> bool:
     network = getattr(network, "_orig_mod", network)  # while a compiled one stands in its place
     return nextdit.is_nextdit(network) or flux.is_flux(network)
 
 
 def attending(
     network: nn.Module,
-    options: dict[str, Any],
+    options: TransformerOptions,
     at: AtSite,
     blocks: Collection[BlockKey],
     *,
     size: tuple[int, int],
     keeps_hidden: bool = False,
-) -> AbstractContextManager[dict[str, Any]]:
+) -> AbstractContextManager[TransformerOptions]:
     """Options for one call of the network, in which `at` computes the self-attention of these blocks.
 
     size: of the latent (h, w). With `keeps_hidden` every site says what its projections have read.
@@ -72,32 +79,32 @@ def hooked(network: nn.Module) -> AbstractContextManager[None]:
 
 
 def network_inputs(
-    base: Any, noisy: Tensor, sigma: Tensor, text: TextConditioning, dtype: Any
+    base: BaseModel, noisy: Tensor, sigma: Tensor, text: TextConditioning, dtype: torch.dtype
 ) -> NetworkInputs | TransformerInputs:
     """Scale and cast what a direct call of the network needs. noisy (b, c, h, w), sigma (b,), text with b rows"""
     kind = transformers if is_transformer(base.diffusion_model) else unet
     return kind.network_inputs(base, noisy, sigma, text, dtype)
 
 
-def call_network(network: nn.Module, inputs: NetworkInputs | TransformerInputs, options: dict[str, Any]) -> Tensor:
+def call_network(network: nn.Module, inputs: NetworkInputs | TransformerInputs, options: TransformerOptions) -> Tensor:
     """A direct call of the network, past what others have wrapped around the model."""
     if isinstance(inputs, TransformerInputs):
         return network(inputs.x, inputs.timestep, **inputs.conditions, transformer_options=options)
     return network(*inputs, None, options)
 
 
-def model_conditions(base: Any, latent: Tensor, text: TextConditioning) -> dict[str, Any]:
+def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning) -> Arguments:
     """What the model wants beside the latent, by the names that `apply_model` has for it."""
     kind = transformers if is_transformer(base.diffusion_model) else unet
     return kind.model_conditions(base, latent, text)
 
 
-def text_width(base: Any) -> int:
+def text_width(base: BaseModel) -> int:
     is_unet = not is_transformer(base.diffusion_model)
     return base.model_config.unet_config["context_dim"] if is_unet else transformers.text_width(base)
 
 
-def pooled_width(base: Any) -> int | None:
+def pooled_width(base: BaseModel) -> int | None:
     """How wide a pooled vector the model wants beside its text. None: it wants none."""
     return (transformers if is_transformer(base.diffusion_model) else unet).pooled_width(base)
 
@@ -107,7 +114,7 @@ def positions(architecture: str) -> PositionRule:
     return ARCHITECTURES[architecture].positions if architecture in ARCHITECTURES else "none"
 
 
-def is_distilled(base: Any) -> bool:
+def is_distilled(base: BaseModel) -> bool:
     """Whether the network is told how strongly to follow the text, so that it is sampled without a negative prompt."""
     return is_transformer(base.diffusion_model) and transformers.is_told_guidance(base)
 
@@ -121,7 +128,7 @@ def warn_if_experimental(architecture: str) -> None:
         )
 
 
-def _family(base: Any, network: Any) -> str | None:
+def _family(base: BaseModel, network: nn.Module | None) -> str | None:
     config = type(getattr(base, "model_config", None)).__name__
     if nextdit.is_nextdit(network):
         return "Z-Image" if config == "ZImage" and getattr(network, "siglip_embedder", None) is None else None
@@ -130,11 +137,11 @@ def _family(base: Any, network: Any) -> str | None:
     return {"Flux": "Flux.1", "FluxSchnell": "Flux.1", "Flux2": "Flux.2", "Chroma": "Chroma"}.get(config)
 
 
-def _attention_layers(network: Any) -> tuple[SelfAttentionLayer, ...]:
+def _attention_layers(network: nn.Module | None) -> tuple[SelfAttentionLayer, ...]:
     return (nextdit if nextdit.is_nextdit(network) else flux).attention_layers(network)
 
 
-def _names(base: Any, network: Any) -> list[str]:
+def _names(base: BaseModel, network: nn.Module | None) -> list[str]:
     """Of the classes of a model and of its network, the one first that people know it by."""
     config = type(getattr(base, "model_config", None)).__name__
     classes = [*type(base).__mro__, *type(network).__mro__]

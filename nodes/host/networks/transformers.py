@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ....core.image_prompt import TextConditioning
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+
+    from ..host_types import Arguments
 
 # Guidance-distilled models are told how strongly they are to follow the text. A reference is read, and a subject is
 # learned, without any of that.
@@ -18,10 +24,10 @@ class TransformerInputs(NamedTuple):
 
     x: Tensor
     timestep: Tensor
-    conditions: dict[str, Any]  # by the names of the network's own arguments
+    conditions: Arguments  # by the names of the network's own arguments
 
 
-def model_conditions(base: Any, latent: Tensor, text: TextConditioning) -> dict[str, Any]:
+def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning) -> Arguments:
     """Ask the model what it wants beside the latent, by the names that `apply_model` has for it.
 
     latent (b, c, h, w) already scaled, text with b rows of one length
@@ -43,7 +49,9 @@ def model_conditions(base: Any, latent: Tensor, text: TextConditioning) -> dict[
     return {name: condition.process_cond(batch_size=b, area=None).cond for name, condition in conditions.items()}
 
 
-def network_inputs(base: Any, noisy: Tensor, sigma: Tensor, text: TextConditioning, dtype: Any) -> TransformerInputs:
+def network_inputs(
+    base: BaseModel, noisy: Tensor, sigma: Tensor, text: TextConditioning, dtype: torch.dtype
+) -> TransformerInputs:
     """Scale and cast what a direct call of the network needs, as BaseModel.apply_model does before the call.
 
     noisy (b, c, h, w), sigma (b,), text with b rows of one length
@@ -58,21 +66,21 @@ def network_inputs(base: Any, noisy: Tensor, sigma: Tensor, text: TextConditioni
     )
 
 
-def text_width(base: Any) -> int:
+def text_width(base: BaseModel) -> int:
     config = base.model_config.unet_config
     return config["cap_feat_dim"] if "cap_feat_dim" in config else config["context_in_dim"]
 
 
-def pooled_width(base: Any) -> int | None:
+def pooled_width(base: BaseModel) -> int | None:
     """How wide a pooled vector the model wants beside its text. None: it wants none."""
     return base.model_config.unet_config.get("vec_in_dim")
 
 
-def is_told_guidance(base: Any) -> bool:
+def is_told_guidance(base: BaseModel) -> bool:
     return bool(base.model_config.unet_config.get("guidance_embed"))
 
 
-def _cast(value: Any, like: Tensor, dtype: Any) -> Any:
+def _cast(value: Any, like: Tensor, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(like.device, dtype if value.is_floating_point() else value.dtype)

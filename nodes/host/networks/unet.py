@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import comfy.model_sampling as model_sampling
 import torch
@@ -14,6 +14,12 @@ from torch import Tensor
 from ....core.image_prompt import TextConditioning
 from ....core.layers import SelfAttentionLayer, self_attention_layers
 from ....core.schedule import CLEAN_NOISE_FRACTION
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+
+    from ..host_types import ModelSampling
 
 FAMILIES: dict[int, str] = {768: "SD1.x", 1024: "SD2.x", 1280: "SDXL refiner", 2048: "SDXL"}  # by width of the text
 
@@ -41,7 +47,7 @@ class NetworkInputs(NamedTuple):
     y: Tensor | None
 
 
-def describe(model: Any) -> UnetDescription:
+def describe(model: ModelPatcher) -> UnetDescription:
     """Describe the UNet of a ModelPatcher. Raises ValueError, naming the model, when it is not a UNet we know."""
     base = model.model
     unet = getattr(base, "diffusion_model", None)
@@ -60,7 +66,7 @@ def describe(model: Any) -> UnetDescription:
     return UnetDescription(FAMILIES.get(width, type(base).__name__), layers)
 
 
-def prediction_type(model: Any) -> str:
+def prediction_type(model: ModelPatcher) -> str:
     """What the network of a ModelPatcher predicts, as the sampler takes it: a node like ModelSamplingDiscrete counts.
 
     Models for few steps, such as LCM, are of the kind that they were made from.
@@ -69,23 +75,23 @@ def prediction_type(model: Any) -> str:
     return next((name for name, kind in PREDICTIONS.items() if isinstance(sampling, kind)), type(sampling).__name__)
 
 
-def pooled_width(base: Any) -> int | None:
+def pooled_width(base: BaseModel) -> int | None:
     """How wide a pooled vector the model wants beside its text. None: it wants none."""
     sizes = 6 if isinstance(base, SDXL) else 5 if isinstance(base, SDXLRefiner) else None  # 256 channels for each
     return None if sizes is None else base.adm_channels - 256 * sizes
 
 
-def compute_dtype(base: Any) -> Any:
+def compute_dtype(base: BaseModel) -> torch.dtype:
     """The precision in which ComfyUI runs the model, whatever its weights are stored in."""
     return base.manual_cast_dtype or base.get_dtype()
 
 
-def clean_reference_sigma(sampling: Any) -> float:
+def clean_reference_sigma(sampling: ModelSampling) -> float:
     """The noise level that the UNet is told when it reads a picture that has none."""
     return float(sampling.percent_to_sigma(1 - CLEAN_NOISE_FRACTION))
 
 
-def model_conditions(base: Any, latent: Tensor, text: TextConditioning) -> dict[str, Tensor]:
+def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning) -> dict[str, Tensor]:
     """Ask the model what it wants beside the latent: context, SDXL's size embedding, an inpainting model's mask.
 
     latent (b, c, h, w) already scaled, text with b rows -> `c_crossattn`, and `y` and `c_concat` where wanted
@@ -106,7 +112,9 @@ def model_conditions(base: Any, latent: Tensor, text: TextConditioning) -> dict[
     return {name: condition.process_cond(batch_size=b, area=None).cond for name, condition in conditions.items()}
 
 
-def network_inputs(base: Any, noisy: Tensor, sigma: Tensor, text: TextConditioning, dtype: Any) -> NetworkInputs:
+def network_inputs(
+    base: BaseModel, noisy: Tensor, sigma: Tensor, text: TextConditioning, dtype: torch.dtype
+) -> NetworkInputs:
     """Scale and cast what a direct call of the diffusion model needs.
 
     noisy (b, c, h, w), sigma (b,), text with b rows. Mirrors what BaseModel.apply_model does before the call, for the

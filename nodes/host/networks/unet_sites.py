@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor, nn
 
 from ....core.kv import BlockKey
 from ....core.site import AtSite, Site
+
+if TYPE_CHECKING:
+    from ..host_types import TransformerOptions
 
 # The host gives every transformer block a dictionary of its own that both hooks of that block see, so what one hook
 # hands to the next lives there, and threads cannot mix it up.
@@ -20,8 +23,13 @@ HIDDEN_STATES_KEY = "sa_inject_hidden"
 
 @contextmanager
 def attending(
-    network: nn.Module, options: dict[str, Any], at: AtSite, blocks: Collection[BlockKey], *, keeps_hidden: bool = False
-) -> Iterator[dict[str, Any]]:
+    network: nn.Module,
+    options: TransformerOptions,
+    at: AtSite,
+    blocks: Collection[BlockKey],
+    *,
+    keeps_hidden: bool = False,
+) -> Iterator[TransformerOptions]:
     """Options for one call of the network, in which `at` computes the self-attention of these blocks.
 
     They are a copy of the given ones, and hold until the context ends. With `keeps_hidden` every site says what its
@@ -34,13 +42,13 @@ def attending(
     yield {**options, "patches": patches, "patches_replace": {**replaced, "attn1": attn1}}
 
 
-def replaced_blocks(options: dict[str, Any], blocks: Collection[BlockKey]) -> frozenset[BlockKey]:
+def replaced_blocks(options: TransformerOptions, blocks: Collection[BlockKey]) -> frozenset[BlockKey]:
     """Those of the blocks whose self-attention another pack computes in this call."""
     attn1 = options.get("patches_replace", {}).get("attn1", {})
     return frozenset(key for key in blocks if attn1.get(tuple(key)) or attn1.get((key.stage, key.index)))
 
 
-def call_at_site(at: AtSite, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+def call_at_site(at: AtSite, q: Tensor, k: Tensor, v: Tensor, extra_options: TransformerOptions) -> Tensor:
     """A replacement of a self-attention, which makes a site of what it is given."""
     if q.shape[0] != k.shape[0]:
         # Tiling nodes fold tiles of q into the batch and leave k and v whole; the kernels would reshape them so.
@@ -67,7 +75,7 @@ def call_at_site(at: AtSite, q: Tensor, k: Tensor, v: Tensor, extra_options: dic
 
 
 def store_hidden_states(
-    hidden: Tensor, context: Tensor, value: Tensor, extra_options: dict[str, Any]
+    hidden: Tensor, context: Tensor, value: Tensor, extra_options: TransformerOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A patch that changes nothing, and keeps what the projections of a self-attention are about to read."""
     extra_options[HIDDEN_STATES_KEY] = hidden
