@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MARKER = "sa-inject-token-"  # followed by a number, so that several adapters can share one CLIP
 MARKED = re.compile(rf" embedding:{MARKER}(\d+) ")
+ORDINARY = "dog"  # a word of every vocabulary
 SIGN = "\ue000"  # around a marker in a text for a language model: of Unicode's private use
 
 
@@ -110,7 +111,15 @@ class WordVocabulary:
                 ids += list(self._vectors[int(piece)])
             else:
                 # A space before a word is part of its first token.
-                ids += token_ids(self._inner, piece if place + 1 == len(pieces) else piece.removesuffix(" "))
+                text = piece if place + 1 == len(pieces) else piece.removesuffix(" ")
+                ids += self._ids_after_word(text) if place else token_ids(self._inner, text)
         around = self._inner.tokenizer("")["input_ids"]
         start = self._inner.tokens_start
         return {"input_ids": [*around[:start], *ids, *(around[-1:] if self._inner.tokenizer_adds_end_token else [])]}
+
+    def _ids_after_word(self, text: str) -> list[int]:
+        """SentencePiece, which T5 has, reads any text as if it began with a blank. Here a word is before it."""
+        if not text or text[0].isspace():
+            return token_ids(self._inner, text)
+        word, both = token_ids(self._inner, ORDINARY), token_ids(self._inner, f"{ORDINARY}{text}")
+        return both[len(word) :] if both[: len(word)] == word else token_ids(self._inner, text)

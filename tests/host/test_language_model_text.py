@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.tiny_transformers import tiny_clip
+from tests.host.tiny_transformers import knows_klein, tiny_clip
 
-KINDS = ("z_image", "flux", "chroma")
+KINDS = ("z_image", "flux", "chroma", "klein")
 ORDINARY = "dog"  # one token in all of these vocabularies
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def clip(request, comfy_host):
+    if request.param == "klein" and not knows_klein():
+        pytest.skip("this ComfyUI has no text encoder for Flux.2 Klein")
     return tiny_clip(request.param)
 
 
@@ -40,6 +42,9 @@ PROMPTS = (
     "{} and a {} beside another {}",
     "a photo of\na {}\n\non grass",
     "a {}",
+    "a {}, in the snow. A {}, a {}!",
+    "a {}'s hat; the {}\"",
+    "a {}:\na {}.",
 )
 
 

@@ -99,13 +99,23 @@ QWEN3 = {
         "num_key_value_heads": 1,
     }
 }
+# What is read are the layers 9, 18 and 27.
+KLEIN = {"qwen3_4b_model_config": {**QWEN3["qwen3_4b_model_config"], "num_hidden_layers": 28}}
 T5 = {"t5xxl_model_config": {"d_model": TEXT_WIDTH, "d_ff": 96, "d_kv": 16, "num_heads": 4, "num_layers": 3}}
 CLIP = {"clip_l_model_config": {"num_hidden_layers": 3}}
 ENCODERS: dict[str, Encoders] = {
     "z_image": Encoders("z_image", "ZImageTokenizer", "ZImageTEModel", QWEN3),
     "flux": Encoders("flux", "FluxTokenizer", "FluxClipModel", {**T5, **CLIP}),
     "chroma": Encoders("pixart_t5", "PixArtTokenizer", "PixArtT5XXL", T5),
+    "klein": Encoders("flux", "KleinTokenizer", "klein_te", KLEIN),
 }
+
+
+def knows_klein() -> bool:
+    """Whether the host has Flux.2 Klein's text encoder."""
+    import comfy.text_encoders.flux
+
+    return hasattr(comfy.text_encoders.flux, "KleinTokenizer")
 
 
 def tiny_transformer(kind: str) -> Any:
@@ -151,7 +161,9 @@ def tiny_clip(kind: str) -> Any:
     from comfy.supported_models_base import ClipTarget
 
     module = importlib.import_module(f"comfy.text_encoders.{ENCODERS[kind].module}")
-    target = ClipTarget(getattr(module, ENCODERS[kind].tokenizer), getattr(module, ENCODERS[kind].encoder))
+    encoder = getattr(module, ENCODERS[kind].encoder)
+    encoder = encoder if isinstance(encoder, type) else encoder()  # or a function that makes a class
+    target = ClipTarget(getattr(module, ENCODERS[kind].tokenizer), encoder)
     with torch.inference_mode():
         clip = comfy.sd.CLIP(target, model_options={**ENCODERS[kind].options, "dtype": torch.float32})
         randomize(clip.cond_stage_model, seed=1)
