@@ -194,3 +194,56 @@ def test_a_compiled_model_runs_uncompiled_and_the_log_says_so(comfy_host, model,
     assert "torch.compile" not in caplog.text
     assert relative_error(sample(comfy_host, compiled), expected) < 1e-4
     assert caplog.text.count("It runs uncompiled") == 1
+
+
+def counted_patches(calls: list[str]) -> dict[str, Any]:
+    """What another pack may put around or into the blocks, each of which changes the picture."""
+
+    def of_block(kind: str) -> Any:
+        def patch(args):
+            calls.append(kind)
+            return {**args, "img": args["img"] * 0.9}
+
+        return patch
+
+    def before_attention(q, k, v, **more):
+        calls.append("attn1_patch")
+        return {"q": q * 0.9, "k": k, "v": v}
+
+    def after_attention(out, extra):
+        calls.append("attn1_output_patch")
+        return out * 0.9
+
+    kinds = ("double_block", "single_block", "noise_refiner", "post_input")
+    patches = {kind: of_block(kind) for kind in kinds}
+    return {**patches, "attn1_patch": before_attention, "attn1_output_patch": after_attention}
+
+
+def test_patches_and_wrappers_of_other_packs_are_called_as_often_as_without_ours(comfy_host, model):
+    """Which of them a network calls at all depends on ComfyUI's version; a wrapper always is."""
+    from comfy.patcher_extension import WrappersMP
+
+    calls: list[str] = []
+    adapter, prompt, text, x = make_adapter(model), make_prompt(model), text_for(model, 9, seed=7), x_of(model)
+    ours = call(apply(comfy_host, model, adapter, prompt), x, SIGMA, text, [0])
+    for kind, patch in {**counted_patches(calls), "wrapper": None}.items():
+        changed = model.clone()
+        if patch is None:
+
+            def wrapper(executor, *args, **kwargs):
+                calls.append("wrapper")
+                return executor(*args, **kwargs) * 0.9
+
+            changed.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "theirs", wrapper)
+        else:
+            changed.set_model_patch(patch, kind)
+        calls.clear()
+        theirs = call(changed, x, SIGMA, text, [0])
+        expected = list(calls)
+        if not expected:
+            continue  # this ComfyUI has no such patch for this network
+        calls.clear()
+        both = call(apply(comfy_host, changed, adapter, prompt), x, SIGMA, text, [0])
+        assert calls == expected, kind
+        assert relative_error(both, theirs) > 1e-3 and relative_error(both, ours) > 1e-3, kind
+    assert expected == ["wrapper"]
