@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from .artwork import LARGE, SMALL
 from .autoencoder import encode, load_autoencoder
@@ -58,22 +58,28 @@ def make_pool(
     world: str = SMALL,
     workers: int = 0,
 ) -> Pool:
-    """The pool stored at `path`, created if it is missing."""
-    if path.exists():
-        return Pool(*torch.load(path, weights_only=True))
-    model = load_autoencoder(autoencoder, device)
-    chunks = DataLoader(Scenes(count, image_size, seed, world), batch_size=None, num_workers=workers)
-    cores = FreeCores()
-    latents: list[Tensor] = []
-    captions: list[str] = []
-    for pictures, said in chunks:
-        cores.adjust()
-        latents.append(encode(model, pictures, device).half())
-        captions += said
-        if len(captions) % (64 * CHUNK) == 0:
-            log.info("pool %d px %d/%d", image_size, len(captions), count)
-    pool = Pool(torch.cat(latents), captions)
+    """The pool stored at `path`. Missing scenes are created and added first."""
+    latents, captions = torch.load(path, weights_only=True) if path.exists() else (torch.zeros(0), [])
+    found, said = [latents] if captions else [], list(captions)
+    if len(said) < count:
+        model = load_autoencoder(autoencoder, device)
+        scenes = Scenes(count, image_size, seed, world)
+        whole = len(said) // CHUNK  # the last chunk of a smaller pool may have been cut
+        found, said = [latents[: whole * CHUNK]] if whole else [], said[: whole * CHUNK]
+        chunks = DataLoader(Subset(scenes, range(whole, len(scenes))), batch_size=None, num_workers=workers)
+        cores = FreeCores()
+        for pictures, texts in chunks:
+            cores.adjust()
+            found.append(encode(model, pictures, device).half())
+            said += texts
+            if len(said) % (32 * CHUNK) == 0:
+                log.info("pool %d px %d/%d", image_size, len(said), count)
+                _keep(path, found, said)
+        _keep(path, found, said)
+    return Pool(torch.cat(found), said)
+
+
+def _keep(path: Path, latents: list[Tensor], captions: list[str]) -> None:
     partial = path.with_suffix(".part")
-    torch.save(tuple(pool), partial)
+    torch.save((torch.cat(latents), captions), partial)
     os.replace(partial, path)
-    return pool

@@ -1,17 +1,19 @@
 """How well the base model draws what a caption says, in the judge's eyes.
 
 python -m demo.base.score --count 512       shipped weights
-python -m demo.base.score --state FOLDER    what a training run has learned so far
+python -m demo.base.score --state FOLDER    what a training run, of the UNet or of the NextDiT, has learned so far
 """
 
 import argparse
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .artwork import OBJECTS, SMALL
 from .autoencoder import decode, load_autoencoder, new_autoencoder
@@ -41,24 +43,45 @@ def load(state: Path | None, device: str):
     unet = new_unet(0).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     if state is not None:
         unet.load_state_dict(torch.load(state / "unet.pt", map_location=device, weights_only=True)["average"])
-        return unet, load_autoencoder(state / "autoencoder.pt", device)
-    learned, parts = read_parts()
-    unet.load_state_dict(learned)
+    else:
+        unet.load_state_dict(read_parts()[0])
+    return unet, autoencoder_of(state, device)
+
+
+def autoencoder_of(state: Path | None, device: str):
+    if state is not None:
+        return load_autoencoder(state / "autoencoder.pt", device)
     autoencoder = new_autoencoder(0)
-    autoencoder.load_state_dict(parts)
-    return unet, autoencoder.to(device)
+    autoencoder.load_state_dict(read_parts()[1])
+    return autoencoder.to(device)
+
+
+def painter(state: Path | None, steps: int, guidance: float, device: str) -> Callable[[list[str], int], Tensor]:
+    """What makes latents of captions and a seed: the UNet, or the NextDiT where the folder is one of its."""
+    size = IMAGE_SIZE // 8
+    if state is not None and (state / "nextdit.pt").exists():
+        from . import language_model, nextdit
+
+        network = nextdit.load_nextdit(state, device)
+        texts_of = language_model.CaptionEncoder(device)
+        return lambda captions, seed: nextdit.sample(
+            network, texts_of(captions), texts_of([""]), size, seed, steps=steps, guidance=guidance
+        )
+    unet, _ = load(state, device)
+    encode = CaptionEncoder(device)
+    return lambda captions, seed: sample(
+        unet, encode(captions), encode([""]), size, seed, steps=steps, guidance=guidance
+    )
 
 
 def draw(state: Path | None, captions: list[str], steps: int, guidance: float, device: str) -> list[Image.Image]:
-    unet, autoencoder = load(state, device)
-    encode = CaptionEncoder(device)
+    paint = painter(state, steps, guidance, device)
+    autoencoder = autoencoder_of(state, device)
     cores = FreeCores()
     images: list[Image.Image] = []
     for start in range(0, len(captions), BATCH):
         cores.adjust()
-        context = encode(captions[start : start + BATCH])
-        size = IMAGE_SIZE // 8
-        latent = sample(unet, context, encode([""]), size, SEED + start, steps=steps, guidance=guidance)
+        latent = paint(captions[start : start + BATCH], SEED + start)
         images += decode(autoencoder, latent, device)
         if start % (8 * BATCH) == 0:
             log.info("drawn %d of %d", len(images), len(captions))
@@ -79,7 +102,7 @@ def main() -> None:
     scenes, captions = random_captions(options.count, options.world)
     images = draw(options.state, captions, options.steps, options.guidance, device)
     if options.pictures:
-        from .train import save_grid
+        from .learning import save_grid
 
         save_grid(images[:64], options.pictures)
     verdicts = Judge(world=options.world).verdicts(images, scenes)

@@ -74,3 +74,19 @@ def test_the_seed_decides_what_is_in_a_pool(make):
     first, again, other = make("first.pt", count=20), make("again.pt", count=20), make("other.pt", count=20, seed=2)
     assert torch.equal(first.latents, again.latents) and first.captions == again.captions
     assert not torch.equal(first.latents, other.latents) and first.captions != other.captions
+
+
+def test_a_pool_that_is_too_small_is_gone_on_with(module, make, monkeypatch):
+    """What is there stays, up to the last whole chunk, and what comes is what a pool of that size has."""
+    whole = make("whole.pt", count=50)
+    make("grown.pt", count=20)
+    encoded: list[int] = []
+    encode = module.encode
+    monkeypatch.setattr(
+        module,
+        "encode",
+        lambda model, pictures, device: encoded.append(len(pictures)) or encode(model, pictures, device),
+    )
+    grown = make("grown.pt", count=50)
+    assert torch.equal(grown.latents, whole.latents) and grown.captions == whole.captions
+    assert encoded == [16, 16, 2]
