@@ -5,6 +5,7 @@
     python dev.py bench quality --quick         minutes: one subject, few steps and pictures
     python dev.py bench quality --part rates --methods "ours, clean" --rates 1e-4,5e-4    chosen rates
     python dev.py bench quality --share 0/4     a quarter; three more processes with 1/4 to 3/4 do the rest
+    python dev.py bench quality --network FOLDER --part choices    on the NextDiT that demo.base.train_nextdit trained
     python dev.py bench quality --report        tables and plots of what has been measured so far
 
 Each result is stored at once in bench/results/quality/results.jsonl. The judge was trained on real scenes only. Train
@@ -18,6 +19,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ PICTURES = 4  # of every prompt; rates and ablations draw one
 BYSTANDERS = 25
 SWEEP_PROMPTS = 25
 SWEPT_WITH: dict[str, Any] = {"sampler_steps": 10, "cfg": 3.0, "sampler": "dpmpp_2m", "scheduler": "karras"}
+NEXTDIT_SAMPLING: dict[str, Any] = {"sampler_steps": 20, "cfg": 4.0, "sampler": "euler", "scheduler": "simple"}
 SHOWN = 6  # prompts whose first picture is kept to look at
 
 
@@ -45,7 +48,7 @@ def main() -> None:
     host = start_host("pytorch")
     use_demo()
     log.setLevel(logging.INFO)
-    folder = (CACHE if options.quick else RESULTS) / "quality"
+    folder = results_folder(options)
     results = ResultStore(folder / "results.jsonl")
     bench = Bench(host, options, results)
     if not options.report:
@@ -70,20 +73,29 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of every method")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--sampler-steps", type=int, default=10)
-    parser.add_argument("--sampler", default="dpmpp_2m")
-    parser.add_argument("--scheduler", default="karras")
-    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--network", type=Path, help="a training run's folder: its NextDiT is the base model")
+    parser.add_argument("--sampler-steps", type=int, help="10; of a NextDiT 20")
+    parser.add_argument("--sampler", help="dpmpp_2m; of a NextDiT euler")
+    parser.add_argument("--scheduler", help="karras; of a NextDiT simple")
+    parser.add_argument("--cfg", type=float, help="3; of a NextDiT 4")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16; on a CPU float32")
     parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N", help="every Nth result, from the Ith on")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    for name, value in (SWEPT_WITH if options.network is None else NEXTDIT_SAMPLING).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if options.quick:
         options.steps, options.sampler_steps, options.subjects = 3, 3, 1
     # Only some processors multiply in bfloat16. The others are a hundred times slower with it.
     options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     return options
+
+
+def results_folder(options: argparse.Namespace) -> Path:
+    name = "quality" if options.network is None else "quality-nextdit"
+    return (CACHE if options.quick else RESULTS) / name
 
 
 def share(text: str) -> tuple[int, int]:
@@ -100,37 +112,48 @@ def pair(text: str) -> tuple[float, float]:
     return rate, word
 
 
+def unet_models() -> tuple[Any, Any, Any, str]:
+    """MODEL, CLIP and VAE of the demo's checkpoint, and the first digits of its checksum."""
+    import comfy.sd
+    import folder_paths
+
+    from demo.base.weights import WEIGHTS, sha256
+
+    checkpoint = demo_checkpoint()
+    with torch.inference_mode():
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+            str(checkpoint),
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            # On CUDA the host would choose float16, in which a full fine-tune cannot be trained.
+            model_options={"dtype": torch.float32},
+            te_model_options={"dtype": torch.float32},
+        )
+    # Without the text encoder, which is created on each machine and may differ in a bit.
+    return model, clip, vae, sha256(WEIGHTS if WEIGHTS.exists() else checkpoint)[:16]
+
+
 class Bench:
     """Fills the results. Each part asks for those it needs."""
 
     def __init__(self, host: Any, options: argparse.Namespace, results: ResultStore) -> None:
-        import comfy.sd
-        import folder_paths
-
         from demo.base.judge import Judge
-        from demo.base.weights import WEIGHTS, sha256
 
         from .learn import Models
         from .second_judge import SecondJudge
         from .subjects import Settings
 
-        checkpoint = demo_checkpoint()
-        with torch.inference_mode():
-            model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-                str(checkpoint),
-                embedding_directory=folder_paths.get_folder_paths("embeddings"),
-                # On CUDA the host would choose float16, in which a full fine-tune cannot be trained.
-                model_options={"dtype": torch.float32},
-                te_model_options={"dtype": torch.float32},
-            )
+        if options.network is None:
+            model, clip, vae, self.base = unet_models()
+        else:
+            from .transformers import nextdit_models
+
+            model, clip, vae, self.base = nextdit_models(options.network)
         self.numbers = itertools.count()
         self.host, self.options, self.results = host, options, results
         self.models = Models(model, clip, vae, getattr(torch, options.dtype))
         self.judge = Judge()
-        folder = (CACHE if options.quick else RESULTS) / "quality"
+        folder = results_folder(options)
         self.second = SecondJudge(folder, CACHE / "quality" / "drawn")
-        # Without the text encoder, which is created on each machine and may differ in a bit.
-        self.base = sha256(WEIGHTS if WEIGHTS.exists() else checkpoint)[:16]
         self.settings = Settings(
             options.steps, options.batch, options.sampler_steps, options.cfg, options.sampler, options.scheduler
         )
@@ -188,14 +211,14 @@ class Bench:
 
     def changed(self, part: str, artworks: list[Any], pictures: int) -> None:
         """Every ablation on these subjects, at the strength of the training, as results of the part."""
-        from .ablations import ABLATIONS, as_changed
+        ablations, as_changed = self.ablations_of_network()
         from .methods import TRAINED_STRENGTH
         from .subjects import make_subject
 
         rates = self.best_rates("ours, clean")
         for artwork in artworks[: 1 if self.options.quick else None]:
             subject = make_subject(artwork, prompts=2 if self.options.quick else 25)
-            for name, train in ABLATIONS.items():
+            for name, train in ablations.items():
                 if self.options.ablations and name not in self.options.ablations:
                     continue
                 with as_changed(name):
@@ -203,10 +226,29 @@ class Bench:
                     self.result(part, name, rates, train, subject, count, base_objects=0, strength=TRAINED_STRENGTH)
 
     def methods(self) -> dict[str, Any]:
-        from .methods import METHODS
+        known = self.known_methods()
+        wanted = self.options.methods or list(known)
+        return {name: known[name] for name in wanted}
 
-        wanted = self.options.methods or list(METHODS)
-        return {name: METHODS[name] for name in wanted}
+    def known_methods(self) -> dict[str, Any]:
+        from . import methods
+
+        if self.options.network is None:
+            return methods.METHODS
+        from . import transformers
+
+        return transformers.METHODS
+
+    def ablations_of_network(self) -> tuple[dict[str, Callable[..., Any]], Callable[[str], Any]]:
+        """The changes by their names, and what puts one in place."""
+        from . import ablations
+
+        if self.options.network is None:
+            return ablations.ABLATIONS, ablations.as_changed
+        from . import transformers
+
+        network = self.models.model.model.diffusion_model
+        return transformers.CHOICES, partial(transformers.as_changed, network=network)
 
     def best_rates(self, name: str) -> tuple[float, float]:
         """The pair with the highest harmonic mean over the sweep's subjects. The middle one if there are no results.
@@ -214,7 +256,6 @@ class Bench:
         A pair counts only if no other pair was tried on more subjects. For a sampler without a sweep, the result of
         another sampler with the same training is used.
         """
-        from .methods import METHODS
         from .report import results_of
 
         swept = results_of(self.results, "rates", self.base, self.settings) or results_of(
@@ -225,7 +266,7 @@ class Bench:
             if result["key"]["method"] == name:
                 found.setdefault(tuple(result["key"]["rates"]), []).append(result["scores"]["harmonic"])
         if not found:
-            rates = METHODS[name].rates
+            rates = self.known_methods()[name].rates
             return rates[len(rates) // 2]
         most = max(map(len, found.values()))
         complete = {pair: sum(values) / most for pair, values in found.items() if len(values) == most}

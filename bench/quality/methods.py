@@ -5,6 +5,7 @@ Import only after the host has started.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +25,10 @@ from demo.base.world import IMAGE_SIZE, caption, random_scene
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.adapter_file import save_adapter
 from sa_inject.core.image_prompt import ImagePrompt, TextConditioning
+from sa_inject.nodes.host.files import adapter_folder
 from sa_inject.nodes.host.images import split_images
-from sa_inject.nodes.host.learning import training_set
-from sa_inject.nodes.host.networks.unet import describe
+from sa_inject.nodes.host.learning import checkpoint, training_set
+from sa_inject.nodes.host.networks.registry import describe, is_transformer
 from sa_inject.trainer.config import TrainConfig
 
 from ..measure import peak_memory
@@ -45,7 +47,8 @@ from .subjects import PLACEHOLDER, Settings, Subject
 RANK = 16
 CLASS_PICTURES = 16  # for prior preservation
 PROMPTS_OF_CALL = 13  # in one call on CUDA, where single ones would wait for kernel launches
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of both attentions of every block
+# Of both attentions of every block of a UNet, and of every block of a NextDiT.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "attention.qkv", "attention.out")
 # no references; the result is the last step
 PLAIN_SETTINGS: dict[str, Any] = {
     "reference_dropout": 1.0,
@@ -252,6 +255,7 @@ def learned_adapter(task: TrainingTask, **changes: Any) -> tuple[Adapter, Any]:
         "previews": 0,
         "sample_every": 0,
     }
+    forget_trainings()
     chosen |= {**changes, **({"alpha": float(changes["rank"])} if "rank" in changes else {})}
     adapter, clip, *_ = host.execute(
         "TrainSAInjectAdapter",
@@ -263,6 +267,11 @@ def learned_adapter(task: TrainingTask, **changes: Any) -> tuple[Adapter, Any]:
         **chosen,
     )
     return adapter, clip
+
+
+def forget_trainings() -> None:
+    """The pack does not repeat a training that it has kept. It cannot see what an ablation replaces in it."""
+    shutil.rmtree(Path(adapter_folder()) / checkpoint.FOLDER, ignore_errors=True)
 
 
 def ours_noised(task: TrainingTask) -> TrainedModel:
@@ -316,6 +325,8 @@ def sample(
 
     of_call: prompts that are drawn in one call. -> (prompts*pictures, c, h, w)
     """
+    if is_transformer(task.models.model.model.diffusion_model):
+        of_call = 1  # its texts differ in length
     of_call = of_call or (PROMPTS_OF_CALL if torch.cuda.is_available() else 1)
     return torch.cat(
         [

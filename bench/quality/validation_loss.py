@@ -31,17 +31,32 @@ def unseen_loss(task: TrainingTask, trained: TrainedModel) -> list[float]:
     latents = host.execute("VAEEncode", pixels=scenes, vae=models.vae)[0]["samples"]
     texts = subject.prompt_texts(trained.words)
     positive = [host.execute("CLIPTextEncode", clip=trained.clip, text=text)[0][0][0] for text in texts]
+    lengths = [text.shape[1] for text in positive]
+    # Texts of one length form a batch. A UNet's are all of one.
+    groups = [[row for row, n in enumerate(lengths) if n == length] for length in dict.fromkeys(lengths)]
+    found = [_loss_of(task, trained, latents[rows], [positive[row] for row in rows]) for rows in groups]
+    if len(groups) == 1:
+        return found[0]
+    shares = [len(rows) / len(texts) for rows in groups]
+    return [
+        sum(share * losses[level] for share, losses in zip(shares, found, strict=True)) for level in range(len(LEVELS))
+    ]
+
+
+def _loss_of(task: TrainingTask, trained: TrainedModel, latents: Tensor, positive: list[Tensor]) -> list[float]:
+    """The same for scenes whose texts are of one length."""
     losses: list[float] = []
 
     def measure(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """A sampler that draws nothing."""
-        base = models.model.model
+        base = task.models.model.model
         clean = base.process_latent_in(latents).to(x)
         generator = torch.Generator().manual_seed(SEED)
         for level in LEVELS:
             sigma = base.model_sampling.sigmas[level].to(x)
             noise = torch.randn(x.shape, generator=generator).to(x)
-            denoised = model(clean + sigma * noise, sigma.expand(len(x)), **extra_args)
+            noisy = base.model_sampling.noise_scaling(sigma, noise.clone(), clean)
+            denoised = model(noisy, sigma.expand(len(x)), **extra_args)
             losses.append(float(((denoised - clean) / sigma).square().mean()))
         return x
 

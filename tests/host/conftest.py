@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import import_folder
 from tests.host.trainings import Checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -194,3 +195,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     if report.failed and server is not None:
         report.sections.append(("ComfyUI server log", server.log_tail()))
     return report
+
+
+@pytest.fixture(scope="module")
+def bench(comfy_host, pack_nodes):
+    """The bench's modules importable, and the demo's, which they use."""
+    for name in ("bench", "demo"):
+        if name not in sys.modules:
+            import_folder(name, ROOT / name)

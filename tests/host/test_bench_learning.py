@@ -1,11 +1,8 @@
 """The quality bench trains through its own set-up of the pack's loop, with the same result as the node."""
 
-import sys
-
 import pytest
 import torch
 
-from tests.conftest import ROOT, import_folder
 from tests.demo.conftest import artwork  # noqa: F401  # a fixture
 from tests.host.trainings import pictures
 
@@ -39,14 +36,6 @@ ABLATED = (
     "cfg 4.5, both rows",
 )
 RATE = 1e-2  # large: what was learned has to matter to the next step
-
-
-@pytest.fixture(scope="module")
-def bench(comfy_host, pack_nodes):
-    """The bench's modules importable, and the demo's, which they use."""
-    for name in ("bench", "demo"):
-        if name not in sys.modules:
-            import_folder(name, ROOT / name)
 
 
 @pytest.fixture(scope="module")
