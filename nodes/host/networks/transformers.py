@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ....core.image_prompt import TextConditioning
+from . import unet
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -28,25 +29,12 @@ class TransformerInputs(NamedTuple):
 
 
 def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning) -> Arguments:
-    """Ask the model what it wants beside the latent, by the names that `apply_model` has for it.
+    """Ask the model for its other inputs, by the names of `apply_model`'s arguments.
 
     latent (b, c, h, w) already scaled, text with b rows of one length
     """
-    b, _, h, w = latent.shape
     guidance = {"guidance": GUIDANCE} if is_told_guidance(base) else {}
-    conditions = type(base).extra_conds(
-        base,
-        noise=latent,
-        latent_image=latent,
-        device=latent.device,
-        cross_attn=text.cross_attn.to(latent.device),
-        pooled_output=None if text.pooled is None else text.pooled.to(latent.device),
-        width=w * 8,
-        height=h * 8,
-        prompt_type="positive",
-        **guidance,
-    )
-    return {name: condition.process_cond(batch_size=b, area=None).cond for name, condition in conditions.items()}
+    return dict(unet.model_conditions(base, latent, text, **guidance))
 
 
 def network_inputs(

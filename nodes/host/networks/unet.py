@@ -91,10 +91,11 @@ def clean_reference_sigma(sampling: ModelSampling) -> float:
     return float(sampling.percent_to_sigma(1 - CLEAN_NOISE_FRACTION))
 
 
-def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning) -> dict[str, Tensor]:
-    """Ask the model what it wants beside the latent: context, SDXL's size embedding, an inpainting model's mask.
+def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning, **more: float) -> dict[str, Tensor]:
+    """Ask the model for its other inputs: context, SDXL's size embedding, an inpainting model's mask.
 
-    latent (b, c, h, w) already scaled, text with b rows -> `c_crossattn`, and `y` and `c_concat` where wanted
+    latent (b, c, h, w) already scaled, text with b rows -> `c_crossattn`, and for some models `y` and `c_concat`, by
+    the names of `apply_model`'s arguments. `more`: further values that a network needs, such as its guidance.
     """
     b, _, h, w = latent.shape
     # As its class does it: a node that put another function there has its own picture in mind, not ours.
@@ -108,6 +109,7 @@ def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning) ->
         width=w * 8,
         height=h * 8,
         prompt_type="positive",
+        **more,
     )
     return {name: condition.process_cond(batch_size=b, area=None).cond for name, condition in conditions.items()}
 
