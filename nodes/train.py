@@ -177,6 +177,6 @@ def _previews(
 
 def _image_prompt(vae: io.Vae.Type, subject: Subject) -> ImagePrompt:
     picture, mask = fit_picture(subject.pictures[0], subject.masks[0], subject.resolution, "crop")
-    if mask is not None and not keeps_something(mask):  # the crop has cut off the subject
+    if mask is not None and not keeps_something(mask):  # the crop removed the subject
         picture, mask = fit_picture(subject.pictures[0], subject.masks[0], subject.resolution, "pad")
     return ImagePrompt((ReferenceImage(encode_picture(vae, picture), mask),))

@@ -161,7 +161,7 @@ def training_inputs() -> list[io.Input]:
             default=0,
             min=0,
             max=2**64 - 1,
-            control_after_generate=False,  # a new seed at each queueing would train again
+            control_after_generate=False,  # a new seed for each run would train again
             tooltip="Random seed of the training. The same seed and settings give the same adapter on "
             "the same machine.",
         ),

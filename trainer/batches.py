@@ -24,10 +24,10 @@ class Batch(NamedTuple):
 
 
 class RandomState(NamedTuple):
-    """What the next batch depends on."""
+    """Everything that the next batch depends on."""
 
     generator: Tensor
-    waiting: list[int]  # indices of the pictures that are not used yet in this pass over the data
+    remaining: list[int]  # indices of the pictures that are not used yet in this pass over the data
 
 
 class BatchSampler:
@@ -43,14 +43,14 @@ class BatchSampler:
         self._levels_with_reference = (1 - config.reference_start) * len(sigmas)  # from the lowest
 
     def state(self) -> RandomState:
-        return RandomState(self._generator.get_state(), list(self._pairs.waiting))
+        return RandomState(self._generator.get_state(), list(self._pairs.remaining))
 
     def restore(self, state: RandomState) -> None:
         self._generator.set_state(state.generator)
-        self._pairs.waiting = list(state.waiting)
+        self._pairs.remaining = list(state.remaining)
 
     def draw(self) -> Batch:
-        """A batch of the subject's pictures, at levels that are uniform over the model's."""
+        """A batch of the subject's pictures. The levels are uniform over those of the model."""
         config = self._config
         batch = list(itertools.islice(self._pairs, config.batch_size))
         levels = torch.randint(len(self._sigmas), (len(batch),), generator=self._generator)
@@ -71,7 +71,7 @@ class BatchSampler:
 
 
 def _drop_references_at_high_noise(batch: Sequence[Pair], levels: Tensor, first: float) -> list[Pair]:
-    """Let the word stand alone at noise levels from `first` on, which a sampler goes through first."""
+    """Remove the references at noise levels from `first` on. Sampling starts there, without a reference."""
     return [
         pair if level < first else pair._replace(reference=None)
         for pair, level in zip(batch, map(int, levels), strict=True)
@@ -79,7 +79,7 @@ def _drop_references_at_high_noise(batch: Sequence[Pair], levels: Tensor, first:
 
 
 def _drop_captions(batch: Sequence[Pair], share: float, generator: torch.Generator) -> list[Pair]:
-    """Let about this share of the pairs have an empty caption. Nothing is drawn where none is to have one."""
+    """Give each pair an empty caption with probability `share`. With 0, no random number is drawn."""
     if share == 0:
         return list(batch)
     dropped = torch.rand(len(batch), generator=generator) < share

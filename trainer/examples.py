@@ -88,16 +88,16 @@ class PairStream(Iterator[Pair]):
     """An endless stream of pairs. Every picture is used once before any is repeated."""
 
     def __init__(self, data: TrainingSet, reference_dropout: float, generator: torch.Generator) -> None:
-        self.waiting: list[int] = []  # indices of the pictures that are still to come in this round
+        self.remaining: list[int] = []  # indices of the pictures that are still to come in this round
         self._data = data
         self._reference_dropout = reference_dropout
         self._generator = generator
 
     def __next__(self) -> Pair:
         examples, generator = self._data.examples, self._generator
-        if not self.waiting:
-            self.waiting = list(map(int, torch.randperm(len(examples), generator=generator)))
-        index = self.waiting.pop(0)
+        if not self.remaining:
+            self.remaining = list(map(int, torch.randperm(len(examples), generator=generator)))
+        index = self.remaining.pop(0)
         target = examples[index]
         others = self._data.others(index) or list(self._data.views)
         dropped = torch.rand((), generator=generator).item() < self._reference_dropout

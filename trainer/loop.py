@@ -25,29 +25,30 @@ from .workers import Alone, Workers, sum_gradients
 
 
 class Step(NamedTuple):
-    """What one optimizer step reports."""
+    """The report of one optimizer step."""
 
     number: int  # counts from 1
     loss: float
-    gradient_norm: float | None = None  # before it is clipped; None where nothing has a gradient
+    gradient_norm: float | None = None  # before clipping; None if no parameter has a gradient
 
 
-# Batches in a row whose scaled gradients overflow before it is called more than a scale that has to be found: halved so
-# often, the first scale of 65536 is far below 1.
+# After so many overflows in a row, the run has diverged. The loss scale starts at 65536 and is halved each time, so it
+# is far below 1 by then.
 OVERFLOWS_IN_A_ROW = 24
 
 
 class DivergedError(RuntimeError):
-    """The loss, or every gradient, is no longer a number."""
+    """The loss or the gradients are NaN or infinite."""
 
 
 class Training(Iterator[Step]):
-    """A run that trains in place, one optimizer step at a time; wherever it stops, what there is is a usable adapter.
+    """Trains in place, one optimizer step per `next()`. The adapter is usable after any step.
 
-    `apply_average` is for the end: it puts the average of what the steps came to in the place of what the last one did.
-    `state_dict` is all that another run over the same things needs to go on as this one would have, bit for bit.
-    `max_rows` is how many pairs are denoised at once, None for a whole batch: less memory, and the same step but for
-    rounding. It may change between steps.
+    Call `apply_average()` at the end to replace the trainables by their average over the steps. `state_dict()` has
+    everything that another run needs to resume, with the same result bit for bit.
+
+    `max_rows` is the number of pairs that are denoised at once. None: the whole batch. Fewer need less memory, and the
+    step differs by rounding only. It may change between steps.
     """
 
     max_rows: int | None = None
@@ -64,11 +65,13 @@ class Training(Iterator[Step]):
         compute_dtype: torch.dtype = torch.float32,
         workers: Workers | None = None,
     ) -> None:
-        """`reference_caption` is what the reference pass reads: without the learned word, so that it is encoded only
-        once. `workers` are the processes that share every batch, given the same of everything else."""
-        self.losses: list[float] = []  # of every step that is done
+        """`reference_caption` is the text of the reference pass. It has no placeholder token, so it is encoded once.
+
+        `workers` are the processes that share every batch. All other arguments are the same in each of them.
+        """
+        self.losses: list[float] = []  # of all complete steps
         self._gradient_norm: float | None = None
-        self.overflows = 0  # batches that gave no step, for their gradients overflowed in float16
+        self.overflows = 0  # batches without a step, because their gradients overflowed in float16
         self._config = config
         self._device = device
         self._trainables = nn.ParameterList([*lora.parameters(), *tokens])
@@ -84,16 +87,16 @@ class Training(Iterator[Step]):
         self._losses = PairLosses(denoiser, lora, reference_caption, config, device, compute_dtype, has_class_pictures)
         self._uses_class_pictures = has_class_pictures and config.options.prior_weight > 0
         self._batches = BatchSampler(data, denoiser.sigmas.cpu(), config, device)
-        self._random_state = self._batches.state()  # as the last whole step left it
+        self._random_state = self._batches.state()  # after the last complete step
         self._optimizer = build_optimizer(config, lora.parameters(), self._tokens)
         self._schedule = build_schedule(self._optimizer, config)
         self._scaler = GradScaler(device.type, enabled=config.loss_scaling)
-        self._scale = self._scaler.state_dict()  # as the last whole step left it
+        self._scale = self._scaler.state_dict()  # after the last complete step
 
     def __next__(self) -> Step:
-        """Take a step. Raises Diverged at the first loss that is not finite, and has not taken the step then.
+        """Take a step. Raises DivergedError, without the step, if the loss is not finite.
 
-        A batch whose scaled gradients overflow is no step: the next one is tried, at a lower scale.
+        A batch whose scaled gradients overflow is skipped, and the next one is tried with a lower scale.
         """
         if len(self.losses) >= self._config.steps:
             raise StopIteration
@@ -124,13 +127,13 @@ class Training(Iterator[Step]):
         return Step(number, loss, self._gradient_norm)
 
     def _optimize(self, number: int) -> bool:
-        """Change what learns by its gradients, and drop those. -> whether they were numbers
+        """Update the trainables and clear their gradients. -> whether the gradients were finite
 
-        Raises Diverged, and changes nothing then, where they are none though nothing scales them.
+        Raises DivergedError, without the update, if they are not finite and there is no loss scale.
         """
         config = self._config
         if all(parameter.grad is None for parameter in self._trainables):
-            self._optimizer.step()  # of nothing: a word alone that does not learn
+            self._optimizer.step()  # without gradients: the token alone, and it is frozen
             self._gradient_norm = None
             return True
         self._scaler.unscale_(self._optimizer)
@@ -153,9 +156,9 @@ class Training(Iterator[Step]):
             token.requires_grad_(False)
 
     def _restore_token_norms(self) -> None:
-        """Scale every vector of the word to the length that it began with, where that is wanted.
+        """Scale every token vector to its initial norm, with `keep_token_norm`.
 
-        An embedding that grows drowns the rest of a prompt.
+        A vector with a large norm dominates the rest of a prompt.
         """
         if not self._config.options.keep_token_norm:
             return
@@ -165,21 +168,21 @@ class Training(Iterator[Step]):
 
     @property
     def reference_text(self) -> TextConditioning:
-        """What the reference pass reads, encoded; it is the same from the first step to the last."""
+        """The encoded text of the reference pass. It is the same in all steps."""
         return self._losses.reference_text
 
     def apply_average(self) -> None:
-        """Let the trainables be their average over the steps, where one is kept."""
+        """Replace the trainables by their average over the steps, if there is one."""
         if self._average is not None:
             self._trainables.load_state_dict(self._average.module.state_dict())
             self._restore_token_norms()
 
     @contextlib.contextmanager
     def averaged(self) -> Generator[None]:
-        """Let the trainables be what `apply_average` makes of them, for as long as this lasts."""
+        """Inside, the trainables are as after `apply_average`."""
         before = [parameter.detach().clone() for parameter in self._trainables]
         try:
-            if self.losses:  # before the first step there is nothing to average
+            if self.losses:  # before the first step there is no average
                 self.apply_average()
             yield
         finally:
@@ -188,16 +191,16 @@ class Training(Iterator[Step]):
                     parameter.copy_(value)
 
     def rewind(self) -> None:
-        """Drop what a step that failed has drawn and added up, as if it had not begun."""
+        """Undo the random draws and the gradients of a failed step."""
         self._batches.restore(self._random_state)
         self._scaler.load_state_dict(self._scale)
         self._optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def loss_of(self, group: NoisedPairs) -> float:
-        """Mean loss of pairs that have one shape, from which nothing is learned."""
+        """Mean loss of pairs of one shape, without gradients."""
         learns = self._losses.trains_token_embedding
-        self._losses.trains_token_embedding = True  # no text is kept for the steps: an average may be measured
+        self._losses.trains_token_embedding = True  # do not cache the text: it may be that of an average
         try:
             parts = ((next(iter(self._losses.of_pairs(part))), len(part.pairs)) for part in self._parts(group))
             return sum(loss.value.item() * rows for loss, rows in parts) / len(group.pairs)
@@ -206,13 +209,15 @@ class Training(Iterator[Step]):
 
     @property
     def learning_rates(self) -> tuple[float, float]:
-        """Of the LoRA and of the word in the next step; Prodigy's as it has estimated them so far."""
+        """Learning rates of the LoRA and the token embedding in the next step. With Prodigy: its current estimates."""
         lora, tokens = (group["lr"] * group.get("d", 1.0) for group in self._optimizer.param_groups)
         return lora, tokens if self._losses.trains_token_embedding else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the last whole step left everything: numbers, lists and tensors, as torch.load(weights_only=True)
-        takes them. The tensors are the live ones: save or copy them before the next step."""
+        """The state after the last complete step: numbers, lists and tensors for torch.load(weights_only=True).
+
+        The tensors are not copies: save or copy them before the next step.
+        """
         return {
             "losses": list(self.losses),
             "trainables": self._trainables.state_dict(),
@@ -221,11 +226,11 @@ class Training(Iterator[Step]):
             "schedule": None if self._schedule is None else self._schedule.state_dict(),
             "scaler": self._scale,
             "generator": self._random_state.generator,
-            "waiting": list(self._random_state.waiting),
+            "waiting": list(self._random_state.remaining),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Only for a run over the same pictures, with the same settings but `steps`."""
+        """Resume. The pictures and the settings must be the same, except for `steps`."""
         self._trainables.load_state_dict(state["trainables"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
@@ -237,10 +242,10 @@ class Training(Iterator[Step]):
         self._batches.restore(RandomState(state["generator"], list(state["waiting"])))
         self.losses = list(state["losses"])
         self._random_state = self._batches.state()
-        self._optimizer.zero_grad(set_to_none=True)  # of a step that failed half-way
+        self._optimizer.zero_grad(set_to_none=True)  # of a failed step
 
     def _accumulate_gradients(self) -> float:
-        """Add up the gradients of this process's part of one batch, and of as many class pictures; its loss."""
+        """Accumulate the gradients of this process's part of a batch and of its class pictures. -> the loss"""
         total = self._backward(self._batches.draw(), 1.0, self._losses.of_pairs)
         if self._uses_class_pictures:
             weight = self._config.options.prior_weight
@@ -248,22 +253,22 @@ class Training(Iterator[Step]):
         return total
 
     def _backward(self, batch: Batch, weight: float, losses: Callable[[NoisedPairs], Iterator[Loss]]) -> float:
-        """Add up the gradients of a batch; its mean loss, times the weight."""
+        """Accumulate the gradients of a batch. -> its mean loss, times the weight"""
         total = 0.0
         for group in batch.groups:
             for part in self._parts(group):
                 share = weight * (len(part.pairs) / batch.size / self._config.gradient_accumulation)
-                # One after the other, and each graph is gone before the next is built: memory for one is enough.
+                # One after the other. Each graph is freed before the next is built, so there is memory for one only.
                 for loss, shares_its_graph in losses(part):
                     loss = share * loss
-                    if loss.requires_grad:  # not without a reference where the word does not learn
+                    if loss.requires_grad:  # it does not, without a reference and with a frozen token
                         torch.autograd.backward(self._scaler.scale(loss), retain_graph=shares_its_graph)
                     total += loss.item()
                     del loss
         return total
 
     def _parts(self, group: NoisedPairs) -> Iterator[NoisedPairs]:
-        """The rows that are this process's to compute, as many at once as there may be."""
+        """The rows of this process, in parts of at most `max_rows`."""
         mine = range(len(group.pairs))[self._workers.rank :: self._workers.count]
         at_once = self.max_rows or len(group.pairs)
         for first in range(0, len(mine), at_once):

@@ -1,4 +1,4 @@
-"""How long a training still takes, from the times of the steps that this process has taken."""
+"""The time that a training still needs, estimated from the times of its steps so far."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ RECENT_STEPS = 50
 
 
 class TimeLeft:
-    """Steps, and what is done between them: samples, validation. All times are seconds of one clock.
+    """Records steps and pauses between them (samples, validation). All times are seconds of one clock.
 
-    Steps of an earlier process do not count. Neither does the first of this one, in which everything is still cold.
+    Steps of an earlier process do not count. The first step of this one does not either, because it is slower.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class TimeLeft:
         self._pause_since: float | None = None
 
     def begin_step(self, now: float) -> None:
-        """A pause ends, if there was one, and a step begins."""
+        """End a pause, if there is one, and begin a step."""
         if self._pause_since is not None:
             self._pauses += 1
             self._paused += now - self._pause_since
@@ -31,12 +31,12 @@ class TimeLeft:
         self._since = now
 
     def begin_pause(self, now: float) -> None:
-        """Something else than steps begins. Nothing changes if it has begun already."""
+        """Begin a pause. Does nothing during a pause."""
         if self._pause_since is None:
             self._pause_since = now
 
     def end_step(self, now: float) -> None:
-        """A step is done, and the next one begins, if no pause does."""
+        """End a step, and begin the next one if no pause begins."""
         self._taken += 1
         if self._taken > 1 and self._since is not None:
             self._steps.append(now - self._since)
@@ -51,7 +51,7 @@ class TimeLeft:
         return sum(self._steps) / len(self._steps) if self.is_known else None
 
     def left(self, steps: int, pauses: int = 0) -> float | None:
-        """Seconds that so many steps and pauses will take. None before there is an estimate."""
+        """Estimate the seconds for a number of steps and pauses. None without an estimate."""
         step = self.seconds_a_step
         if step is None:
             return None

@@ -66,12 +66,12 @@ def test_stream_that_is_told_what_waits_goes_on_as_the_other_would():
     generator = torch.Generator().manual_seed(1)
     stream = data.pairs(0.3, generator)
     list(itertools.islice(stream, 6))
-    state, waiting = generator.get_state(), list(stream.waiting)
+    state, remaining = generator.get_state(), list(stream.remaining)
     expected = list(itertools.islice(stream, 12))
 
     generator.set_state(state)
     other = data.pairs(0.3, generator)
-    other.waiting = waiting
+    other.remaining = remaining
     assert key(list(itertools.islice(other, 12))) == key(expected)
 
 

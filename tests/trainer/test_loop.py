@@ -308,7 +308,7 @@ class GivenPairs(SimpleNamespace):
 class Cycle:
     """itertools.cycle, with the one attribute of a PairStream that the loop looks at."""
 
-    waiting: Sequence[int] = ()
+    remaining: Sequence[int] = ()
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._pairs = itertools.cycle(pairs)
