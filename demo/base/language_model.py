@@ -1,7 +1,7 @@
-"""The tiny NextDiT's text encoder: Z-Image's tokenizer and Qwen3 as the host has them, small, random and frozen.
+"""The tiny NextDiT's text encoder: Z-Image's tokenizer, and a small, random, frozen Qwen3 in the host's class.
 
-Its weights depend on a seed, like those of the UNet's text encoder (`text_encoder.py`). So no file is needed. A token's
-vector hardly depends on the others. Vectors are about as long as the real ones.
+Its weights depend on a seed, like those of the UNet's text encoder (`text_encoder.py`), so there is no file. A token's
+vector hardly depends on the others. The vectors have about the norm of real ones.
 """
 
 import zlib
@@ -24,18 +24,18 @@ WIDTH: int = 256
 CONFIG: dict = {
     "hidden_size": WIDTH,
     "intermediate_size": 2 * WIDTH,
-    "num_hidden_layers": 3,  # what is read is what the last would read
+    "num_hidden_layers": 3,  # the output is that of the last but one layer
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
 TOKEN_STD: float = 0.03
-BRANCH_STD: float = 0.01  # what a residual branch adds, before attention averages it down
+BRANCH_STD: float = 0.01  # scale of a residual branch, before attention averages it
 KEY: str = "qwen3_4b"
-MULTIPLE: int = 32  # Z-Image fills texts and pictures up to so many tokens
+MULTIPLE: int = 32  # Z-Image pads texts and pictures to a multiple of this number of tokens
 
 
 def new_text_encoder(device: str = "cpu", seed: int = SEED) -> comfy.sd.CLIP:
-    """A CLIP of the host. Its learned words have its own width."""
+    """A CLIP of the host. Its token embeddings have their own width."""
     options = {f"{KEY}_model_config": CONFIG, "dtype": torch.float32, "load_device": torch.device(device)}
     clip = comfy.sd.CLIP(ClipTarget(z_image.ZImageTokenizer, z_image.ZImageTEModel), model_options=options)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def new_text_encoder(device: str = "cpu", seed: int = SEED) -> comfy.sd.CLIP:
 
 
 def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """By the tensor's name and the seed: the same wherever it is drawn."""
+    """A random tensor. It depends on the tensor's name and the seed only."""
     if len(shape) < 2:
         return torch.ones(shape) if "norm" in name else torch.zeros(shape)
     std = TOKEN_STD if "embed" in name else shape[1] ** -0.5
@@ -59,8 +59,8 @@ def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 class Texts(NamedTuple):
     """Captions of any length as one batch."""
 
-    vectors: Tensor  # (b, n, width), n a multiple of what the network fills up to
-    lengths: Tensor  # (b,) how many of the n are each caption's own
+    vectors: Tensor  # (b, n, width), n a multiple of the padding
+    lengths: Tensor  # (b,) valid tokens of each caption
 
     @classmethod
     def of(cls, vectors: list[Tensor], multiple: int) -> "Texts":
@@ -79,7 +79,7 @@ class Texts(NamedTuple):
 
 
 class CaptionEncoder:
-    """Captions to what the network reads, remembered by caption."""
+    """Encodes captions for the network, with a cache."""
 
     def __init__(self, device: str = "cpu", seed: int = SEED):
         self._device = device

@@ -1,4 +1,4 @@
-"""What the demo's networks share while they learn: steps, a moving average, checkpoints, and going on after a pause."""
+"""Training of the demo's networks: steps, a moving average, checkpoints, and resuming."""
 
 import json
 import logging
@@ -24,8 +24,8 @@ log = logging.getLogger("train")
 
 SEED: int = 7
 WARMUP: int = 100
-DECAY_SHARE: float = 0.3  # of all steps, at the end, over which the learning rate falls to nothing
-EMPTY_SHARE: float = 0.1  # of captions left out, for guidance
+DECAY_SHARE: float = 0.3  # of all steps, at the end, in which the learning rate falls to 0
+EMPTY_SHARE: float = 0.1  # of captions that are left out, for guidance
 EMA_DECAY: float = 0.998
 SAVE_SECONDS: float = 300
 SAMPLE_STEPS: int = 200
@@ -41,26 +41,26 @@ class Stage(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Learning rates, and names of matrices that Muon keeps away from: first and last layers, and costly ones."""
+    """Learning rates, and the parameters that Muon does not train: first and last layers, and costly ones."""
 
     adam: float
     muon: float
-    adam_only: str  # a pattern that matches from the beginning of a name
+    adam_only: str  # a pattern for the start of a parameter's name
 
 
 class Batch(NamedTuple):
-    """What one step learns from. Chance depends on the step alone, so resuming is seamless."""
+    """The data of one step. Random numbers depend on the step only, so that a run can be resumed."""
 
     latent: Tensor  # (b, 4, h, w)
     captions: list[str]
     noise: Tensor  # (b, 4, h, w)
-    place: Tensor  # (b,) in 0..1, one from each of b equal slices: same distribution, less variance
+    fraction: Tensor  # (b,) fractions of the schedule, one from each of b equal slices, for less variance
 
 
 class NetworkTraining(ABC):
-    """Everything that a run needs to go on: network, its moving average, optimizers, and the step it is at."""
+    """The whole state of a run: network, its moving average, optimizers, and the number of the step."""
 
-    kind: str  # names the checkpoint and what it holds
+    kind: str  # part of the checkpoint's name and contents
 
     def __init__(self, folder: Path, device: str, network: nn.Module, average: nn.Module, rates: Rates):
         self.folder, self.device = folder, device
@@ -84,7 +84,7 @@ class NetworkTraining(ABC):
 
     @abstractmethod
     def forget_captions(self) -> None:
-        """Those of another pool are not asked for any more."""
+        """Clear the cached captions, when those of another pool follow."""
 
     @abstractmethod
     def draw(self, captions: list[str], image_size: int, seed: int = 0) -> list[Image.Image]:
@@ -117,11 +117,11 @@ class NetworkTraining(ABC):
         captions = ["" if rng.rand() < EMPTY_SHARE else pool.captions[i] for i in chosen.tolist()]
         latent = pool.latents[chosen].float()
         noise = torch.randn(latent.shape, generator=generator).to(self.device)
-        place = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-        return Batch(latent.to(self.device), captions, noise, place.to(self.device))
+        fraction = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+        return Batch(latent.to(self.device), captions, noise, fraction.to(self.device))
 
     def learn(self, pool: Pool, batch: int, factor: float) -> float:
-        """One step; `factor` scales the learning rates."""
+        """Take one step. `factor` scales the learning rates."""
         loss = self.loss(self.batch(pool, batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -139,7 +139,7 @@ class NetworkTraining(ABC):
 def train(
     training: NetworkTraining, stages: tuple[Stage, ...], world: str = SMALL, minutes: float | None = None
 ) -> None:
-    """Until all stages are done, or for so many minutes. Goes on from the checkpoint, if there is one."""
+    """Train until all stages are done, or for a number of minutes. Resumes from the checkpoint, if there is one."""
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     folder, device = training.folder, training.device
     workers = max(0, (os.cpu_count() or 1) - 2) if device == "cuda" else 0
@@ -192,13 +192,13 @@ def train(
 
 
 def learning_rate_factor(step: int, total: int) -> float:
-    """Warm-up, plateau, then a straight fall to zero."""
+    """Warm-up, constant, then linear decay to 0."""
     decay = max(1, round(DECAY_SHARE * total))
     return min(1.0, (step + 1) / WARMUP, max(0.0, (total - step) / decay))
 
 
 def example_captions(count: int, world: str = SMALL) -> list[str]:
-    """Captions of scenes that sweep through objects and factors together."""
+    """Captions of scenes with varying objects and factors."""
     artworks = objects("base", world)
     pick = list(SIZES), list(SIDES), list(COLOURS), PATTERNS
     scenes = [
@@ -220,7 +220,7 @@ def save_grid(images: list[Image.Image], path: Path, columns: int = 8) -> None:
 
 
 def log_to(folder: Path | None) -> None:
-    """Say what happens, and keep it in the folder."""
+    """Log to the terminal and to a file in the folder."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if folder is not None:
         handlers.append(logging.FileHandler(folder / "train.log"))

@@ -1,4 +1,4 @@
-"""Freed memory is kept rather than returned to the system: page faults would halve the speed of training."""
+"""Freed memory is kept for reuse and not returned to the system: page faults would halve the speed of training."""
 
 import os
 import sys
@@ -11,6 +11,6 @@ MALLOC: dict[str, str] = {
 
 
 def keep_freed_memory(module: str, commands: tuple[str, ...]) -> None:
-    """Start this program once more with the settings, if it is to do one of the commands: libc reads them only then."""
+    """Restart this program with these settings if it runs one of the commands. libc reads them only at its start."""
     if sys.argv[1:2] and sys.argv[1] in commands and not MALLOC.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**os.environ, **MALLOC})

@@ -1,8 +1,8 @@
-"""A tiny NextDiT for the demo's world: Z-Image's network in the host's own class, for the demo's latents.
+"""A tiny NextDiT for the demo: Z-Image's network in the host's own class, for the demo's latents.
 
 Only its size differs from Z-Image. Patches are 2x2, and rotary positions have three axes. Text and picture are one
-sequence, and both are padded to 32 tokens. The objective is flow matching with a shift of 3. ComfyUI's loader knows
-the real network by its width, so `as_model` builds the classes that the loader would choose.
+sequence, and both are padded to 32 tokens. The objective is flow matching with a shift of 3. ComfyUI's loader knows the
+real network by its width, so `as_model` builds the classes that the loader would choose.
 """
 
 from collections.abc import Iterator
@@ -45,12 +45,12 @@ CONFIG: dict[str, Any] = {
     "pad_tokens_multiple": MULTIPLE,
 }
 SHIFT: float = comfy.supported_models.ZImage.sampling_settings["shift"]
-OPEN_GATE: float = 0.3  # how far residual branches are open at first, before tanh
+OPEN_GATE: float = 0.3  # initial scale of residual branches, before tanh
 PAD_STD: float = 0.5
 
 
 def new_nextdit(seed: int) -> NextDiT:
-    """The host's class with fan-in scaled weights, which predicts nothing as yet."""
+    """The host's class with fan-in scaled weights. Its initial output is zero."""
     network = NextDiT(**CONFIG, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def new_nextdit(seed: int) -> NextDiT:
 
 
 def load_nextdit(state: Path, device: str = "cpu") -> NextDiT:
-    """What a training run has averaged."""
+    """The averaged network of a training run."""
     network = new_nextdit(0).to(device).requires_grad_(False).eval()
     network.load_state_dict(torch.load(state / "nextdit.pt", map_location=device, weights_only=True)["average"])
     return network
@@ -92,14 +92,14 @@ def as_model(network: NextDiT, device: str = "cpu") -> comfy.model_patcher.Model
 
 
 def _attend(_, q: Tensor, k: Tensor, v: Tensor, heads: int, *__, **___) -> Tensor:
-    """Attention spelled out, which can be compiled. q, k, v (b, heads, n, d) -> (b, n, heads*d)"""
+    """Attention written out, which can be compiled. q, k, v (b, heads, n, d) -> (b, n, heads*d)"""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
 @contextmanager
 def _filled_up(network: NextDiT, lengths: Tensor) -> Iterator[None]:
-    """Behind each caption's own vectors comes what the network fills up with, so that a batch may have all lengths."""
+    """Pad each caption with the network's own padding vectors, so that a batch can have captions of different lengths."""
 
     def fill(module: Any, inputs: Any, embedded: Tensor) -> Tensor:
         is_own = torch.arange(embedded.shape[1], device=lengths.device) < lengths[:, None]
@@ -113,22 +113,22 @@ def _filled_up(network: NextDiT, lengths: Tensor) -> Iterator[None]:
 
 
 def predict_velocity(network: NextDiT, noisy: Tensor, sigma: Tensor, texts: Texts) -> Tensor:
-    """From clean to noise. noisy (b, 4, h, w), sigma (b,) in 0..1 -> (b, 4, h, w) in float32"""
+    """The velocity from clean to noise. noisy (b, 4, h, w), sigma (b,) in 0..1 -> (b, 4, h, w) in float32"""
     options = {"optimized_attention_override": _attend}
     with fast(noisy.device.type), _filled_up(network, texts.lengths):
         return network(noisy, sigma, texts.vectors, texts.vectors.shape[1], transformer_options=options).float()
 
 
-def shifted(place: Tensor) -> Tensor:
-    """Noise levels at places 0..1 of the schedule."""
-    return time_snr_shift(SHIFT, place)
+def shifted(fraction: Tensor) -> Tensor:
+    """Noise levels at fractions of the schedule in 0..1."""
+    return time_snr_shift(SHIFT, fraction)
 
 
 @torch.inference_mode()
 def sample(
     network: NextDiT, texts: Texts, empty: Texts, size: int, seed: int, *, steps: int = 20, guidance: float = 4.0
 ) -> Tensor:
-    """Euler's method with guidance. Texts of b and of one caption -> latent (b, 4, size, size)"""
+    """Euler's method with guidance. Texts of b rows and of one row -> latent (b, 4, size, size)"""
     b = len(texts.lengths)
     schedule = shifted(torch.linspace(1, 0, steps + 1)).tolist()
     device = texts.vectors.device

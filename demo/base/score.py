@@ -1,7 +1,7 @@
-"""How well the base model draws what a caption says, in the judge's eyes.
+"""Measures how well the base model follows captions, with the judge.
 
 python -m demo.base.score --count 512       shipped weights
-python -m demo.base.score --state FOLDER    what a training run, of the UNet or of the NextDiT, has learned so far
+python -m demo.base.score --state FOLDER    the current state of a training run, of the UNet or the NextDiT
 """
 
 import argparse
@@ -31,7 +31,7 @@ BATCH: int = 16
 
 
 def random_captions(count: int, world: str = SMALL) -> tuple[list[Scene], list[str]]:
-    """Scenes of base objects, and what they are asked for with; training drew from other seeds."""
+    """Scenes of base objects and their captions. Training had other seeds."""
     rng = np.random.RandomState(SEED)
     base = tuple(thing for thing in things(world) if thing.split == "base")
     scenes = [random_scene(rng, base, KNOWN_PATTERNS[world]) for _ in range(count)]
@@ -39,7 +39,7 @@ def random_captions(count: int, world: str = SMALL) -> tuple[list[Scene], list[s
 
 
 def load(state: Path | None, device: str):
-    """UNet and autoencoder, from a training run's folder or from what is shipped."""
+    """UNet and autoencoder, from a training run's folder or as shipped."""
     unet = new_unet(0).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     if state is not None:
         unet.load_state_dict(torch.load(state / "unet.pt", map_location=device, weights_only=True)["average"])
@@ -57,7 +57,7 @@ def autoencoder_of(state: Path | None, device: str):
 
 
 def painter(state: Path | None, steps: int, guidance: float, device: str) -> Callable[[list[str], int], Tensor]:
-    """What makes latents of captions and a seed: the UNet, or the NextDiT where the folder is one of its."""
+    """The function that samples latents from captions and a seed: by the UNet, or by the NextDiT if the folder has one."""
     size = IMAGE_SIZE // 8
     if state is not None and (state / "nextdit.pt").exists():
         from . import language_model, nextdit

@@ -1,13 +1,13 @@
 """Trains the demo's base model: autoencoder, then UNet on 64 px scenes, then on 128 px scenes.
 
-    python -m demo.base.train run        start, or go on from the last checkpoint
-    python -m demo.base.train decoder    then sharpen the autoencoder's decoder, which the UNet does not see
+    python -m demo.base.train run        start, or resume from the last checkpoint
+    python -m demo.base.train decoder    then train the autoencoder's decoder alone, which does not change latents
     python -m demo.base.train status     how far it is
-    python -m demo.base.train export     write what has been learned so far to demo/base/weights.safetensors
+    python -m demo.base.train export     write the current weights to demo/base/weights.safetensors
 
-State lives in the user's cache folder. Two CPU cores need about three hours, a large GPU minutes.
-With `--world large` it learns the large world, whose autoencoder `autoencoder_training.py` has to have trained; state
-and weights of that one live in the cache folder of `artwork.py`. `--minutes 9` stops after nine minutes, to be resumed.
+The state is in the user's cache folder. Two CPU cores need about three hours, a large GPU minutes. `--world large`
+selects the large set of objects. Its autoencoder must have been trained by `autoencoder_training.py`. State and weights
+are then in the cache folder of `artwork.py`. `--minutes 9` stops after nine minutes, to be resumed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ log = logging.getLogger("train")
 AUTOENCODER_STEPS: int = 1500
 DECODER_STEPS: int = 2200
 
-# Learning words is four times cheaper on 64 px scenes; 128 px is what we want.
+# Words are learned at a quarter of the cost on 64 px scenes. The final size is 128 px.
 STAGES: dict[tuple[str, str], tuple[Stage, ...]] = {
     (SMALL, "cpu"): (Stage(64, 12288, 32, 1000), Stage(128, 6144, 24, 2000)),
     (SMALL, "cuda"): (Stage(64, 12288, 32, 1000), Stage(128, 6144, 24, 2000)),
@@ -47,7 +47,7 @@ SNR_CAP: float = 5.0  # min-SNR weighting (Hang et al., 2023)
 
 
 class Training(NetworkTraining):
-    """The UNet's."""
+    """Training of the UNet."""
 
     kind = "unet"
 
@@ -64,7 +64,7 @@ class Training(NetworkTraining):
         self.weight = (SNR_CAP * levels**2).clamp(max=1).to(device)  # (1000,) min(SNR, cap) / SNR
 
     def loss(self, batch: Batch) -> Tensor:
-        t = (batch.place * 1000).long().clamp(max=999)
+        t = (batch.fraction * 1000).long().clamp(max=999)
         per_row = (-1, 1, 1, 1)
         noisy = self.signal[t].view(per_row) * batch.latent + self.noise[t].view(per_row) * batch.noise
         noisy = noisy.contiguous(memory_format=torch.channels_last)
@@ -100,7 +100,7 @@ def export(folder: Path, world: str = SMALL) -> None:
 
 
 def adopt(folder: Path) -> None:
-    """Turn the shipped weights into the state of a run that has made no step and knows no optimizer."""
+    """Make the shipped weights the state of a run at step 0, with new optimizers."""
     from .weights import read_parts
 
     if (folder / "unet.pt").exists():

@@ -1,11 +1,11 @@
-"""Trains the tiny NextDiT on the demo's world, for the bench to judge adapters of Z-Image's kind on.
+"""Trains the tiny NextDiT on the demo's scenes. The bench measures adapters for Z-Image's architecture on it.
 
-    python -m demo.base.train_nextdit run --state FOLDER       start, or go on from the last checkpoint
+    python -m demo.base.train_nextdit run --state FOLDER       start, or resume from the last checkpoint
     python -m demo.base.train_nextdit status --state FOLDER    how far it is
-    python -m demo.base.score --state FOLDER                   what share of the captions it gets right
+    python -m demo.base.score --state FOLDER                   share of captions that are drawn correctly
 
-The shipped autoencoder makes its latents. It is not shipped, so a folder has to be named; without one it is in the
-user's cache folder. `--minutes 9` stops after nine minutes, to be resumed. One core needs a few hours.
+The latents are those of the shipped autoencoder. The network is not shipped, so name a folder for it. Without one, it
+is in the user's cache folder. `--minutes 9` stops after nine minutes, to be resumed. One core needs a few hours.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from .weights import read_parts  # noqa: E402
 
 log = logging.getLogger("train")
 
-# Encoding a scene takes as long as a step does for each picture: the first steps make do with few scenes.
+# Encoding a scene takes as long as a training step per picture, so the first steps use few scenes.
 STAGES: dict[str, tuple[Stage, ...]] = {
     "cpu": (Stage(128, 2048, 48, 500), Stage(128, 6144, 48, 2500)),
     "cuda": (Stage(128, 65536, 256, 8000),),
@@ -54,7 +54,7 @@ class NextDiTTraining(NetworkTraining):
         self.encode_captions = CaptionEncoder(device)
 
     def loss(self, batch: Batch) -> Tensor:
-        sigma = shifted(batch.place)
+        sigma = shifted(batch.fraction)
         share = sigma.view(-1, 1, 1, 1)
         noisy = (1 - share) * batch.latent + share * batch.noise
         predicted = predict_velocity(self.network, noisy, sigma, self.encode_captions(batch.captions))

@@ -62,9 +62,9 @@ def test_a_batch_of_all_lengths_is_what_each_text_is_alone_for_the_host(module, 
 
 def test_noise_levels_are_those_of_the_hosts_z_image(module, network):
     sampling = module.as_model(network).model.model_sampling
-    for place in (0.25, 0.5, 0.9):
-        expected = float(sampling.percent_to_sigma(1 - place))
-        assert float(module.shifted(torch.tensor(place))) == pytest.approx(expected, abs=1e-4)
+    for fraction in (0.25, 0.5, 0.9):
+        expected = float(sampling.percent_to_sigma(1 - fraction))
+        assert float(module.shifted(torch.tensor(fraction))) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_pack_takes_it_for_z_image(module, network):
