@@ -338,7 +338,7 @@ class Bench:
 
     def ceiling(self, subject: Any) -> None:
         """Real scenes of the prompts: as they are, after the autoencoder, and with the object moved a little."""
-        from demo.base.world import render
+        from demo.base.scenes import render
 
         from .both_judges import CEILING
         from .scores import score

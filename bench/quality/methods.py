@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from demo.base.world import IMAGE_SIZE, caption, random_scene
+from demo.base.scenes import IMAGE_SIZE, caption, random_scene
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.adapter_file import save_adapter
 from sa_inject.core.image_prompt import ImagePrompt, TextConditioning

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from demo.base.judge import Judge, measure
-from demo.base.world import Scene, render
+from demo.base.scenes import Scene, render
 
 from ..bootstrap import interval
 from .subjects import Subject, factors

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from demo.base.imagenet import JUDGE, Embedder
 from demo.base.judge import subject_mask
-from demo.base.world import Scene, render
+from demo.base.scenes import Scene, render
 
 from .results import Result, ResultStore
 

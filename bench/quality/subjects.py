@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from demo.base.artwork import Artwork, objects, views_of
-from demo.base.world import WORDINGS, Scene, caption, random_scene, render
+from demo.base.scenes import WORDINGS, Scene, caption, random_scene, render
 
 PLACEHOLDER = "sainj"
 SEED = 20_261

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from demo.base.world import render
+from demo.base.scenes import render
 
 from .methods import TrainedModel, TrainingTask, unprompted
 

@@ -28,8 +28,8 @@ from .artwork import LARGE, OBJECTS, SMALL, Artwork, cache_folder, catalogue, ob
 from .autoencoder import TAESD, decode, encode, load_autoencoder, new_autoencoder, to_tensor, weights_of
 from .muon import Muon
 from .precision import fast
+from .scenes import Scene, box, random_large_scene, random_scene, render
 from .threads import FreeCores
-from .world import Scene, box, random_large_scene, random_scene, render
 
 log = logging.getLogger("autoencoder")
 

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .artwork import LARGE, OBJECTS, SHIPPED, SMALL, Artwork, cache_folder, catalogue
+from .scenes import COLOURS, IMAGE_SIZE, MEASURABLE, PATTERNS, SIZES, Scene, background, box, random_scene, render
 from .threads import FreeCores
-from .world import COLOURS, IMAGE_SIZE, MEASURABLE, PATTERNS, SIZES, Scene, background, box, random_scene, render
 
 log = logging.getLogger(__name__)
 

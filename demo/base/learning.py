@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .artwork import SMALL, objects
 from .muon import Muon
 from .pool import Pool, make_pool
+from .scenes import COLOURS, PATTERNS, SIDES, SIZES, Scene, caption
 from .threads import FreeCores
-from .world import COLOURS, PATTERNS, SIDES, SIZES, Scene, caption
 
 log = logging.getLogger("train")
 

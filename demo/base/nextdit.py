@@ -99,7 +99,7 @@ def _attend(_, q: Tensor, k: Tensor, v: Tensor, heads: int, *__, **___) -> Tenso
 
 @contextmanager
 def _filled_up(network: NextDiT, lengths: Tensor) -> Iterator[None]:
-    """Pad each caption with the network's own padding vectors, so that a batch can have captions of different lengths."""
+    """Pad each caption with the network's own padding vectors, so that a batch can have different lengths."""
 
     def fill(module: Any, inputs: Any, embedded: Tensor) -> Tensor:
         is_own = torch.arange(embedded.shape[1], device=lengths.device) < lengths[:, None]

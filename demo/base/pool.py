@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .artwork import LARGE, SMALL
 from .autoencoder import encode, load_autoencoder
+from .scenes import WORDINGS, caption, random_large_scene, random_scene, render
 from .threads import FreeCores
-from .world import WORDINGS, caption, random_large_scene, random_scene, render
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from .artwork import OBJECTS, SMALL
 from .autoencoder import decode, load_autoencoder, new_autoencoder
 from .judge import KNOWN_PATTERNS, Judge, Verdict, things
+from .scenes import IMAGE_SIZE, WORDINGS, Scene, caption, random_scene
 from .text_encoder import CaptionEncoder
 from .threads import FreeCores
 from .unet import new_unet, sample
 from .weights import read_parts
-from .world import IMAGE_SIZE, WORDINGS, Scene, caption, random_scene
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def autoencoder_of(state: Path | None, device: str):
 
 
 def painter(state: Path | None, steps: int, guidance: float, device: str) -> Callable[[list[str], int], Tensor]:
-    """The function that samples latents from captions and a seed: by the UNet, or by the NextDiT if the folder has one."""
+    """Samples latents from captions and a seed, with the UNet, or with the NextDiT if the folder has one."""
     size = IMAGE_SIZE // 8
     if state is not None and (state / "nextdit.pt").exists():
         from . import language_model, nextdit

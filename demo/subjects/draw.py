@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..base.artwork import find
-from ..base.world import Scene, caption, random_scene, render
+from ..base.scenes import Scene, caption, random_scene, render
 
 SUBJECT: str = "robot"
 PLACEHOLDER_TOKEN: str = "sainj"

@@ -75,7 +75,7 @@ def test_texts_name_the_subject_by_the_given_word_alone(subjects):
 
 
 def test_real_scenes_score_nearly_full_and_another_subjects_scenes_do_not(artwork, judge, scores, subjects):
-    from demo.base.world import render
+    from demo.base.scenes import render
 
     subject, other = (subjects.make_subject(found) for found in subjects.table_artworks(2))
     real = scores.score(judge, subject, [render(scene) for scene in subject.prompts], subject.prompts)
@@ -87,7 +87,7 @@ def test_real_scenes_score_nearly_full_and_another_subjects_scenes_do_not(artwor
 
 
 def test_showing_the_references_again_is_copying(artwork, judge, scores, subjects):
-    from demo.base.world import render
+    from demo.base.scenes import render
 
     subject = subjects.make_subject(subjects.table_artworks(1)[0])
     images = [render(subject.references[index % 4]) for index in range(25)]

@@ -58,7 +58,7 @@ def test_where_nothing_stands_out_no_colour_is_like_it(second):
 
 def test_real_scenes_look_like_themselves_and_other_objects_do_not(second, subject):
     from bench.quality.subjects import make_subject, moved, table_artworks
-    from demo.base.world import render
+    from demo.base.scenes import render
 
     other = make_subject(table_artworks(2)[1], prompts=3)
     real, nearly, foreign = (
@@ -70,7 +70,7 @@ def test_real_scenes_look_like_themselves_and_other_objects_do_not(second, subje
 
 
 def test_kept_pictures_can_be_judged_later_and_say_the_same(second, subject, tmp_path):
-    from demo.base.world import render
+    from demo.base.scenes import render
 
     images = [render(scene) for scene in subject.prompts]
     images[0] = Image.new("RGB", images[0].size, "white")
@@ -119,7 +119,7 @@ def test_the_judge_from_imagenet_finds_a_subject_again(second, subject):
     """Where it has been fetched: in another place it is nearer than another object in the same."""
     from demo.base.artwork import cache_folder, find
     from demo.base.imagenet import JUDGE, Embedder
-    from demo.base.world import render
+    from demo.base.scenes import render
 
     if not (cache_folder() / "imagenet" / JUDGE).exists():
         pytest.skip(f"{JUDGE} has not been fetched")

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 import sa_inject.demo
-from sa_inject.demo.base.world import COLOURS, SIDES, SIZES
+from sa_inject.demo.base.scenes import COLOURS, SIDES, SIZES
 from sa_inject.demo.subjects.draw import PLACEHOLDER_TOKEN, SUBJECT, reference_scenes
 
 FOLDER = Path(sa_inject.demo.__file__).parent

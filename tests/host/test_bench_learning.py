@@ -174,7 +174,7 @@ def test_unseen_loss_is_the_error_of_the_predicted_noise(bench, artwork, comfy_h
     from bench.quality.methods import TrainingTask, base_model
     from bench.quality.subjects import Settings, make_subject, table_artworks
     from bench.quality.validation_loss import LEVELS, SEED, unseen_loss
-    from demo.base.world import render
+    from demo.base.scenes import render
 
     model, clip, vae = load_checkpoint("sd15")
     subject = make_subject(table_artworks(1)[0], prompts=3)

@@ -25,7 +25,7 @@ class Drawn(NamedTuple):
 def drawn(comfy_host, pack_nodes, tmp_path_factory) -> Drawn:
     """Train with the demo's own settings on its own pictures, then draw scenes that none of them shows."""
     from sa_inject.demo.base.checkpoint import write_checkpoint
-    from sa_inject.demo.base.world import caption
+    from sa_inject.demo.base.scenes import caption
     from sa_inject.nodes.host.drawing.preview import SAMPLER, SCHEDULER
 
     checkpoint = tmp_path_factory.mktemp("demo") / "base.safetensors"
@@ -109,7 +109,7 @@ def load(checkpoint: Path) -> tuple[Any, Any, Any]:
 def new_scenes(count: int) -> list[Any]:
     """Scenes that no reference picture shows; half of them before colours that none has."""
     from sa_inject.demo.base.artwork import find
-    from sa_inject.demo.base.world import COLOURS, Scene
+    from sa_inject.demo.base.scenes import COLOURS, Scene
     from sa_inject.demo.subjects.draw import SCENES
 
     rng = np.random.RandomState(5)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sa_inject.demo.base import judge as judge_module
 from sa_inject.demo.base.artwork import catalogue, find
 from sa_inject.demo.base.judge import Judge, Verdict, check, crop_to_object, measure
-from sa_inject.demo.base.world import COLOURS, PATTERNS, SIDES, SIZES, Scene, background, box, random_scene, render
+from sa_inject.demo.base.scenes import COLOURS, PATTERNS, SIDES, SIZES, Scene, background, box, random_scene, render
 
 pytestmark = pytest.mark.usefixtures("artwork")
 

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from sa_inject.demo.base.artwork import objects
-from sa_inject.demo.base.world import COLOURS, PATTERNS, SIDES, SIZES
+from sa_inject.demo.base.scenes import COLOURS, PATTERNS, SIDES, SIZES
 
 pytestmark = pytest.mark.comfy
 

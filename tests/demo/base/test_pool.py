@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sa_inject.demo.base.artwork import objects
-from sa_inject.demo.base.world import random_scene, render
+from sa_inject.demo.base.scenes import random_scene, render
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("artwork")]
 

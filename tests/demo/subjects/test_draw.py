@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sa_inject.demo.base.artwork import find, objects
-from sa_inject.demo.base.world import caption, render
+from sa_inject.demo.base.scenes import caption, render
 from sa_inject.demo.subjects.draw import PLACEHOLDER_TOKEN, SUBJECT, main, reference_scenes
 
 FOLDER = Path(main.__code__.co_filename).parent / SUBJECT

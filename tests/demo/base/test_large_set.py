@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from sa_inject.demo.base import artwork as artwork_module
-from sa_inject.demo.base import fetch_artwork, world
+from sa_inject.demo.base import fetch_artwork
+from sa_inject.demo.base import scenes as scenes_module
 from sa_inject.demo.base.artwork import LARGE, SMALL, Artwork, catalogue, objects, packed_name
 from sa_inject.demo.base.judge import measure, things
-from sa_inject.demo.base.world import MEASURABLE, Scene, caption, random_large_scene, render
+from sa_inject.demo.base.scenes import MEASURABLE, Scene, caption, random_large_scene, render
 
 BASE, HELD_OUT = objects("base", LARGE), objects("held_out", LARGE)
 EMOJI = Artwork("base", "lamp", "device", "google", "aaaa")
@@ -22,13 +23,13 @@ OTHER = Artwork("base", "lamp", "device", "google", "bbbb")
 SMALL_WORLD_HELD_OUT = objects("held_out", SMALL)
 
 
-def test_the_base_has_six_hundred_objects_and_those_of_the_small_world_among_them():
+def test_the_base_has_six_hundred_objects_and_those_of_the_small_set_among_them():
     words = {artwork.word for artwork in BASE}
     assert len(words) >= 600
     assert {artwork.word for artwork in objects("base", SMALL)} <= words
 
 
-def test_subjects_of_the_small_world_are_held_out_by_word_and_by_drawing():
+def test_subjects_of_the_small_set_are_held_out_by_word_and_by_drawing():
     assert set(SMALL_WORLD_HELD_OUT) <= set(HELD_OUT)
     held_words, held_files = ({getattr(a, name) for a in HELD_OUT} for name in ("word", "file"))
     assert not held_words & {artwork.word for artwork in BASE}
@@ -73,7 +74,7 @@ def png(size: tuple[int, int], colour: str, margin: int = 0) -> bytes:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder, for a world of three drawings."""
+    """An empty cache folder, for a set of three drawings."""
     monkeypatch.setenv("SA_INJECT_CACHE", str(tmp_path))
     monkeypatch.setattr(fetch_artwork, "catalogue", lambda world: (EMOJI, STAMP, OTHER))
     for remembers in (artwork_module.drawing, artwork_module._packed):
@@ -135,7 +136,7 @@ def test_without_the_program_that_fetches_the_error_says_where_the_archive_goes(
         fetch_artwork.make_pack(cache)
 
 
-def test_a_drawing_of_the_large_world_that_was_not_fetched_says_what_to_run(cache):
+def test_a_drawing_of_the_large_set_that_was_not_fetched_says_what_to_run(cache):
     with pytest.raises(FileNotFoundError, match="lamp.*demo.base.fetch_artwork"):
         artwork_module.drawing(EMOJI)
 
@@ -145,16 +146,16 @@ def packed(cache, monkeypatch):
     """Three drawings, all that blurred backgrounds are made of."""
     pictures = {packed_name(EMOJI): png((40, 50), "red"), packed_name(OTHER): png((40, 50), "black")}
     fetch_artwork.write_pack(cache / artwork_module.PACK, pictures)
-    monkeypatch.setattr(world, "objects", lambda split, name: (EMOJI, OTHER))
+    monkeypatch.setattr(scenes_module, "objects", lambda split, name: (EMOJI, OTHER))
 
 
 def test_large_scenes_show_every_drawing_some_pairs_and_all_backgrounds(packed):
     rng = np.random.RandomState(0)
     scenes = [random_large_scene(rng, (EMOJI, OTHER)) for _ in range(600)]
     assert {scene.artwork for scene in scenes} == {EMOJI, OTHER}
-    assert {scene.pattern for scene in scenes} == set(world.LARGE_PATTERNS)
+    assert {scene.pattern for scene in scenes} == set(scenes_module.LARGE_PATTERNS)
     pairs = [scene for scene in scenes if scene.is_pair]
-    assert len(pairs) / 600 == pytest.approx(world.PAIR_SHARE, abs=0.03)
+    assert len(pairs) / 600 == pytest.approx(scenes_module.PAIR_SHARE, abs=0.03)
     assert {scene.size for scene in pairs} == {"small"}
 
 
@@ -170,16 +171,18 @@ def test_a_pair_is_the_same_drawing_on_either_side_and_the_caption_says_so(packe
 
 
 @pytest.mark.parametrize("pattern", MEASURABLE)
-def test_what_is_measured_in_a_scene_of_the_large_world_is_what_it_shows(packed, pattern):
-    for colour in world.COLOURS:
+def test_what_is_measured_in_a_scene_of_the_large_set_is_what_it_shows(packed, pattern):
+    for colour in scenes_module.COLOURS:
         drawn = OTHER if colour == "red" else EMOJI
         scene = Scene(drawn, "large", "right", colour, pattern)
         assert measure(render(scene), MEASURABLE)[:4] == ("large", "right", colour, pattern)
 
 
 def test_a_blurred_background_follows_from_its_number_and_keeps_its_colour(packed):
-    first, again, other = (world.background("blue", "blurred", backdrop=number) for number in (3, 3, 4))
+    first, again, other = (scenes_module.background("blue", "blurred", backdrop=number) for number in (3, 3, 4))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
-    nearest = min(world.COLOURS, key=lambda name: np.abs(first.mean(axis=(0, 1)) - world.COLOURS[name]).sum())
+    nearest = min(
+        scenes_module.COLOURS, key=lambda name: np.abs(first.mean(axis=(0, 1)) - scenes_module.COLOURS[name]).sum()
+    )
     assert nearest in ("blue", "purple", "gray")
     assert np.abs(np.diff(first.astype(int), axis=1)).max() < 12, "no edges"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sa_inject.demo.base.artwork import catalogue, find, objects
-from sa_inject.demo.base.world import (
+from sa_inject.demo.base.scenes import (
     COLOURS,
     JITTER,
     PATTERN_SHADE,
