@@ -34,12 +34,14 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "set-up.sha256"
 CONSTRAINTS = ROOT / "dev-constraints.txt"
 REQUIREMENTS = ROOT / "requirements.txt"
+SPREAD = ["--numprocesses", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]  # over processes, a file in one
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 14)
 
 LINK_NAME = "sa-inject"
 TORCH = ["torch", "torchvision", "torchaudio"]
 # The host imports requests and does not list it.
-DEV_TOOLS = ["requests", "pytest", "ruff", "pyright", "playwright", "matplotlib", "prodigyopt"]
+DEV_TOOLS = ["requests", "pytest", "pytest-xdist", "ruff", "pyright", "playwright", "matplotlib", "prodigyopt"]
+MOST_TEST_WORKERS = 4  # a worker takes up to 4 GB
 
 # This wheel contains a whole, unmodified ComfyUI. Nothing else in it is used.
 HOST = ROOT / ".comfyui"
@@ -243,9 +245,12 @@ def last_line(text: str) -> str:
 # Running things
 
 
-def run(command: list[str], host: Path | None = None, cwd: Path = ROOT) -> int:
-    environment = {**os.environ, "COMFYUI_PATH": str(host)} if host else None
-    return wait(subprocess.Popen(command, cwd=cwd, env=environment))
+def run(
+    command: list[str], host: Path | None = None, cwd: Path = ROOT, *, environment: dict[str, str] | None = None
+) -> int:
+    """environment: variables beside those of this process."""
+    named = {"COMFYUI_PATH": str(host)} if host else {}
+    return wait(subprocess.Popen(command, cwd=cwd, env={**os.environ, **named, **(environment or {})}))
 
 
 def wait(child: subprocess.Popen[bytes], timeout: float | None = None) -> int:
@@ -358,7 +363,7 @@ def test(arguments: list[str]) -> int:
         "ruff check": [str(venv_program("ruff")), "check"],
         "ruff format": [str(venv_program("ruff")), "format", "--check"],
         "pyright": [str(venv_program("pyright"))],
-        "pytest": [str(venv_program("pytest")), *arguments],
+        "pytest": [str(venv_program("pytest")), *SPREAD, *arguments],
     }
     if not shutil.which("node") or subprocess.run([*checks["pyright"], "--version"], capture_output=True).returncode:
         del checks["pyright"]
@@ -366,10 +371,18 @@ def test(arguments: list[str]) -> int:
     failed = []
     for name, command in checks.items():
         print(f"== {name}", flush=True)
-        if run(command, host) != 0:
+        if run(command, host, environment=test_workers() if name == "pytest" else None) != 0:
             failed.append(name)
     print(f"{'Failed: ' + ', '.join(failed) if failed else 'All passed'}, in {time.monotonic() - started:.0f} s.")
     return 1 if failed else 0
+
+
+def test_workers() -> dict[str, str]:
+    """Settings of the processes that share out the test files: one for each core, each with its share of threads."""
+    cores = os.cpu_count() or 1
+    workers = min(cores, MOST_TEST_WORKERS)
+    settings = {"PYTEST_XDIST_AUTO_NUM_WORKERS": str(workers), "OMP_NUM_THREADS": str(cores // workers)}
+    return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 
 def serve(arguments: list[str]) -> int:

@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not 
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
+LONGEST = ("test_demo_adapter.py", "test_bench_learning.py")  # begun first, so that no process is left waiting for one
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if TESTS / "host" in item.path.parents:
             item.add_marker("comfy")
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     reasons = {"comfy": why_no_host(), "gpu": why_no_cuda(items)}
     for name, reason in reasons.items():
         for item in items:

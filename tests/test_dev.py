@@ -255,6 +255,17 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("cores, workers, threads", [(None, 1, 1), (2, 2, 1), (4, 4, 1), (16, 4, 4)])
+def test_tests_share_the_cores_and_the_memory(monkeypatch, cores, workers, threads):
+    for name in ("PYTEST_XDIST_AUTO_NUM_WORKERS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    expected = {"PYTEST_XDIST_AUTO_NUM_WORKERS": str(workers), "OMP_NUM_THREADS": str(threads)}
+    assert dev.test_workers() == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert dev.test_workers()["OMP_NUM_THREADS"] == "3"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize(
     ("signals", "stubborn"),

@@ -10,8 +10,8 @@ from PIL import Image
 
 pytestmark = pytest.mark.comfy
 
-PROMPTS = 12
-BASE_PROMPTS = 4
+PROMPTS = 8
+BASE_PROMPTS = 3
 PLACES = 3  # of 167 objects, in the median
 
 
