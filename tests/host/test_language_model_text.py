@@ -30,7 +30,7 @@ def vectors_of(clip: Any, word: str = ORDINARY, count: int = 1) -> dict[str, Ten
         return initial_token_embedding(clip, word, count)
 
 
-def teach(clip: Any, tokens: dict[str, Tensor], word: str = "sainj") -> Any:
+def with_token(clip: Any, tokens: dict[str, Tensor], word: str = "sainj") -> Any:
     from sa_inject.nodes.host.text import clip_with_token
 
     return clip_with_token(clip, word, tokens)
@@ -49,9 +49,9 @@ PROMPTS = (
 
 
 def test_word_with_an_ordinary_words_vector_reads_as_that_word(clip):
-    taught = teach(clip, vectors_of(clip))
+    patched_clip = with_token(clip, vectors_of(clip))
     for prompt in PROMPTS:
-        cond, pooled = encode_any(taught, prompt.format(*["sainj"] * 3))
+        cond, pooled = encode_any(patched_clip, prompt.format(*["sainj"] * 3))
         expected, expected_pooled = encode_any(clip, prompt.format(*[ORDINARY] * 3))
         plain, _ = encode_any(clip, prompt.format(*["sainj"] * 3))
         # The first of a text has no blank before it, and is another token in some vocabularies.
@@ -70,17 +70,17 @@ def encode_any(clip: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
 
 def test_weights_count_where_the_encoder_knows_them(comfy_host):
     clip = tiny_clip("flux")
-    taught = teach(clip, vectors_of(clip))
-    cond, _ = encode_any(taught, "a (sainj:1.4) on grass")
+    patched_clip = with_token(clip, vectors_of(clip))
+    cond, _ = encode_any(patched_clip, "a (sainj:1.4) on grass")
     expected, _ = encode_any(clip, "a (dog:1.4) on grass")
     assert torch.equal(cond, expected)
-    assert not torch.allclose(cond, encode_any(taught, "a sainj on grass")[0], atol=1e-4)
+    assert not torch.allclose(cond, encode_any(patched_clip, "a sainj on grass")[0], atol=1e-4)
 
 
 def test_line_breaks_of_the_template_stay(comfy_host):
     clip = tiny_clip("z_image")
-    taught = teach(clip, vectors_of(clip, count=3))
-    with_word = [token for token, _ in taught.tokenize("a sainj")["qwen3_4b"][0]]
+    patched_clip = with_token(clip, vectors_of(clip, count=3))
+    with_word = [token for token, _ in patched_clip.tokenize("a sainj")["qwen3_4b"][0]]
     stock = [token for token, _ in clip.tokenize("a dog")["qwen3_4b"][0]]
     place = next(at for at, token in enumerate(with_word) if isinstance(token, Tensor))
     assert with_word[:place] == stock[:place] and with_word[place + 3 :] == stock[place + 1 :]
@@ -90,29 +90,29 @@ def test_line_breaks_of_the_template_stay(comfy_host):
 def test_word_of_several_vectors_takes_the_place_of_padding(comfy_host):
     clip = tiny_clip("flux")
     for count in (1, 4):
-        (chunk,) = teach(clip, vectors_of(clip, count=count)).tokenize("a photo of sainj")["t5xxl"]
+        (chunk,) = with_token(clip, vectors_of(clip, count=count)).tokenize("a photo of sainj")["t5xxl"]
         assert len(chunk) == 256 and sum(isinstance(token, Tensor) for token, _ in chunk) == count
 
 
 def test_two_words_share_one_clip(clip):
     one, two = vectors_of(clip, "dog"), vectors_of(clip, "cat")
-    taught = teach(teach(clip, one, "sainj"), two, "zorblax")
-    found, _ = encode_any(taught, "a sainj and a zorblax and a sainj")
+    patched_clip = with_token(with_token(clip, one, "sainj"), two, "zorblax")
+    found, _ = encode_any(patched_clip, "a sainj and a zorblax and a sainj")
     assert torch.equal(found, encode_any(clip, "a dog and a cat and a dog")[0])
 
 
 def test_other_prompts_and_the_given_clip_stay(clip):
     before = {name: vars(inner).copy() for name, inner in vars(clip.tokenizer).items() if hasattr(inner, "tokenizer")}
-    taught = teach(clip, vectors_of(clip))
+    patched_clip = with_token(clip, vectors_of(clip))
     for prompt in ("", "a dog", "mysainj", "\ue0007\ue000", " embedding:sa-inject-token-7 "):
-        assert torch.equal(encode_any(taught, prompt)[0], encode_any(clip, prompt)[0]), prompt
+        assert torch.equal(encode_any(patched_clip, prompt)[0], encode_any(clip, prompt)[0]), prompt
     assert {name: vars(getattr(clip.tokenizer, name)) for name in before} == before
 
 
 def test_vectors_of_another_width_are_refused(clip):
     wrong = {name: vector.repeat(1, 2) for name, vector in vectors_of(clip).items()}
     with pytest.raises(ValueError, match="has embedding size .* Connect the CLIP of the adapter's base model"):
-        teach(clip, wrong)
+        with_token(clip, wrong)
 
 
 def test_ordinary_words_are_no_placeholder(clip):
@@ -157,7 +157,7 @@ def test_gradient_of_the_word_is_that_of_a_finite_difference(clip, checkpointing
 
         def encoded(step: float) -> Tensor:
             moved = {name: vector + step * direction[name] for name, vector in word.items()}
-            text = encode_text(teach(clip, moved), prompts)
+            text = encode_text(with_token(clip, moved), prompts)
             return torch.cat([part.double().flatten() for part in text[:2] if part is not None])
 
         with torch.no_grad():

@@ -1,5 +1,7 @@
 """The tiny NextDiT is the host's: what trains and samples here is what the host's sampler calls."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -68,6 +70,7 @@ def test_noise_levels_are_those_of_the_hosts_z_image(module, network):
 
 
 def test_the_pack_takes_it_for_z_image(module, network):
+    importlib.import_module("utils.extra_config")  # before nodes.py puts comfy/, with its utils.py, on the path
     from sa_inject.nodes.host.networks.registry import describe
 
     architecture, layers = describe(module.as_model(network))
