@@ -4,6 +4,7 @@ Many imports of the tests stand inside functions, where only running them on Com
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,21 +50,32 @@ def test_what_is_imported_of_the_pack_is_there():
     missing = []
     for file, tree in trees():
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sa_inject."):
+            module = module_of(node, file) if isinstance(node, ast.ImportFrom) else None
+            if isinstance(node, ast.ImportFrom) and module is not None:
                 missing += [
-                    f"{file}: {node.module}.{name.name}" for name in node.names if not is_there(node, name.name)
+                    f"{file}: {module.name}.{name.name}" for name in node.names if not is_there(module, name.name)
                 ]
     assert missing == []
 
 
-def is_there(node: ast.ImportFrom, name: str) -> bool:
-    module = ROOT.joinpath(*str(node.module).split(".")[1:])
+def module_of(node: ast.ImportFrom, file: str) -> Path | None:
+    """The module as a path without its ending. None if it is not in this repository."""
+    parts = (node.module or "").split(".") if node.module else []
+    if node.level:
+        return (ROOT / file).parents[node.level - 1].joinpath(*parts)
+    if parts[0] == "sa_inject":
+        return ROOT.joinpath(*parts[1:])
+    return ROOT.joinpath(*parts) if parts[0] in ("bench", "demo", "tests") else None
+
+
+def is_there(module: Path, name: str) -> bool:
     if module.with_suffix(".py").is_file():
         return name in names_in(module.with_suffix(".py"))
     inside = (module / f"{name}.py").is_file() or (module / name).is_dir()
     return module.is_dir() and (inside or name in names_in(module / "__init__.py"))
 
 
+@functools.cache
 def names_in(file: Path) -> set[str]:
     """What a module defines or imports."""
     found = set()
