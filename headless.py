@@ -82,12 +82,12 @@ def read_jobs(file: Path) -> dict[str, Any]:
 def find_comfyui() -> Path:
     """The folder in COMFYUI_PATH, or the one whose custom_nodes holds this pack. Raises JobError."""
     named = os.environ.get("COMFYUI_PATH")
-    places = [Path(named).expanduser().absolute()] if named else [ROOT.parents[1], ROOT.resolve().parents[1]]
-    for place in places:
-        if (place / "main.py").is_file() and (place / "comfy").is_dir():
-            return place
+    folders = [Path(named).expanduser().absolute()] if named else [ROOT.parents[1], ROOT.resolve().parents[1]]
+    for folder in folders:
+        if (folder / "main.py").is_file() and (folder / "comfy").is_dir():
+            return folder
     raise JobError(
-        f"There is no ComfyUI in {places[0]}. Set COMFYUI_PATH to the folder that holds its main.py, or put this pack "
+        f"There is no ComfyUI in {folders[0]}. Set COMFYUI_PATH to the folder that holds its main.py, or put this pack "
         "into its custom_nodes."
     )
 

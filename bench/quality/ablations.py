@@ -60,7 +60,7 @@ def learned(
     config = task.config(**changes)
     with training_setup(task.models, task.training_subject(), config, denoiser_class=denoiser_class) as setup:
         before(setup)
-        setup.learn(setup.lora)
+        setup.train(setup.lora)
         adapter = setup.adapter()
     return trained_model(task, adapter, with_word(task.models, adapter.token_embedding, PLACEHOLDER), **applied or {})
 
@@ -180,7 +180,7 @@ def with_reference_text(text_of: Callable[[Subject, int], str]) -> Callable[[Tra
             task.models, task.training_subject(), task.config(), denoiser_class=WithReferenceText
         ) as setup:
             latents.extend(example.latent[0].to(setup.device, torch.float32) for example in setup.data.examples)
-            setup.learn(setup.lora)
+            setup.train(setup.lora)
             adapter = setup.adapter()
             with torch.no_grad():
                 texts = [setup.denoiser.encode([text_of(subject, p)]) for p in range(len(latents))]

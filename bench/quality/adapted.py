@@ -147,7 +147,7 @@ def lora_on_both(task: TrainingTask, **changes: Any) -> TrainedModel:
         own = whole_lora_for(setup)
         setup.denoiser.own = own  # type: ignore[attr-defined]
         both = _Both(setup.lora, own)
-        setup.learn(both)
+        setup.train(both)
         adapter = setup.adapter()
         with torch.no_grad():
             products = own.deltas(torch.device("cpu"), torch.float32)

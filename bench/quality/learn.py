@@ -105,7 +105,7 @@ class TrainingSetup(AdapterTraining):
     def unet(self) -> nn.Module:
         return self.models.patcher.model.diffusion_model
 
-    def learn(self, trainables: Any, **changes: Any) -> list[float]:
+    def train(self, trainables: Any, **changes: Any) -> list[float]:
         """Run the loop. -> the loss of every step"""
         # Without autocast's cache, which would keep the weights of the first step inside the context.
         enabled = self.autocast != torch.float32

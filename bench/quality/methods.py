@@ -136,7 +136,7 @@ def base_model(task: TrainingTask) -> TrainedModel:
 def textual_inversion(task: TrainingTask) -> TrainedModel:
     """Gal et al., 2022: only the token embedding is trained."""
     with training_setup(task.models, task.training_subject(), task.config()) as setup:
-        setup.learn(Trainables([nn.Parameter(torch.zeros(1))]), lora_learning_rate=0.0, **PLAIN_SETTINGS)
+        setup.train(Trainables([nn.Parameter(torch.zeros(1))]), lora_learning_rate=0.0, **PLAIN_SETTINGS)
         word = setup.learned_word()
     return TrainedModel(
         task.models.drawing, with_word(task.models, word, PLACEHOLDER), task.subject.phrase, *size_of(word)
@@ -185,7 +185,7 @@ def peft_lora(task: TrainingTask) -> TrainedModel:
         layers = {name: setup.unet.get_submodule(name) for name in targets}
         try:
             learned = {name: p for name, p in setup.unet.named_parameters() if "lora_" in name}
-            setup.learn(Trainables(list(learned.values())), **PLAIN_SETTINGS)
+            setup.train(Trainables(list(learned.values())), **PLAIN_SETTINGS)
             with torch.no_grad():
                 differences = {f"{name}.weight": lora.get_delta_weight("default") for name, lora in layers.items()}
             kept = {name: p.detach().clone() for name, p in learned.items()}
@@ -221,7 +221,7 @@ def fine_tuned(task: TrainingTask, prior: Sequence[tuple[Tensor, str]]) -> Train
     with training_setup(task.models, task.training_subject(), task.config(), extra) as setup:
         before = {name: p.detach().clone() for name, p in setup.unet.named_parameters()}
         setup.unet.requires_grad_(True)
-        setup.learn(Trainables(list(setup.unet.parameters())), **PLAIN_SETTINGS)
+        setup.train(Trainables(list(setup.unet.parameters())), **PLAIN_SETTINGS)
         differences = {name: p.detach().cpu() - before[name].cpu() for name, p in setup.unet.named_parameters()}
         word = setup.learned_word()
     return TrainedModel(

@@ -99,7 +99,7 @@ def export(folder: Path, world: str = SMALL) -> None:
     log.info("wrote %s, %.1f MB", path.name, path.stat().st_size / 1e6)
 
 
-def adopt(folder: Path) -> None:
+def start_from_shipped_weights(folder: Path) -> None:
     """Make the shipped weights the state of a run at step 0, with new optimizers."""
     from .weights import read_parts
 
@@ -134,7 +134,7 @@ def main() -> None:
     elif arguments.command == "export":
         export(arguments.state, world)
     elif arguments.command == "adopt":
-        adopt(arguments.state)
+        start_from_shipped_weights(arguments.state)
     else:
         stages = STAGES[world, device]
         if arguments.steps:

@@ -140,7 +140,7 @@ def test_a_lesson_ends_with_the_nodes_adapter(task, comfy_host, load_checkpoint)
         file_name="test_bench_learning",
     )
     with task(torch.float32) as setup:
-        setup.learn(setup.lora)
+        setup.train(setup.lora)
         in_lesson, by_node = (numbers_of(lora) for lora in (setup.lora, adapter.lora))
     torch.testing.assert_close(in_lesson, by_node, atol=1e-3, rtol=1e-2)
 
@@ -158,7 +158,7 @@ def test_half_precision_computes_with_what_it_has_learned(task):
 
         with task(torch.bfloat16) as setup:
             weights = [p.requires_grad_() for name, p in setup.unet.named_parameters() if name.endswith("to_q.weight")]
-            return setup.learn(
+            return setup.train(
                 Trainables(weights), lora_learning_rate=rate, token_learning_rate=0.0, reference_dropout=1.0, steps=3
             )
 

@@ -151,7 +151,7 @@ def test_a_run_that_adopts_the_shipped_weights_begins_with_them(module, new_trai
 
     shipped = weights.write_weights(start, {"vae_scale": torch.tensor(0.25)}, tmp_path / "weights.safetensors")
     monkeypatch.setattr(weights, "read_parts", functools.partial(weights.read_parts, shipped))
-    module.adopt(tmp_path)
+    module.start_from_shipped_weights(tmp_path)
     training = new_training()
     for part in (training.unet, training.average):
         torch.nn.init.zeros_(part.get_parameter("time_embed.0.weight"))
@@ -168,5 +168,5 @@ def test_a_run_that_adopts_the_shipped_weights_begins_with_them(module, new_trai
 def test_a_folder_with_a_run_in_it_adopts_nothing(module, tmp_path):
     (tmp_path / "unet.pt").write_bytes(b"hours of work")
     with pytest.raises(SystemExit, match="holds a run already.*another folder"):
-        module.adopt(tmp_path)
+        module.start_from_shipped_weights(tmp_path)
     assert (tmp_path / "unet.pt").read_bytes() == b"hours of work"
