@@ -29,6 +29,10 @@ RECTANGLES = """() => {
     });
 }"""
 
+# What Run would send of our nodes.
+VALUES = """async () => Object.values((await app.graphToPrompt()).output)
+    .filter(node => /SAInject|SelfAttnInjection|EncodeImagePrompt/.test(node.class_type)).map(node => node.inputs)"""
+
 
 @pytest.fixture(scope="module", params=COMBINATIONS, ids=lambda pair: "-".join(pair))
 def opened(request, chromium):
@@ -69,6 +73,9 @@ def test_no_node_lies_over_another_while_it_runs(opened, path):
         for other, left2, top2, right2, bottom2 in boxes[place + 1 :]:
             beside = right <= left2 or right2 <= left or bottom <= top2 or bottom2 <= top
             assert beside, f"'{name}' and '{other}' overlap"
+    before = page.evaluate(VALUES)
+    page.evaluate("async () => await app.loadGraphData(app.graph.serialize())")
+    assert page.evaluate(VALUES) == before
 
 
 @pytest.mark.parametrize("path", OLDER, ids=lambda path: path.stem)

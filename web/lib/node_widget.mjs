@@ -22,10 +22,21 @@ export function addElement(node, name, type, shown, height) {
     getMinHeight: () => height,
   });
   widget.serialize = false; // keeps it out of widgets_values
+  after(node, "onSerialize", (saved) => cutValues(saved, node.widgets.indexOf(widget)));
   const [wide, tall] = node.computeSize();
   node.setSize([Math.max(node.size[0], wide), Math.max(node.size[1], tall)]);
   takeOverPlace({ node, type, shown });
   return widget;
+}
+
+/**
+ * Save the inputs' values and no more. The host adds the line of text below a node as a value, behind a gap where our
+ * element is. A list that has got longer may look like one of an older workflow, whose values stand in other places.
+ * @param {any} saved
+ * @param {number} count
+ */
+function cutValues(saved, count) {
+  if (count >= 0 && saved.widgets_values?.length > count) saved.widgets_values.length = count;
 }
 
 const LOOK_AFTER = [50, 300, 1000, 3000]; // milliseconds
