@@ -30,14 +30,14 @@ function addCard(node) {
   const file = node.widgets?.find((/** @type {any} */ widget) => widget.name === "adapter_name");
   if (!file) return;
   const container = element("div");
-  const card = mountAdapterCard(container, {
-    choose: async () => {
-      const name = await pickAdapter();
-      if (name) take(name);
-    },
-    take,
-  });
+  /** @type {ReturnType<typeof mountAdapterCard> | undefined} */
+  let card;
   let asked = 0;
+
+  async function choose() {
+    const name = await pickAdapter();
+    if (name) take(name);
+  }
 
   /** @param {string} name */
   function take(name) {
@@ -53,7 +53,9 @@ function addCard(node) {
     await wordsLoaded();
     const found = file.value ? await adapterCard(file.value) : null;
     const misfit = found?.architecture ? await whyMisfit(node, found.architecture) : null;
-    if (mine === asked) card.show(found, misfit);
+    if (mine !== asked) return;
+    card ??= mountAdapterCard(container, { choose, take });
+    card.show(found, misfit);
   }
 
   addElement(node, "sa_inject_card", "sa_inject_card", container, HEIGHT);
@@ -62,7 +64,7 @@ function addCard(node) {
   after(node, "onConnectionsChange", refreshSoon);
   after(node, "onRemoved", () => {
     refreshers.delete(refresh);
-    card.destroy();
+    card?.destroy();
   });
   refreshers.add(refresh);
   refresh();

@@ -93,6 +93,21 @@ def test_a_kept_step_is_chosen_on_the_card(opened, load_node):
     assert serialized(page, load_node)["widgets_values"] == ["robot.training/step-000020.safetensors", False, ""]
 
 
+@oldest_and_newest
+def test_the_card_stays_as_it_is_when_something_else_in_the_graph_changes(opened, load_node):
+    page = opened.page
+    for part in (".word", "select", ".face", ".plain"):
+        used = page.locator(f"{CARD} {part}").element_handle()
+        used.focus()
+        page.evaluate("() => app.api.dispatchEvent(new CustomEvent('graphChanged', {detail: null}))")
+        page.wait_for_timeout(500)
+        assert used.evaluate("part => part === document.activeElement"), part
+    used = page.locator(f"{CARD} .plain").element_handle()
+    set_widget(page, load_node, "adapter_name", "toys/large.safetensors")
+    page.wait_for_function("() => document.querySelector('.sa-inject-card').textContent.includes('SDXL')")
+    assert used.evaluate("part => part === document.activeElement")
+
+
 def test_the_card_is_neither_saved_nor_queued(opened, load_node):
     assert serialized(opened.page, load_node)["widgets_values"] == ["robot.safetensors", False, ""]
     prompt = opened.page.evaluate("async () => (await app.graphToPrompt()).output")

@@ -1,94 +1,83 @@
 // @ts-check
 /** The card of one adapter: its face, the word to write, and what it was made for. */
-import { element } from "./dom.mjs";
+import { element, setText } from "./dom.mjs";
 import { say } from "./words.mjs";
 import { thumbnailAddress } from "./adapters.mjs";
 
 const COPIED_FOR = 1500; // milliseconds
 
+/** @typedef {import("./adapters.mjs").Card} Card */
+
 /**
+ * The elements are made once, and stay: what is in use must not lose the keyboard's focus, nor its list close.
  * @param {HTMLElement} container
  * @param {{choose: () => void, take: (name: string) => void}} actions
  */
 export function mountAdapterCard(container, actions) {
   container.classList.add("sa-inject-card");
+  const label = say("card.choose");
+  const face = element("button", { class: "face", type: "button", title: label, "aria-label": label, onclick: actions.choose });
+  const word = element("button", { class: "word", type: "button", title: say("card.copy"), onclick: copyWord });
+  const classWord = element("span", { title: say("card.classWord") });
+  const naming = element("div", { class: "row" }, word, classWord);
+  const details = element("div", { class: "row faint" });
+  const kept = element("select", {
+    "aria-label": say("card.kept"), title: say("card.kept"),
+    onchange: (/** @type {any} */ event) => actions.take(event.target.value),
+  });
+  const chooser = element("button", { class: "plain", type: "button", onclick: actions.choose }, label);
+  const none = element("p", { class: "faint" }, say("card.none"));
+  const trouble = element("p", { class: "trouble", role: "alert" });
+  container.replaceChildren(face, element("div", { class: "facts" }, none, naming, details, element("div", { class: "row" }, kept, chooser), trouble));
+
+  /** @type {Card | null} */
+  let shown = null;
+  let drawn = "";
 
   /**
-   * @param {import("./adapters.mjs").Card | null} card
+   * @param {Card | null} card
    * @param {string | null} [misfit] why the connected model is another
    */
   function show(card, misfit = null) {
-    container.replaceChildren(...(card ? filled(card, misfit) : empty()));
+    const wanted = JSON.stringify([card, misfit]);
+    if (wanted === drawn) return; // the graph changes often, and most changes are none of ours
+    drawn = wanted;
+    shown = card && !card.error ? card : null;
+    none.hidden = Boolean(card);
+    face.replaceChildren(pictureOf(shown));
+    naming.hidden = details.hidden = !shown;
+    setText(word, shown?.placeholder_token ?? "");
+    setText(classWord, shown?.class_word ?? "");
+    details.replaceChildren(...(shown ? facts(shown) : []).map((fact) => element("span", {}, fact)));
+    kept.hidden = !shown?.kept?.length;
+    kept.replaceChildren(...(shown ? optionsOf(shown) : []));
+    setText(trouble, card?.error ? say("card.unusable", { why: card.error }) : (misfit ?? ""));
+    trouble.hidden = !trouble.textContent;
   }
 
-  function empty() {
-    return [face(null), element("div", { class: "facts" }, element("p", { class: "faint" }, say("card.none")), chooser())];
-  }
-
-  /**
-   * @param {import("./adapters.mjs").Card} card
-   * @param {string | null} misfit
-   */
-  function filled(card, misfit) {
-    if (card.error) {
-      const why = say("card.unusable", { why: card.error });
-      return [face(null), element("div", { class: "facts" }, element("p", { class: "trouble", role: "alert" }, why), chooser())];
-    }
-    return [
-      face(card),
-      element(
-        "div",
-        { class: "facts" },
-        element("div", { class: "row" }, word(card), card.class_word && element("span", { title: say("card.classWord") }, card.class_word)),
-        element("div", { class: "row faint" }, ...facts(card).map((fact) => element("span", {}, fact))),
-        element("div", { class: "row" }, kept(card), chooser()),
-        misfit && element("p", { class: "trouble", role: "alert" }, misfit),
-      ),
-    ];
-  }
-
-  /** @param {import("./adapters.mjs").Card | null} card */
-  function face(card) {
-    const label = say("card.choose");
-    const picture = card?.thumbnail
-      ? element("img", { src: thumbnailAddress(card), alt: say("card.face", { name: card.name }), draggable: false })
-      : element("i", { class: "pi pi-image", "aria-hidden": "true" });
-    return element("button", { class: "face", type: "button", title: label, "aria-label": label, onclick: actions.choose }, picture);
-  }
-
-  /** @param {import("./adapters.mjs").Card} card */
-  function word(card) {
-    const text = card.placeholder_token ?? "";
-    const button = element("button", { class: "word", type: "button", title: say("card.copy") }, text);
-    button.addEventListener("click", async () => {
-      await copy(text);
-      button.textContent = say("card.copied");
-      setTimeout(() => (button.textContent = text), COPIED_FOR);
-    });
-    return button;
-  }
-
-  /** @param {import("./adapters.mjs").Card} card */
-  function kept(card) {
-    if (!card.kept?.length) return null;
-    const options = card.kept.map(({ step, name }) => element("option", { value: name }, say("card.step", { step })));
-    const last = element("option", { value: card.name, selected: true }, say("card.last"));
-    return element(
-      "select",
-      { "aria-label": say("card.kept"), title: say("card.kept"), onchange: (/** @type {any} */ event) => actions.take(event.target.value) },
-      last,
-      ...options,
-    );
-  }
-
-  function chooser() {
-    return element("button", { class: "plain", type: "button", onclick: actions.choose }, say("card.choose"));
+  async function copyWord() {
+    const text = shown?.placeholder_token ?? "";
+    await copy(text);
+    setText(word, say("card.copied"));
+    setTimeout(() => setText(word, shown?.placeholder_token ?? ""), COPIED_FOR);
   }
 
   return { show, destroy: () => container.replaceChildren() };
 }
 
-/** @param {import("./adapters.mjs").Card} card */
+/** @param {Card | null} card */
+function pictureOf(card) {
+  if (!card?.thumbnail) return element("i", { class: "pi pi-image", "aria-hidden": "true" });
+  return element("img", { src: thumbnailAddress(card), alt: say("card.face", { name: card.name }), draggable: false });
+}
+
+/** @param {Card} card */
+function optionsOf(card) {
+  const last = element("option", { value: card.name, selected: true }, say("card.last"));
+  return [last, ...(card.kept ?? []).map(({ step, name }) => element("option", { value: name }, say("card.step", { step })))];
+}
+
+/** @param {Card} card */
 function facts(card) {
   const parts = [
     card.architecture,

@@ -24,6 +24,21 @@ export function element(tag, properties = {}, ...children) {
 /** @param {unknown} child */
 const asNode = (child) => (child instanceof Node ? child : document.createTextNode(String(child)));
 
+/** A text that is not set again is not read aloud again. @param {HTMLElement} shown @param {string} text */
+export function setText(shown, text) {
+  if (shown.textContent !== text) shown.textContent = text;
+}
+
+/**
+ * These children, in this order. Those that stay are not taken out, which would take the keyboard's focus from them.
+ * @param {HTMLElement} parent
+ * @param {Node[]} wanted
+ */
+export function arrange(parent, wanted) {
+  for (const child of [...parent.childNodes]) if (!wanted.includes(child)) child.remove();
+  wanted.forEach((child, place) => parent.childNodes[place] === child || parent.insertBefore(child, parent.childNodes[place] ?? null));
+}
+
 /** Our style sheet, once. */
 export function loadStyles() {
   const href = new URL("../sa_inject.css", import.meta.url).href;
