@@ -26,7 +26,8 @@ class Panel {
   constructor(node) {
     this.node = node;
     this.heard = 0; // when an event came last
-    this.asked = 0;
+    /** @type {{name: string, events: any[]} | null} the question that has no answer yet, and what was heard meanwhile */
+    this.question = null;
     this.container = element("div");
     this.state = new RunState(() => this.show());
     addElement(node, "sa_inject_panel", "sa_inject_panel", this.container, HEIGHT);
@@ -61,25 +62,29 @@ class Panel {
   /** @param {boolean} [byName] */
   async refetch(byName = false) {
     const name = this.runName(byName);
-    const mine = ++this.asked;
+    if (this.question?.name === name) return;
+    const question = { name, events: [] };
+    this.question = question;
     const run = name ? await fetchRun(name) : null;
-    if (mine !== this.asked) return;
-    if (run) this.state.take(run);
-    else if (byName && this.state.data?.run !== name) this.state.forget();
+    if (question !== this.question) return; // it has been asked again, or the node has a result
+    this.question = null;
+    if (!run) {
+      if (byName && this.state.data?.run !== name) this.state.forget();
+    } else if (this.state.take(run, question.events)) await this.refetch();
   }
 
   /** @param {import("./lib/run_state.mjs").Event} event */
   follow(event) {
-    this.heard = performance.now();
-    this.asked++; // an answer that is under way is older than this
+    this.question?.events.push(event);
     if (this.state.follow(event)) this.refetch();
+    if (this.state.data?.updated_at === event.updated_at) this.heard = performance.now();
   }
 
   /** @param {any} output */
   takeResult(output) {
     const run = output?.[RESULT]?.[0];
     if (!run) return;
-    this.asked++;
+    this.question = null;
     this.state.take(run);
   }
 
@@ -113,7 +118,10 @@ api.addEventListener("status", ({ detail }) => {
 document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && refetchAll());
 
 function refetchAll() {
-  for (const panel of panels) panel.refetch();
+  for (const panel of panels) {
+    panel.question = null; // its answer may never come
+    panel.refetch();
+  }
 }
 
 const isShown = () => app.extensionManager?.setting?.get(SHOW) !== false;

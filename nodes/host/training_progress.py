@@ -26,12 +26,13 @@ from ...trainer.workers import FollowerDoneError
 from .contact_sheet import contact_sheet
 from .images import to_comfy
 from .progress import show_on_node
-from .training_runs import ENDED, TrainingRun
+from .training_runs import ENDED, TrainingRun, timestamp
 
 log = logging.getLogger(__name__)
 
 EVENT = "sa_inject.training"
 BETWEEN_EVENTS = 0.25  # seconds
+OFTEN = ("training", "validating")  # phases that may come many times in a second
 PREVIEW_SIDE = 512  # pixels
 UI_POINTS = 200
 
@@ -59,7 +60,7 @@ class TrainingProgress:
         self.run.placeholder_token, self.run.class_word = words
         self._client = getattr(server, "client_id", None)
         self._time_left = TimeLeft()
-        self._sent_at = -1.0
+        self._sent_at, self._sent_phase = -1.0, ""
         self._training: Training | None = None
 
     def __enter__(self) -> TrainingProgress:
@@ -200,18 +201,20 @@ class TrainingProgress:
         self._send()
 
     def _send(self, resumed_at: int | None = None, sample: int | None = None) -> None:
-        """Tell the browser that queued this, at most four times a second; an end and a sample in any case."""
+        """Tell the browser that queued this, at most four times a second; what seldom happens in any case."""
         run, now = self.run, time.monotonic()
-        is_told_anyway = run.phase in ENDED or sample is not None or resumed_at is not None
+        is_other_phase = run.phase != self._sent_phase and run.phase not in OFTEN
+        is_told_anyway = is_other_phase or sample is not None or resumed_at is not None
         if now - self._sent_at < BETWEEN_EVENTS and not is_told_anyway:
             return
-        self._sent_at = now
+        self._sent_at, self._sent_phase = now, run.phase
         server, row = getattr(PromptServer, "instance", None), run.rows.get(run.step, {})
         names = ("loss", "smoothed", "validation", "learning_rate", "token_learning_rate", "gradient_norm")
         event = {
             "node": run.node,
             "run": run.name,
             "prompt_id": run.prompt_id,
+            "updated_at": timestamp(),
             "phase": run.phase,
             "text": run.text,
             "step": run.step,
@@ -222,6 +225,7 @@ class TrainingProgress:
             "left": run.left,
             "memory": run.memory,
             "sample": sample,
+            "warnings": len(run.warnings),
         }
         if server is not None and self._client is not None:
             server.send_sync(EVENT, event, self._client)

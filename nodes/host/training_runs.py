@@ -43,6 +43,7 @@ KEPT = re.compile(r"(\d+)\.safetensors")
 SMOOTHING = 0.95  # of the shown loss: single steps of a diffusion loss say little
 MOST_POINTS = 500
 ENDED = ("done", "stopped", "error")
+_CLOCK_START = time.time() - time.monotonic()
 
 _runs: dict[str, TrainingRun] = {}
 _lock = threading.Lock()
@@ -116,10 +117,22 @@ class TrainingRun:
         for step, index in _numbers(self.folder, SAMPLE):
             found.setdefault(step, []).append(index)
         return [
-            {"step": step, "prompts": self.prompts.get(step, []), "images": sorted(found[step])}
+            {
+                "step": step,
+                "prompts": self.prompts.get(step, []),
+                "images": sorted(found[step]),
+                "drawn_at": self._drawn_at(step, min(found[step])),
+            }
             for step in sorted(found)
             if step in self.prompts
         ]
+
+    def _drawn_at(self, step: int, index: int) -> float:
+        """Another training of the same name has other pictures at the same addresses."""
+        try:
+            return round(self.sample_path(step, index).stat().st_mtime, 3)
+        except OSError:
+            return 0.0
 
     def kept(self) -> list[int]:
         return sorted(step for (step,) in _numbers(self.folder, KEPT))
@@ -139,11 +152,13 @@ class TrainingRun:
         self.write()
 
     def as_dict(self, most_points: int = MOST_POINTS) -> dict[str, Any]:
+        now = timestamp()  # first: what happens while this is put together is newer
         rows = [row for _, row in sorted(dict(self.rows).items())]
         points = [[row["step"], row.get("loss"), row.get("smoothed"), row.get("validation")] for row in rows]
         return {
             "run": self.name,
             "node": self.node,
+            "updated_at": now,
             "phase": self.phase,
             "text": self.text,
             "step": self.step,
@@ -186,6 +201,11 @@ class TrainingRun:
             if said not in self.warnings:
                 self.warnings.append(said)
                 log.warning("SA-Inject: %s", said)
+
+
+def timestamp() -> float:
+    """Seconds since 1970, never going back while this process runs: a browser tells by it what is newer."""
+    return round(_CLOCK_START + time.monotonic(), 4)
 
 
 def smoothed(before: float | None, loss: float) -> float:

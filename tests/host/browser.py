@@ -16,9 +16,11 @@ FLAGS = (
 ).split()
 NEWEST_FRONTEND = "1.58.1"  # the other one is that of ComfyUI 0.3.75
 RENDERERS = ("classic", "vue")
+# Before the socket is open and the server has named the page, what it tells is lost.
 READY = (
     "window.app && window.app.graph && window.app.extensionManager"
     " && !!window.LiteGraph?.registered_node_types['TrainSAInjectAdapter']"
+    " && app.api.socket?.readyState === WebSocket.OPEN && !!app.api.clientId"
 )
 TOLD_BY_US = ("sa-inject", "sa_inject", "SA-Inject", "SAInject")
 

@@ -66,13 +66,16 @@ def test_a_training_is_told_sampled_and_finished_by_its_browser(server, graph):
     assert {data["run"] for data in shown} == {"toys/told"} and {data["node"] for data in shown} == {"3"}
     assert {data["prompt_id"] for data in shown} == {prompt_id}
     assert shown[-1]["phase"] == "done" and shown[-1]["step"] < 3000
-    assert {"encoding", "training"} <= {data["phase"] for data in shown}
+    assert [data["phase"] for data in shown[:2]] == ["reading", "encoding"]
+    assert {"training", "sampling", "saving"} <= {data["phase"] for data in shown}
+    assert [data["updated_at"] for data in shown] == sorted(data["updated_at"] for data in shown)
     assert steps_of(others) == []
 
     run = client.get(address("toys/told"))
     (summary,) = outputs["3"]["sa_inject_training"]
     assert summary["samples"] == run["samples"] and len(summary["points"]) <= 200
     assert run["phase"] == "done" and run["step"] == shown[-1]["step"]
+    assert running["updated_at"] < shown[-1]["updated_at"] < run["updated_at"]
     (sample,) = run["samples"]
     assert sample["prompts"] == ["a photo of sainj toy"] and sample["images"] == [0]
     for size, side in (("", 64), ("?size=32", 32), ("?size=100000", 64)):

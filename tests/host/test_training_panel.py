@@ -3,17 +3,14 @@
 Two frontends, both renderers.
 """
 
-import math
-import uuid
 from types import SimpleNamespace
 
 import pytest
 
-from tests.host.browser import RENDERERS, add_nodes, open_page, ready, serialized, set_widget
+from tests.host.browser import RENDERERS, add_nodes, open_page, ready, serialized
+from tests.host.made_up_runs import LARGE_IS_THERE, PANEL, add_training_node, put, run_of, tell, wait_for
 
-PANEL = ".sa-inject-panel"
 COMBINATIONS = [(frontend, renderer) for frontend in ("server", "newest_server") for renderer in RENDERERS]
-PROMPTS = ["a photo of sainj toy on the beach", "a painting of sainj toy"]
 
 
 def named(pair: tuple[str, str]) -> str:
@@ -36,72 +33,7 @@ def opened(request, chromium):
 
 @pytest.fixture
 def node(opened) -> int:
-    """The training node, whose run has a name of its own."""
-    (number,) = add_nodes(opened.page, "TrainSAInjectAdapter")
-    opened.run = f"told-{uuid.uuid4().hex[:8]}"
-    set_widget(opened.page, number, "file_name", opened.run)
-    opened.page.wait_for_selector(PANEL)
-    return number
-
-
-def loss_at(step: int) -> float:
-    return 0.1 * math.exp(-step / 50) + 0.05
-
-
-def run_of(name: str, step: int = 60, phase: str = "training", **changes) -> dict:
-    return {
-        "run": name,
-        "phase": phase,
-        "text": f"saved {name}.safetensors",
-        "step": step,
-        "steps": 100,
-        "resumed_at": [],
-        "seconds": 30.0,
-        "left": 20.0,
-        "memory": 5_100_000_000,
-        "placeholder_token": "sainj",
-        "class_word": "toy",
-        "points": [[at, loss_at(at), loss_at(at), loss_at(at) if at % 20 == 0 else None] for at in range(1, step + 1)],
-        "samples": [{"step": at, "prompts": PROMPTS, "images": [0, 1]} for at in range(0, step + 1, 20)],
-        "kept": [],
-        "warnings": [],
-        **changes,
-    }
-
-
-def event_of(name: str, node: int, step: int, **changes) -> dict:
-    return {
-        "node": str(node),
-        "run": name,
-        "prompt_id": "told",
-        "phase": "training",
-        "text": "Training",
-        "step": step,
-        "steps": 100,
-        "resumed_at": None,
-        "loss": loss_at(step),
-        "smoothed": loss_at(step),
-        "validation": None,
-        "learning_rate": 1e-3,
-        "token_learning_rate": 6e-3,
-        "gradient_norm": 0.5,
-        "seconds": step / 2,
-        "left": (100 - step) / 2,
-        "memory": 5_100_000_000,
-        "sample": None,
-        **changes,
-    }
-
-
-def tell(opened, node: int, step: int, **changes) -> None:
-    data = event_of(opened.run, node, step, **changes)
-    opened.client.request("/probe/send", {"type": "sa_inject.training", "data": data})
-
-
-def wait_for(page, text: str) -> None:
-    page.wait_for_function(
-        "([panel, text]) => document.querySelector(panel)?.innerText.includes(text)", arg=[PANEL, text]
-    )
+    return add_training_node(opened)
 
 
 def inked(page) -> int:
@@ -120,7 +52,7 @@ def inked(page) -> int:
 
 def test_panel_follows_a_run_from_its_events(opened, node):
     page = opened.page
-    opened.client.request("/probe/run", run_of(opened.run, step=0, samples=[], points=[]))
+    put(opened, step=0, phase="encoding", samples=[], points=[])
     tell(opened, node, 0, phase="encoding", loss=None, smoothed=None)
     wait_for(page, "Encoding")
     for step in range(1, 41):
@@ -129,9 +61,9 @@ def test_panel_follows_a_run_from_its_events(opened, node):
     for fact in ("Elapsed 0:20", "Left 0:30", "2.0 steps/s", "5.1 GB"):
         wait_for(page, fact)
     assert inked(page) > 500
-    opened.client.request("/probe/run", run_of(opened.run, step=41))
+    put(opened, step=41)
     tell(opened, node, 41, sample=40)  # a sample that the panel does not know: it fetches the run
-    page.wait_for_function("panel => document.querySelector(panel + ' .large img')?.naturalWidth === 512", arg=PANEL)
+    page.wait_for_function(LARGE_IS_THERE, arg=PANEL)
     assert page.locator(f"{PANEL} .prompt-row").count() == 2
     assert page.locator(f"{PANEL} .shot").count() == 6
     tell(opened, node, 41, phase="saving", loss=None, smoothed=None)
@@ -145,22 +77,22 @@ def test_events_of_another_node_are_not_ours(opened, node):
 
 
 def test_a_run_that_goes_on_says_from_where(opened, node):
-    opened.client.request("/probe/run", run_of(opened.run, step=61, resumed_at=[37]))
+    put(opened, step=61, resumed_at=[37])
     tell(opened, node, 61, resumed_at=37)
     wait_for(opened.page, "Goes on from step 37")
 
 
 def test_panel_goes_on_after_a_reload(opened, node):
     page = opened.page
-    opened.client.request("/probe/run", run_of(opened.run, step=60))
+    put(opened, step=60)
     workflow = page.evaluate("() => app.graph.serialize()")
     page.reload()
     ready(page)
     page.evaluate("async workflow => await app.loadGraphData(workflow)", workflow)
     wait_for(page, "Step 60 of 100")
-    page.wait_for_function("panel => document.querySelector(panel + ' .large img')?.naturalWidth === 512", arg=PANEL)
+    page.wait_for_function(LARGE_IS_THERE, arg=PANEL)
     # Without events, as after a reload: the client that queued it is gone.
-    opened.client.request("/probe/run", run_of(opened.run, step=75))
+    put(opened, step=75)
     wait_for(page, "Step 75 of 100")
     tell(opened, node, 76)
     wait_for(page, "Step 76 of 100")
@@ -169,7 +101,7 @@ def test_panel_goes_on_after_a_reload(opened, node):
 @oldest_and_newest
 def test_buttons_ask_the_server(opened, node):
     page = opened.page
-    opened.client.request("/probe/run", run_of(opened.run))
+    put(opened)
     tell(opened, node, 60)
     page.get_by_role("button", name="Finish now").click()
     page.get_by_role("button", name="Sample now").click()
@@ -180,7 +112,7 @@ def test_buttons_ask_the_server(opened, node):
     )
     asked = [wish for run, wish in opened.client.get("/probe/asked") if run == opened.run]
     assert asked == ["finish", "sample"]
-    opened.client.request("/probe/run", run_of(opened.run, step=100, phase="done"))
+    put(opened, step=100, phase="done")
     tell(opened, node, 100, phase="done", text=f"saved {opened.run}.safetensors")
     wait_for(page, "Finished")
     assert page.get_by_role("button", name="Finish now").is_disabled()
@@ -203,10 +135,22 @@ def test_panel_is_neither_saved_nor_queued(opened, node):
     assert None not in values and len(values) == len(prompt)
 
 
+def test_a_workflow_saved_after_a_run_opens_with_its_values(opened, node):
+    page = opened.page
+    before = serialized(page, node)["widgets_values"]
+    opened.client.request("/probe/text", {"text": "saved sainj.safetensors", "node": str(node)})
+    page.wait_for_function(
+        "node => app.graph.getNodeById(node).widgets.at(-1).name === '$$node-text-preview'", arg=node
+    )
+    assert serialized(page, node)["widgets_values"] == before
+    page.evaluate("async () => await app.loadGraphData(app.graph.serialize())")
+    assert serialized(page, node)["widgets_values"] == before
+
+
 @oldest_and_newest
 def test_loss_is_read_with_the_keyboard_and_named_for_screen_readers(opened, node):
     page = opened.page
-    opened.client.request("/probe/run", run_of(opened.run))
+    put(opened)
     tell(opened, node, 60)
     wait_for(page, "Step 60 of 100")
     page.wait_for_function("panel => document.querySelector(panel + ' canvas').clientWidth > 100", arg=PANEL)
@@ -223,8 +167,7 @@ def test_loss_is_read_with_the_keyboard_and_named_for_screen_readers(opened, nod
 @oldest_and_newest
 def test_what_the_server_tells_stays_text(opened, node):
     hostile = "<img src=x onerror=window.taken=1>"
-    told = run_of(opened.run, phase="error", text=hostile, warnings=[hostile], class_word=hostile)
-    opened.client.request("/probe/run", told)
+    put(opened, phase="error", text=hostile, warnings=[hostile], class_word=hostile)
     tell(opened, node, 60, phase="error", text=hostile)
     wait_for(opened.page, "onerror")
     assert opened.page.locator(f"{PANEL} [onerror]").count() == 0
@@ -234,7 +177,7 @@ def test_what_the_server_tells_stays_text(opened, node):
 @oldest_and_newest
 def test_dragging_over_the_strip_compares_with_the_newest(opened, node):
     page = opened.page
-    opened.client.request("/probe/run", run_of(opened.run))
+    put(opened)
     tell(opened, node, 60)
     page.wait_for_selector(f"{PANEL} .shot img")
     box = page.locator(f"{PANEL} .shot").nth(2).bounding_box()
@@ -250,7 +193,7 @@ def test_dragging_over_the_strip_compares_with_the_newest(opened, node):
 @oldest_and_newest
 def test_equal_losses_and_a_single_step_have_a_plot(opened, node):
     points = [[1, 0.1, 0.1, None]]
-    opened.client.request("/probe/run", run_of(opened.run, step=1, points=points, samples=[]))
+    put(opened, step=1, points=points, samples=[])
     tell(opened, node, 1, loss=0.1, smoothed=0.1)
     wait_for(opened.page, "Step 1 of 100")
     assert inked(opened.page) > 100

@@ -144,7 +144,9 @@ def test_the_summary_tells_the_run(run):
     assert (found["step"], found["steps"], found["resumed_at"]) == (5, 5, [])
     assert [point[0] for point in found["points"]] == [0, 1, 2, 3, 4, 5]
     assert [sample["step"] for sample in found["samples"]] == [0, 2, 4, 5]
-    assert found["samples"][0] == {"step": 0, "prompts": ["a photo of sainj toy", "a toy at night"], "images": [0, 1]}
+    first, *_ = found["samples"]
+    assert (first["step"], first["images"]) == (0, [0, 1]) and first["drawn_at"] > 1.7e9  # seconds since 1970
+    assert first["prompts"] == ["a photo of sainj toy", "a toy at night"]
     assert found["kept"] == [2, 4] and (found["placeholder_token"], found["class_word"]) == ("sainj", "toy")
 
 
@@ -183,11 +185,20 @@ def test_the_browser_is_told_at_most_four_times_a_second(run):
     found = run(steps=6, **SEEN)
     assert found.events[0]["phase"] == "reading" and found.events[-1]["phase"] == "done"
     assert [event["sample"] for event in found.events if event["sample"] is not None] == [0, 2, 4, 6]
-    spontaneous = [event["seconds"] for event in found.events[1:-1] if event["sample"] is None]
+    # But for a phase that seldom begins, which a slow machine may be in for a minute.
+    begun = [
+        after
+        for before, after in zip(found.events, found.events[1:], strict=False)
+        if after["phase"] != before["phase"] and after["phase"] not in ("training", "validating")
+    ]
+    assert {"encoding", "sampling", "saving"} <= {event["phase"] for event in begun}
+    others = [event for event in found.events[1:-1] if event not in begun]
+    spontaneous = [event["seconds"] for event in others if event["sample"] is None]
     assert all(later - earlier >= 0.24 for earlier, later in zip(spontaneous, spontaneous[1:], strict=False))
     assert set(found.events[0]) == {
         *("node", "run", "prompt_id", "phase", "text", "step", "steps", "resumed_at", "loss", "smoothed", "validation"),
         *("learning_rate", "token_learning_rate", "gradient_norm", "seconds", "left", "memory", "sample"),
+        *("updated_at", "warnings"),
     }
 
 

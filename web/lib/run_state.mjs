@@ -8,6 +8,7 @@ const ACTIVE = new Set(["reading", "encoding", "training", "sampling", "validati
 /**
  * @typedef {object} Event what comes over the socket
  * @property {string} run
+ * @property {number} updated_at
  * @property {string} phase
  * @property {string} text
  * @property {number} step
@@ -20,6 +21,7 @@ const ACTIVE = new Set(["reading", "encoding", "training", "sampling", "validati
  * @property {number | null} left
  * @property {number | null} memory
  * @property {number | null} sample
+ * @property {number} warnings how many there are
  */
 
 export class RunState {
@@ -37,10 +39,17 @@ export class RunState {
     return this.data !== null && ACTIVE.has(this.data.phase);
   }
 
-  /** Everything, from the route or from a node's result. @param {Run} run */
-  take(run) {
+  /**
+   * Everything, from the route or from a node's result, and what was heard while it was under way.
+   * @param {Run} run
+   * @param {Event[]} [heard]
+   * @returns {boolean} as `follow`
+   */
+  take(run, heard = []) {
     this.data = { ...run, points: [...(run.points ?? [])], samples: [...(run.samples ?? [])], resumed_at: [...(run.resumed_at ?? [])] };
+    const isIncomplete = heard.map((event) => this.#add(event)).includes(true);
     this.#changed();
+    return isIncomplete;
   }
 
   forget() {
@@ -51,27 +60,36 @@ export class RunState {
   /**
    * What has just happened.
    * @param {Event} event
-   * @returns {boolean} whether the rest has to be fetched: another run, or a sample that is not known yet
+   * @returns {boolean} whether the rest has to be fetched: the event tells that there is more than it holds
    */
   follow(event) {
+    const isIncomplete = this.#add(event);
+    this.#changed();
+    return isIncomplete;
+  }
+
+  /** @param {Event} event */
+  #add(event) {
     const known = this.data?.run === event.run ? this.data : null;
-    const run = known ?? { ...EMPTY, run: event.run, points: [], samples: [], resumed_at: [] };
-    if (known && event.step < known.step) run.points = run.points.filter(([step]) => step <= event.step);
+    if (known && event.updated_at < known.updated_at) return false; // what is known already counts it
+    const run = known ?? { ...EMPTY, run: event.run };
+    if (!known || event.phase === "reading") Object.assign(run, { points: [], samples: [], resumed_at: [], warnings: [] });
+    if (event.step < run.step) run.points = run.points.filter(([step]) => step <= event.step);
     Object.assign(run, {
-      phase: event.phase, text: event.text, step: event.step, steps: event.steps,
+      updated_at: event.updated_at, phase: event.phase, text: event.text, step: event.step, steps: event.steps,
       seconds: event.seconds, left: event.left, memory: event.memory,
     });
     if (event.resumed_at !== null && !run.resumed_at.includes(event.resumed_at)) run.resumed_at.push(event.resumed_at);
     addPoint(run, event);
     this.data = run;
-    this.#changed();
-    return !known || (event.sample !== null && !run.samples.some(({ step }) => step === event.sample));
+    return !known || event.sample !== null || event.resumed_at !== null || event.warnings !== (run.warnings ?? []).length;
   }
 }
 
 /** @type {Run} */
 const EMPTY = {
-  run: "", phase: "reading", text: "", step: 0, steps: 0, resumed_at: [], seconds: 0, left: null, memory: null, points: [], samples: [],
+  run: "", updated_at: 0, phase: "reading", text: "", step: 0, steps: 0, resumed_at: [], seconds: 0, left: null, memory: null,
+  points: [], samples: [],
 };
 
 /**

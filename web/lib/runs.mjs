@@ -4,9 +4,10 @@ import { api } from "../../../scripts/api.js";
 
 /**
  * @typedef {[number, number | null, number | null, number | null]} Point step, loss, smoothed, validation
- * @typedef {{step: number, prompts: string[], images: number[]}} Sample
+ * @typedef {{step: number, prompts: string[], images: number[], drawn_at?: number}} Sample
  * @typedef {object} Run
  * @property {string} run
+ * @property {number} updated_at when this was so, in seconds
  * @property {string} phase
  * @property {string} text
  * @property {number} step
@@ -55,9 +56,13 @@ export async function ask(run, wish) {
 
 /**
  * @param {string} run
- * @param {number} step
+ * @param {Sample} sample
  * @param {number} index
  * @param {number} [size] pixels; the whole picture without
  */
-export const sampleAddress = (run, step, index, size) =>
-  api.apiURL(`${path(run)}/samples/${step}/${index}${size ? `?size=${size}` : ""}`);
+export function sampleAddress(run, { step, drawn_at }, index, size) {
+  const asked = new URLSearchParams();
+  if (size) asked.set("size", String(size));
+  if (drawn_at) asked.set("drawn", String(drawn_at)); // an earlier training of this name has left other pictures in the browser
+  return api.apiURL(`${path(run)}/samples/${step}/${index}?${asked}`);
+}

@@ -1,6 +1,6 @@
 // @ts-check
 /** Sample pictures of a run: the newest large, all of them in a strip by step, a row for each prompt. */
-import { element } from "./dom.mjs";
+import { arrange, element } from "./dom.mjs";
 import { sampleAddress } from "./runs.mjs";
 import { say } from "./words.mjs";
 
@@ -8,7 +8,8 @@ const THUMBNAIL = 96; // pixels asked for; a screen may have two for each of our
 const LARGE = 512;
 
 /** @typedef {import("./runs.mjs").Run} Run */
-/** @typedef {{step: number, row: number, index: number, prompt: string}} Shot */
+/** @typedef {import("./runs.mjs").Sample} Sample */
+/** @typedef {{key: string, sample: Sample, row: number, index: number, prompt: string}} Shot */
 
 /** @param {HTMLElement} container */
 export function mountSampleView(container) {
@@ -19,46 +20,46 @@ export function mountSampleView(container) {
   /** @type {Run | null} */
   let run = null;
   let drawn = "";
-  /** @type {Shot | null} the one that the pointer or the keyboard is at */
+  /** @type {Shot[]} */
+  let shots = [];
+  /** @type {string | null} the key of the one that the pointer or the keyboard is at */
   let looked = null;
+  // Elements by their shot: what is shown again is the same element, with its picture and the keyboard's focus.
+  const figures = keeping(figure);
+  const tiles = keeping(tile);
+  /** @type {HTMLElement[]} */
+  const rows = [];
 
-  strip.addEventListener("pointermove", (/** @type {PointerEvent} */ event) => event.buttons && look(shotAt(event.target)));
-  strip.addEventListener("pointerdown", (/** @type {PointerEvent} */ event) => look(shotAt(event.target)));
-  strip.addEventListener("focusin", (/** @type {FocusEvent} */ event) => look(shotAt(event.target)));
+  strip.addEventListener("pointermove", (/** @type {PointerEvent} */ event) => event.buttons && look(keyAt(event.target)));
+  strip.addEventListener("pointerdown", (/** @type {PointerEvent} */ event) => look(keyAt(event.target)));
+  strip.addEventListener("focusin", (/** @type {FocusEvent} */ event) => look(keyAt(event.target)));
   strip.addEventListener("focusout", () => look(null));
   strip.addEventListener("pointerleave", () => look(null));
   strip.addEventListener("pointerup", () => look(null));
 
-  /** @param {Shot | null} shot */
-  function look(shot) {
-    looked = shot;
+  /** @param {string | null} key */
+  function look(key) {
+    looked = key;
     drawLarge();
   }
 
-  /** @returns {Shot[]} */
-  function shots() {
-    return (run?.samples ?? []).flatMap(({ step, prompts, images }) =>
-      images.map((index, row) => ({ step, row, index, prompt: prompts[row] ?? "" })),
-    );
-  }
-
-  /** @param {EventTarget | null} target @returns {Shot | null} */
-  function shotAt(target) {
+  /** @param {EventTarget | null} target @returns {string | null} */
+  function keyAt(target) {
     const tile = target instanceof Element ? target.closest("[data-shot]") : null;
-    return tile ? (shots()[Number(/** @type {HTMLElement} */ (tile).dataset.shot)] ?? null) : null;
+    return tile ? (/** @type {HTMLElement} */ (tile).dataset.shot ?? null) : null;
   }
 
   function drawLarge() {
-    const all = shots();
-    const newest = all.filter((shot) => shot.row === (looked?.row ?? 0)).at(-1) ?? null;
-    const pair = looked && newest && looked.step !== newest.step ? [looked, newest] : [newest];
-    large.replaceChildren(...pair.filter((shot) => shot !== null).map((shot) => figure(/** @type {Shot} */ (shot))));
+    const at = shots.find(({ key }) => key === looked) ?? null;
+    const newest = shots.filter((shot) => shot.row === (at?.row ?? 0)).at(-1) ?? null;
+    const pair = at && newest && at !== newest ? [at, newest] : [newest];
+    arrange(large, figures(pair.filter((shot) => shot !== null)));
     large.hidden = !newest;
   }
 
   /** @param {Shot} shot */
   function figure(shot) {
-    const name = say("sample.at", { step: shot.step });
+    const name = say("sample.at", { step: shot.sample.step });
     return element(
       "a",
       { href: address(shot), target: "_blank", rel: "noopener", title: `${name}. ${shot.prompt}`, draggable: false },
@@ -68,33 +69,31 @@ export function mountSampleView(container) {
   }
 
   /** @param {Shot} shot @param {number} [size] */
-  const address = (shot, size) => sampleAddress(run?.run ?? "", shot.step, shot.index, size);
+  const address = (shot, size) => sampleAddress(run?.run ?? "", shot.sample, shot.index, size);
 
   function drawStrip() {
-    const all = shots();
-    const rows = 1 + Math.max(-1, ...all.map((shot) => shot.row));
-    strip.hidden = all.length < 2;
-    strip.classList.toggle("several", rows > 1);
-    strip.replaceChildren(
-      ...Array.from({ length: rows }, (_, row) =>
-        element(
-          "div",
-          { class: "prompt-row", role: "group", "aria-label": all.find((shot) => shot.row === row)?.prompt ?? "" },
-          ...all.map((shot, place) => (shot.row === row ? tile(shot, place) : null)),
-        ),
-      ),
-    );
-    strip.scrollLeft = strip.scrollWidth;
+    const count = shots.length ? 1 + Math.max(...shots.map((shot) => shot.row)) : 0;
+    while (rows.length < count) rows.push(element("div", { class: "prompt-row", role: "group" }));
+    strip.hidden = shots.length < 2;
+    strip.classList.toggle("several", count > 1);
+    arrange(strip, rows.slice(0, count));
+    const all = tiles(shots);
+    rows.forEach((row, place) => {
+      row.setAttribute("aria-label", shots.find((shot) => shot.row === place)?.prompt ?? "");
+      arrange(row, all.filter((_, at) => shots[at].row === place));
+    });
+    if (!looked) strip.scrollLeft = strip.scrollWidth;
   }
 
-  /** @param {Shot} shot @param {number} place */
-  function tile(shot, place) {
-    const label = say("sample.at", { step: shot.step });
+  /** @param {Shot} shot */
+  function tile(shot) {
+    const { step } = shot.sample;
+    const label = say("sample.at", { step });
     return element(
       "button",
-      { type: "button", class: "shot", data: { shot: place }, title: `${label}. ${shot.prompt}`, "aria-label": `${label}: ${shot.prompt}`, onclick: () => open(address(shot), "_blank", "noopener") },
+      { type: "button", class: "shot", data: { shot: shot.key }, title: `${label}. ${shot.prompt}`, "aria-label": `${label}: ${shot.prompt}`, onclick: () => open(address(shot), "_blank", "noopener") },
       element("img", { src: address(shot, THUMBNAIL), alt: "", loading: "lazy", draggable: false }),
-      element("span", {}, String(shot.step)),
+      element("span", {}, String(step)),
     );
   }
 
@@ -103,12 +102,35 @@ export function mountSampleView(container) {
     show(shown) {
       run = shown;
       const wanted = JSON.stringify([shown?.run, shown?.samples]);
-      if (wanted === drawn) return; // pictures flicker when they are made again
+      if (wanted === drawn) return;
       drawn = wanted;
-      looked = null;
+      shots = shown ? shotsOf(shown) : [];
       drawLarge();
       drawStrip();
     },
     destroy: () => container.replaceChildren(),
+  };
+}
+
+/** @param {Run} run @returns {Shot[]} */
+function shotsOf(run) {
+  return run.samples.flatMap((sample) =>
+    sample.images.map((index, row) => {
+      const prompt = sample.prompts[row] ?? "";
+      return { key: JSON.stringify([run.run, sample.step, sample.drawn_at, index, prompt]), sample, row, index, prompt };
+    }),
+  );
+}
+
+/**
+ * Elements that are made once for each shot, and forgotten when it is no longer asked for.
+ * @param {(shot: Shot) => HTMLElement} make
+ */
+function keeping(make) {
+  /** @type {Map<string, HTMLElement>} */
+  let known = new Map();
+  return (/** @type {Shot[]} */ shots) => {
+    known = new Map(shots.map((shot) => [shot.key, known.get(shot.key) ?? make(shot)]));
+    return [...known.values()];
   };
 }

@@ -1,7 +1,7 @@
 // @ts-check
 /** The panel of one training: where it is, what it draws, how its loss falls. It knows nothing of the canvas it lies on. */
 import { duration, gigabytes } from "./amounts.mjs";
-import { element } from "./dom.mjs";
+import { element, setText } from "./dom.mjs";
 import { mountLossPlot } from "./loss_plot.mjs";
 import { mountSampleView } from "./sample_view.mjs";
 import { say } from "./words.mjs";
@@ -42,7 +42,7 @@ export function mountTrainingView(container, actions) {
     setText(phase, run ? say(`phase.${run.phase}`) : say("panel.title"));
     setText(step, run?.steps ? say("panel.steps", { step: run.step, steps: run.steps }) : "");
     bar.value = run?.steps ? run.step / run.steps : 0;
-    finish.disabled = sample.disabled = !isActive;
+    for (const one of [finish, sample]) one.setAttribute("aria-disabled", String(!isActive));
     const isTold = run && !["training", "validating", "sampling", "reading", "encoding"].includes(run.phase);
     setText(said, run ? (isTold ? run.text : "") : say("panel.empty"));
     said.classList.toggle("trouble", run?.phase === "error");
@@ -65,15 +65,15 @@ export function mountTrainingView(container, actions) {
 }
 
 /**
+ * Not `disabled` while it has no use: that takes the keyboard's focus away from it, and does not give it back.
  * @param {string} key
  * @param {string} help
  * @param {() => void} pressed
  */
-const button = (key, help, pressed) => element("button", { type: "button", title: say(help), disabled: true, onclick: pressed }, say(key));
-
-/** A text that is not set again is not read aloud again. @param {HTMLElement} shown @param {string} text */
-function setText(shown, text) {
-  if (shown.textContent !== text) shown.textContent = text;
+function button(key, help, pressed) {
+  const made = element("button", { type: "button", title: say(help), "aria-disabled": "true" }, say(key));
+  made.addEventListener("click", () => made.getAttribute("aria-disabled") === "false" && pressed());
+  return made;
 }
 
 /**

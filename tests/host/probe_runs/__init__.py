@@ -1,5 +1,6 @@
 """Trainings that a test tells to the server, which then serves and sends them. Their names begin with `told-`."""
 
+import asyncio
 import io
 
 from aiohttp import web
@@ -52,7 +53,12 @@ async def get_sample(request):
 
 @routes.get(f"/sa_inject/runs/{NAME}")
 async def get_run(request):
-    return web.json_response(runs.get(request.match_info["run"]))
+    """The run as it was told. `answers_after` seconds go by until the page has it, as on a busy machine."""
+    run = runs.get(request.match_info["run"])
+    answer = web.json_response(run)
+    if run and (wait := run.pop("answers_after", 0)):
+        await asyncio.sleep(wait)
+    return answer
 
 
 @routes.post(f"/sa_inject/runs/{NAME}/{{wish}}")
