@@ -212,7 +212,7 @@ export function range(points) {
   const at = (/** @type {number} */ share) => losses[Math.round(share * (losses.length - 1))];
   const [low, high] = [at(CLIP), at(1 - CLIP)];
   const room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 0.1; // equal losses still have a line
-  return [low - room, high + room];
+  return [low < 0 ? low - room : Math.max(low - room, 0), high + room];
 }
 
 /**
