@@ -77,6 +77,13 @@ def share_state(training: Training, workers: Workers) -> None:
         training.load_state_dict(state)
 
 
+def share_number(number: int | None, workers: Workers) -> int:
+    """The first process's number, in every process. Must be called in all processes."""
+    data = workers.share(None if number is None else str(number).encode())
+    assert data is not None
+    return int(data)
+
+
 def sum_gradients(parameters: Sequence[nn.Parameter], loss: float, workers: Workers) -> float:
     """Sum gradients over all processes, and return the summed loss.
 

@@ -83,6 +83,8 @@ class TrainingProgress:
 
     def finished(self, text: str) -> None:
         """The adapter is saved, or that failed: `text` says which."""
+        if self.run.step < self.run.steps:
+            text = f"{text}, finished at step {self.run.step} of {self.run.steps}"
         self.say(text)
         self._end("done", text)
 

@@ -300,6 +300,23 @@ def test_wishes_are_met_after_the_step(run, folder, monkeypatch, wish, after):
     assert same(found, short)
 
 
+def test_a_training_that_was_finished_early_is_the_result_until_its_steps_are_changed(run, folder, monkeypatch):
+    from sa_inject.nodes.host.training_progress import TrainingProgress
+
+    at_once = run(steps=6)
+    shutil.rmtree(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingProgress, "wants_finish", lambda self: self.run.step == 2)
+        early = run(steps=5)
+    for again in (run(steps=5), run(steps=5, file_name="copy"), run(steps=2)):
+        assert same(again, early) and again.adapter.info.training["steps"] == 2
+    assert early.summary["text"] == "saved seen.safetensors, finished at step 2 of 5"
+    assert run(steps=5).summary["text"].endswith(" already, finished at step 2 of 5")
+    three = run(steps=3)
+    assert three.losses == at_once.losses[:3]
+    assert same(run(steps=6), at_once)
+
+
 def test_folder_that_cannot_be_written_ends_nothing(run, folder, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "seen.training").write_text("a file of the user's")
@@ -341,24 +358,42 @@ def test_a_new_training_begins_with_an_adapters_values(run, folder):
     assert from_nothing.losses != begun.losses
 
 
-def test_memory_that_does_not_last_is_saved_and_the_step_taken_again(run, folder, sd15):
-    undisturbed = run(steps=3, batch_size=2)
-    shutil.rmtree(folder)
-    fail_at = {2, 3}
+def fail_in_calls(sd15, *numbers: int) -> Any:
+    """Let the network run out of memory in these of its whole calls, counted from 1. -> a handle"""
     calls = []
 
     def fail(module, args):
         calls.append(len(args[0]))
-        if len(calls) in fail_at:
+        if len(calls) in numbers:
             raise MemoryError("no more")
 
-    handle = sd15[0].model.diffusion_model.out.register_forward_pre_hook(fail)
+    return sd15[0].model.diffusion_model.out.register_forward_pre_hook(fail)
+
+
+@pytest.mark.parametrize("batch_size, failing", [(1, [1]), (1, [3]), (2, [2])])
+def test_memory_that_does_not_last_is_answered_with_checkpointing_bit_by_bit(run, folder, sd15, batch_size, failing):
+    undisturbed = run(steps=4, batch_size=batch_size)
+    shutil.rmtree(folder)
+    handle = fail_in_calls(sd15, *failing)
+    found = run(steps=4, batch_size=batch_size)
+    handle.remove()
+    (said,) = found.summary["warnings"]
+    assert "it is taken again with gradient checkpointing" in said
+    assert same(found, undisturbed)
+
+
+def test_memory_that_still_does_not_last_is_answered_with_fewer_pictures_at_a_time(run, folder, sd15):
+    """The same batch, but sums over its pictures are taken in another order, which changes their last bits."""
+    undisturbed = run(steps=3, batch_size=2)
+    shutil.rmtree(folder)
+    handle = fail_in_calls(sd15, 2, 3)
     found = run(steps=3, batch_size=2)
     handle.remove()
     first, second = found.summary["warnings"]
     assert "it is taken again with gradient checkpointing" in first
     assert "it is taken again with 1 of 2 pictures at a time" in second
     assert found.losses == pytest.approx(undisturbed.losses, rel=1e-4)
+    assert found.losses[:1] == undisturbed.losses[:1]
 
 
 def test_memory_that_never_lasts_ends_the_training_with_what_is_kept(run, sd15):

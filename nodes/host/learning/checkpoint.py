@@ -21,7 +21,7 @@ from ....trainer.loop import Training
 log = logging.getLogger(__name__)
 
 FOLDER = "training_states"  # inside models/sa_inject
-NAME = re.compile(r"(?P<fingerprint>[0-9a-f]+)-(?P<steps>\d+)-(?P<how>stopped|finished)\.pt")
+NAME = re.compile(r"(?P<fingerprint>[0-9a-f]+)-(?P<steps>\d+)-(?P<how>stopped|finished)(?:-of-(?P<wanted>\d+))?\.pt")
 SAVE_INTERVAL_SECONDS = 300.0  # what a crash may cost
 KEPT_STATES = 10
 KEPT_BYTES = 2 * 2**30
@@ -32,6 +32,7 @@ class State(NamedTuple):
     steps: int
     is_finished: bool  # a training ended there, and was not stopped
     path: Path
+    wanted: int | None = None  # steps of a training that the user has finished early
 
 
 class CheckpointError(RuntimeError):
@@ -49,14 +50,18 @@ class TrainingCheckpoint:
         self._saved_at = time.monotonic()
         self._current: State | None = None  # where this run came from, or was saved last
 
-    def resume(self, training: Training, steps: int) -> None:
-        """Go on from the state with the most steps, up to `steps`. Raises CheckpointError for one that is damaged."""
+    def resume(self, training: Training, steps: int) -> int:
+        """Go on from the state with the most steps, up to `steps`. Raises CheckpointError for one that is damaged.
+
+        -> the step at which it ends: `steps`, or an earlier one where the user has finished it early, with the same
+        `steps`.
+        """
         states = sorted(state for state in _states(self._folder) if state.path.name.startswith(f"{self._fingerprint}-"))
         usable = [state for state in states if state.steps <= steps]
         if not usable:
             if states:
                 log.info("This training %s, and %d are wanted: it begins anew.", _end(states[-1]), steps)
-            return
+            return steps
         state = usable[-1]
         try:
             training.load_state_dict(torch.load(state.path, map_location="cpu", weights_only=True))
@@ -66,10 +71,18 @@ class TrainingCheckpoint:
                 f"Delete {state.path} to begin anew."
             ) from error
         self._current = state
+        if state.wanted == steps:
+            log.info(
+                "This training was finished early, at step %d of %d: no step is taken. More steps go on from there.",
+                state.steps,
+                steps,
+            )
+            return state.steps
         if state.steps < steps:
             log.info("This training %s, and goes on from there.", _end(state))
         else:
             log.info("This training %s before: no step is taken again.", _end(state))
+        return steps
 
     def on_step(self, training: Training) -> None:
         """Save every few minutes and every so many steps, in case the whole program ends."""
@@ -77,14 +90,17 @@ class TrainingCheckpoint:
         if is_due or time.monotonic() - self._saved_at >= SAVE_INTERVAL_SECONDS:
             self.save(training)
 
-    def save(self, training: Training, is_finished: bool = False) -> None:
-        """Write what is learned so far. A full disk is told, not raised: it must not end a training."""
+    def save(self, training: Training, is_finished: bool = False, wanted: int | None = None) -> None:
+        """Write what is learned so far. A full disk is told, not raised: it must not end a training.
+
+        wanted: the number of steps of a training that the user has finished before it.
+        """
         self._saved_at = time.monotonic()
         steps = len(training.losses)
         if steps == 0:
             return
-        how = "finished" if is_finished else "stopped"
-        state = State(steps, is_finished, self._folder / f"{self._fingerprint}-{steps:06}-{how}.pt")
+        how = "stopped" if not is_finished else "finished" if wanted is None else f"finished-of-{wanted:06}"
+        state = State(steps, is_finished, self._folder / f"{self._fingerprint}-{steps:06}-{how}.pt", wanted)
         try:
             self._current = self._again(state) or self._written(state, training)
             _remove_old(self._folder, newest=self._current.path)
@@ -118,7 +134,11 @@ class TrainingCheckpoint:
 
 def _states(folder: Path) -> list[State]:
     found = ((NAME.fullmatch(path.name), path) for path in (folder.iterdir() if folder.is_dir() else ()))
-    return [State(int(match["steps"]), match["how"] == "finished", path) for match, path in found if match]
+    return [
+        State(int(match["steps"]), match["how"] == "finished", path, int(match["wanted"]) if match["wanted"] else None)
+        for match, path in found
+        if match
+    ]
 
 
 def _how(state: State) -> str:

@@ -42,6 +42,7 @@ class Steps:
     def take_all(self, steps: int) -> None:
         """However they end, what they have learned is kept, unless it leads nowhere."""
         training, checkpoint, watch = self._training, self._checkpoint, self._watch
+        wanted = None
         try:
             if not training.losses:
                 self._look(0)
@@ -51,6 +52,7 @@ class Steps:
                 checkpoint.on_step(training)
                 watch.on_step(step, training)
                 if watch.wants_finish():
+                    wanted = steps if step.number < steps else None
                     break
                 if step.number < steps:
                     self._look(step.number)
@@ -61,7 +63,7 @@ class Steps:
             checkpoint.save(training)
             raise
         watch.enter("saving")
-        checkpoint.save(training, is_finished=True)
+        checkpoint.save(training, is_finished=True, wanted=wanted)
         self._look(len(training.losses), is_last=True)
         training.apply_average()
 

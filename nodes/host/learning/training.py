@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from ....trainer.loop import Training
 from ....trainer.optimizers import check_optimizer
 from ....trainer.validation import Validation, held_out_of
 from ....trainer.watch import Watch
-from ....trainer.workers import FollowerDoneError, current_workers, share_state
+from ....trainer.workers import FollowerDoneError, current_workers, share_number, share_state
 from ..adapter_index import warn_of_adapters_with
 from ..embeddings import embedding_from_file
 from ..networks.registry import describe, is_transformer, positions, warn_if_experimental
@@ -76,7 +77,7 @@ class AdapterTraining:
         models_class: Callable[..., TrainingModels] = TrainingModels,
     ) -> None:
         """hold_out: learn all pictures but one, at which is measured. begin_with: an adapter whose values come first,
-        with its rank, its alpha and as many vectors of the word."""
+        with its rank, its alpha and as many vectors of the word, unless the subject names an embedding for it."""
         self.description = describe(model)
         warn_if_experimental(self.description.architecture)
         check_placeholder_token(clip, subject.placeholder_token)
@@ -91,10 +92,11 @@ class AdapterTraining:
         self._begin_with = begin_with
         if begin_with is not None:
             begin_with.check_fits(self.description.architecture, self.description.layers, prediction_type(model))
-            self._initial = begin_with.token_embedding
             config = dataclasses.replace(config, rank=begin_with.info.rank, alpha=begin_with.info.alpha)
-        elif subject.initial_embedding:
+        if subject.initial_embedding:  # also in the place of the adapter's
             self._initial = embedding_from_file(clip, subject.initial_embedding)
+        elif begin_with is not None:
+            self._initial = begin_with.token_embedding
         else:
             self._initial = initial_token_embedding(clip, subject.class_word, config.token_vectors)
         config = dataclasses.replace(config, token_vectors=len(next(iter(self._initial.values()))))
@@ -131,8 +133,9 @@ class AdapterTraining:
         self.fingerprint = self._fingerprint()
         warn_of_adapters_with(self.subject.placeholder_token, self.fingerprint)
         checkpoint = TrainingCheckpoint(folder, self.fingerprint, watch.settings.save_every)
-        checkpoint.resume(training, self.config.steps)
+        end = checkpoint.resume(training, self.config.steps)
         share_state(training, current_workers())
+        share_number(end, current_workers())
         watch.begin(training, self.fingerprint)
         watch.warn(preflight(self.subject, self._captions, finder(self.models.clip, self.subject.placeholder_token)))
         steps = Steps(
@@ -145,7 +148,7 @@ class AdapterTraining:
             save_memory=lambda: self._save_memory(training),
             device=self.device,
         )
-        steps.take_all(self.config.steps)
+        steps.take_all(end)
         self.config = dataclasses.replace(self.config, steps=len(training.losses))  # fewer, where it was finished early
         if training.overflows:
             log.info("%d batches overflowed in float16 and were left out.", training.overflows)
@@ -193,7 +196,7 @@ class AdapterTraining:
         if rows == 1:
             return None
         training.max_rows = rows // 2
-        return f"with {training.max_rows} of {self.config.batch_size} pictures at a time, which gives the same step"
+        return f"with {training.max_rows} of {self.config.batch_size} pictures at a time, the same step but for rounding"
 
     def _create_trainables(self) -> None:
         """The LoRA, the token embeddings, a CLIP that reads the placeholder as them, and a denoiser with that."""
@@ -271,7 +274,7 @@ class AdapterTraining:
 def _follow(training: Training) -> NoReturn:
     """Take every step together with the first process, which alone keeps, shows and saves anything."""
     share_state(training, current_workers())
-    for _ in training:
+    for _ in itertools.islice(training, share_number(None, current_workers()) - len(training.losses)):
         pass
     raise FollowerDoneError
 
