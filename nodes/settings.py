@@ -215,7 +215,8 @@ class SAInjectTrainingSettings(io.ComfyNode):
                     default=CLASS_WORD,
                     optional=True,
                     tooltip="What the token embedding is at the start: the class word's, or an embedding file from "
-                    "models/embeddings. The number of vectors is then the file's, and token_vectors does not count.",
+                    "models/embeddings. The number of vectors is then the file's, and token_vectors does not count. "
+                    "Where the training begins with an adapter, a file replaces its word.",
                 ),
                 io.Image.Input(
                     "class_images",

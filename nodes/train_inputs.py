@@ -222,7 +222,7 @@ def training_inputs() -> list[io.Input]:
             "adapter",
             optional=True,
             tooltip="An adapter of the same kind of model to begin with, from Load SA-Inject Adapter. A new "
-            "training starts from its values; its rank, alpha and token_vectors replace those set here. Not "
-            "connected: the training starts from nothing.",
+            "training starts from its values; its rank, alpha and token_vectors replace those set here. An "
+            "initial_embedding in the settings replaces its word. Not connected: the training starts from nothing.",
         ),
     ]

@@ -212,6 +212,20 @@ def test_word_begins_as_the_embedding_that_is_named(trained, embedding):
     assert not torch.equal(word(trained(initial_embedding=name)[0]), word(found))  # and learns from there
 
 
+def test_embedding_that_is_named_replaces_the_word_of_the_adapter_to_begin_with(trained, comfy_host, sd15, embedding):
+    images = pictures(3)
+    adapter = comfy_host.execute("TrainSAInjectAdapter", **sd15._asdict(), images=images, **{**SMALL, "seed": 9})[0]
+    vectors = torch.randn(3, 768, generator=torch.Generator().manual_seed(2)) * 0.02
+    name = embedding("another_robot", {"clip_l": vectors})
+    still = {"steps": 1, "lora_learning_rate": 1e-30, "token_learning_rate": 1e-30, "adapter": adapter}
+    both, its_own = trained(still, initial_embedding=name), trained(still)
+    torch.testing.assert_close(word(both[0]), vectors.half().float(), rtol=0, atol=0)
+    assert torch.equal(word(its_own[0]), word({f"word {k}": v for k, v in adapter.token_embedding.items()}))
+    for name, tensor in adapter.lora.state_dict().items():
+        assert torch.equal(both[0][name], tensor) and torch.equal(its_own[0][name], tensor)
+    assert both[1] != its_own[1]
+
+
 def test_embedding_that_does_not_fit_is_refused_with_what_to_do(trained, embedding):
     with pytest.raises(ValueError, match="no embedding 'gone.safetensors' in ComfyUI/models/embeddings"):
         trained(initial_embedding="gone.safetensors")
