@@ -7,7 +7,7 @@ import dataclasses
 from comfy_api.latest import io
 
 from ..trainer.optimizers import PRODIGY_COMMAND, available_optimizers, check_optimizer
-from ..trainer.options import SCHEDULES, TrainOptions
+from ..trainer.options import FLOW_WEIGHTINGS, SCHEDULES, TrainOptions
 from ..trainer.settings import NEVER, TrainingSettings, prompt_lines
 from .host.embeddings import CLASS_WORD, check_embedding_file, embedding_files
 from .sockets import CATEGORY, SA_INJECT_TRAINING_SETTINGS
@@ -223,6 +223,15 @@ class SAInjectTrainingSettings(io.ComfyNode):
                     optional=True,
                     tooltip="Pictures of other things of the class, 10 to 200 of them, for prior_weight. Not "
                     "connected: what the model itself draws for the class word is kept, without any pictures.",
+                ),
+                io.Combo.Input(
+                    "flow_weighting",
+                    options=list(FLOW_WEIGHTINGS),
+                    default="uniform",
+                    optional=True,
+                    tooltip="Which noise levels count more, for flow models such as Z-Image and Flux; others are "
+                    "refused. uniform: all alike. logit_normal: those in the middle, as SD3 was trained. cosmap: the "
+                    "middle a little more, up to twice. sigma_sqrt: almost only the lowest noise, so fine detail.",
                 ),
             ],
             outputs=[

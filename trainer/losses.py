@@ -15,7 +15,7 @@ from .denoiser import Denoiser, References
 from .noised import NoisedPairs, stack_latents, stack_masks
 from .objective import prediction_loss
 from .prior import frozen_prediction_loss
-from .weighting import min_snr_weight, signal_to_noise, with_background
+from .weighting import flow_weight, min_snr_weight, signal_to_noise, with_background
 
 
 class Loss(NamedTuple):
@@ -98,7 +98,9 @@ class PairLosses:
         return (loss * self._level_weights(part.sigma, scale)).mean()
 
     def _level_weights(self, sigma: Tensor, output_scale: Tensor) -> Tensor | float:
-        gamma = self._config.options.min_snr_gamma
+        gamma, flow = self._config.options.min_snr_gamma, self._config.options.flow_weighting
+        if flow != "uniform":
+            return flow_weight(flow, sigma, self._denoiser.sigmas)
         if gamma == 0:
             return 1.0
         return min_snr_weight(signal_to_noise(self._denoiser, sigma), output_scale, gamma)

@@ -10,6 +10,8 @@ Optimizer = Literal["adamw", "prodigy"]
 Schedule = Literal["constant", "cosine", "linear"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "prodigy")
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine", "linear")
+FlowWeighting = Literal["uniform", "logit_normal", "sigma_sqrt", "cosmap"]
+FLOW_WEIGHTINGS: tuple[FlowWeighting, ...] = ("uniform", "logit_normal", "sigma_sqrt", "cosmap")
 
 SHARES = ("caption_dropout", "background_weight", "token_freeze_after")
 WEIGHTS = ("prior_weight", "min_snr_gamma")
@@ -30,11 +32,16 @@ class TrainOptions:
     color_jitter: float = 0.0  # range of changes to brightness, contrast and saturation of a reference
     background_weight: float = 0.0  # loss weight outside of the mask; 1: the same as inside
     min_snr_gamma: float = 0.0  # 0: off
+    flow_weighting: FlowWeighting = "uniform"  # of noise levels; only for models that learn a flow
     keep_token_norm: bool = False  # token vectors keep their initial norm
     token_freeze_after: float = 1.0  # fraction of the steps after which the token embedding is frozen
 
     def __post_init__(self) -> None:
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("flow_weighting", FLOW_WEIGHTINGS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is '{getattr(self, name)}'; it is one of {', '.join(known)}.")
         if self.warmup_steps < 0:
@@ -45,6 +52,11 @@ class TrainOptions:
         for name in WEIGHTS:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number that is not negative.")
+        if self.flow_weighting != "uniform" and self.min_snr_gamma > 0:
+            raise ValueError(
+                f"flow_weighting is '{self.flow_weighting}' and min_snr_gamma is {self.min_snr_gamma}: both weight the "
+                "noise levels. Set min_snr_gamma to 0, or flow_weighting to uniform."
+            )
         for name in AUGMENTATIONS:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share from 0 to below 1.")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
+from .options import FlowWeighting
 
 
 def min_snr_weight(snr: Tensor, output_scale: Tensor, gamma: float) -> Tensor:
@@ -28,6 +31,36 @@ def signal_to_noise(denoiser: Denoiser, sigma: Tensor) -> Tensor:
     signal = denoiser.add_noise(zeros + 1, zeros, sigma)
     noise = denoiser.add_noise(zeros, zeros + 1, sigma)
     return (signal / noise).square().flatten()
+
+
+def flow_weight(kind: FlowWeighting, sigma: Tensor, levels: Tensor) -> Tensor:
+    """Weight of each row's loss for a model that learns a flow. sigma (b,), levels (t,) of the model, ascending -> (b,)
+
+    The names are those of sd-scripts and diffusers, the formulas those of Esser et al., "Scaling Rectified Flow
+    Transformers for High-Resolution Image Synthesis", ICML 2024, section 3.1.
+
+        uniform       1
+        logit_normal  the density of a logit-normal distribution (0, 1) at the level's place u among all levels
+        sigma_sqrt    1 / sigma^2
+        cosmap        2 / (pi * (1 - 2 sigma + 2 sigma^2))
+
+    They are divided by their mean over the model's levels. Levels are drawn uniformly here, where others draw u from
+    the logit-normal distribution: the expected gradient is the same.
+    """
+    places = (torch.arange(len(levels), device=levels.device) + 0.5) / len(levels)
+    of_all = _flow_weight(kind, levels, places)
+    nearest = torch.searchsorted(levels, sigma.to(levels)).clamp(max=len(levels) - 1)
+    return (of_all[nearest] / of_all.mean()).to(sigma)
+
+
+def _flow_weight(kind: FlowWeighting, sigma: Tensor, u: Tensor) -> Tensor:
+    if kind == "logit_normal":
+        return torch.exp(-torch.logit(u).square() / 2) / (math.sqrt(2 * math.pi) * u * (1 - u))
+    if kind == "sigma_sqrt":
+        return sigma**-2
+    if kind == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))
+    return torch.ones_like(sigma)
 
 
 def with_background(mask: Tensor | None, weight: float) -> Tensor | None:

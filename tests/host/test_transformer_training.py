@@ -176,3 +176,30 @@ def test_checkpointing_learns_the_same_where_the_word_does_not_learn(comfy_host)
     assert found[True].keys() == found[False].keys()
     for name, tensor in found[True].items():
         assert torch.allclose(tensor, found[False][name], atol=1e-4), name
+
+
+def test_noise_levels_of_a_flow_can_be_weighted(comfy_host):
+    """One step from the same start: the loss is the plain one, times the weight of the level that was drawn."""
+    comfy_host.pack_nodes()
+    model, losses = tiny_transformer("z_image"), {}
+    for kind in ("uniform", "logit_normal", "cosmap", "sigma_sqrt"):
+        (settings,) = comfy_host.execute("SAInjectTrainingSettings", flow_weighting=kind)
+        found = train(comfy_host, "z_image", model, steps=1, sample_every=0, settings=settings)
+        losses[kind] = found[2]["loss"][0]
+    assert len(set(losses.values())) == 4
+    from sa_inject.trainer.weighting import flow_weight
+
+    levels = model.get_model_object("model_sampling").sigmas
+    for kind in ("cosmap", "logit_normal"):
+        weights = flow_weight(kind, levels, levels)
+        ratio = losses[kind] / losses["uniform"]
+        assert ((weights - ratio).abs() < 1e-3 * ratio).any()
+
+
+def test_weights_of_a_flow_are_refused_for_models_that_learn_none(comfy_host, load_checkpoint):
+    comfy_host.pack_nodes()
+    model, clip, vae = load_checkpoint("sd15")
+    (settings,) = comfy_host.execute("SAInjectTrainingSettings", flow_weighting="cosmap")
+    small = {"steps": 1, "resolution": 64, "previews": 0, "sample_every": 0, "settings": settings}
+    with pytest.raises(ValueError, match=r"'cosmap', which is for flow models.*SD1.x and learns 'eps'.*min_snr_gamma"):
+        comfy_host.execute("TrainSAInjectAdapter", model=model, clip=clip, vae=vae, images=pictures(2), **small)

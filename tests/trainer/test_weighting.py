@@ -1,10 +1,13 @@
 """Min-SNR-gamma: one formula in the space of the network's output, for what the paper states for each kind of model."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from sa_inject.trainer.objective import prediction_loss
-from sa_inject.trainer.weighting import min_snr_weight, signal_to_noise, with_background
+from sa_inject.trainer.options import FLOW_WEIGHTINGS, TrainOptions
+from sa_inject.trainer.weighting import flow_weight, min_snr_weight, signal_to_noise, with_background
 from tests.trainer.test_loop import GivenPairs, Pair, pictures
 from tests.trainer.test_options import run
 from tests.trainer.tiny_denoiser import example, fresh_subject
@@ -70,3 +73,54 @@ def test_background_of_a_mask():
     assert with_background(None, 0.7) is None
     torch.testing.assert_close(with_background(mask, 0.2), torch.tensor([[0.2, 0.6, 1.0]]))
     assert torch.equal(with_background(mask, 1.0), torch.ones(1, 3))
+
+
+LEVELS = torch.linspace(0.001, 1.0, 1000)
+
+
+@pytest.mark.parametrize("kind", FLOW_WEIGHTINGS)
+def test_weights_of_a_flow_have_the_mean_one(kind):
+    assert flow_weight(kind, LEVELS, LEVELS).mean().item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_weights_of_a_flow_are_those_of_diffusers():
+    """`compute_loss_weighting_for_sd3` but for a factor that is the same at all levels."""
+    sigma = torch.tensor([0.1, 0.5, 0.9])
+    expected = {"sigma_sqrt": sigma**-2, "cosmap": 2 / (torch.pi * (1 - 2 * sigma + 2 * sigma**2))}
+    for kind, weights in expected.items():
+        found = flow_weight(kind, sigma, LEVELS)
+        torch.testing.assert_close(found / found[1], weights / weights[1], rtol=1e-3, atol=0)
+    assert torch.equal(flow_weight("uniform", sigma, LEVELS), torch.ones(3))
+
+
+def test_logit_normal_weights_are_the_share_of_levels_that_others_draw():
+    """Also where the levels themselves are shifted, as for high resolutions."""
+    drawn = torch.sigmoid(torch.randn(400_000, generator=torch.Generator().manual_seed(0)))
+    shares = torch.histc(drawn, bins=10, min=0, max=1) / len(drawn)
+    for levels in (LEVELS, 3 * LEVELS / (1 + 2 * LEVELS)):
+        weights = flow_weight("logit_normal", levels, levels)
+        torch.testing.assert_close(weights.view(10, 100).mean(dim=1) / 10, shares, rtol=0.02, atol=1e-3)
+
+
+def test_two_weightings_of_noise_levels_are_refused_together():
+    with pytest.raises(ValueError, match="both weight the noise levels"):
+        TrainOptions(flow_weighting="cosmap", min_snr_gamma=5.0)
+    with pytest.raises(ValueError, match="flow_weighting is 'none'; it is one of uniform, logit_normal"):
+        TrainOptions(flow_weighting="none")  # type: ignore[arg-type]  # what a file may say
+
+
+def test_step_counts_the_level_of_a_flow_as_the_weight_says():
+    def loss(kind: str) -> float:
+        pair = Pair(example(0), "sks", example(1))
+        return next(run(fresh_subject(), GivenPairs([pair]), 1, {"flow_weighting": kind})).loss
+
+    levels = fresh_subject().denoiser.sigmas
+    place = next(
+        at for at, weight in enumerate(flow_weight("cosmap", levels, levels)) if _is(loss("cosmap"), weight, loss)
+    )
+    for kind in FLOW_WEIGHTINGS:
+        assert _is(loss(kind), flow_weight(kind, levels, levels)[place], loss)
+
+
+def _is(weighted: float, weight: torch.Tensor, loss: Callable[[str], float]) -> bool:
+    return weighted == pytest.approx(loss("uniform") * weight.item(), rel=1e-4)

@@ -89,6 +89,7 @@ class AdapterTraining:
             finder(clip, subject.placeholder_token),
         )
         check_optimizer(config.options.optimizer)
+        _check_weighting(config, prediction_type(model), self.description.architecture)
         self._begin_with = begin_with
         if begin_with is not None:
             begin_with.check_fits(self.description.architecture, self.description.layers, prediction_type(model))
@@ -196,7 +197,9 @@ class AdapterTraining:
         if rows == 1:
             return None
         training.max_rows = rows // 2
-        return f"with {training.max_rows} of {self.config.batch_size} pictures at a time, the same step but for rounding"
+        return (
+            f"with {training.max_rows} of {self.config.batch_size} pictures at a time, the same step but for rounding"
+        )
 
     def _create_trainables(self) -> None:
         """The LoRA, the token embeddings, a CLIP that reads the placeholder as them, and a denoiser with that."""
@@ -268,6 +271,16 @@ class AdapterTraining:
                 "fingerprint": self.fingerprint,
             },
             positions=positions(self.description.architecture),
+        )
+
+
+def _check_weighting(config: TrainConfig, prediction: str, architecture: str) -> None:
+    """Raises ValueError where the noise levels of a model that learns no flow are to be weighted as a flow's."""
+    if config.options.flow_weighting != "uniform" and prediction != "flow":
+        raise ValueError(
+            f"flow_weighting is '{config.options.flow_weighting}', which is for flow models such as Z-Image and Flux. "
+            f"The connected model is {architecture} and learns '{prediction}': set flow_weighting to uniform. "
+            "min_snr_gamma weights its noise levels."
         )
 
 
