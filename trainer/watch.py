@@ -23,6 +23,10 @@ class Watch(Protocol):
         """training, sampling, validating or saving"""
         ...
 
+    def tell(self, texts: Sequence[str]) -> None:
+        """What is known before the first step."""
+        ...
+
     def warn(self, texts: Sequence[str]) -> None:
         """A message for the user."""
         ...

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .options import FlowWeighting
+from .options import FlowWeighting, TrainOptions
 
 
 def min_snr_weight(snr: Tensor, output_scale: Tensor, gamma: float) -> Tensor:
@@ -61,6 +61,16 @@ def _flow_weight(kind: FlowWeighting, sigma: Tensor, u: Tensor) -> Tensor:
     if kind == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))
     return torch.ones_like(sigma)
+
+
+def check_flow_weighting(options: TrainOptions, prediction: str, architecture: str) -> None:
+    """Raises ValueError where the noise levels of a model that learns no flow are to be weighted as a flow's."""
+    if options.flow_weighting != "uniform" and prediction != "flow":
+        raise ValueError(
+            f"flow_weighting is '{options.flow_weighting}', which is for flow models such as Z-Image and Flux. "
+            f"The connected model is {architecture} and learns '{prediction}': set flow_weighting to uniform. "
+            "min_snr_gamma weights its noise levels."
+        )
 
 
 def with_background(mask: Tensor | None, weight: float) -> Tensor | None:

@@ -108,6 +108,14 @@ class TrainingProgress:
             run.text = {"reading": "reading the pictures", "encoding": "encoding the pictures"}.get(phase, phase)
         self._send()
 
+    def tell(self, texts: Sequence[str]) -> None:
+        """What is known before the first step: in the log, under the node until that is done, and in the summary."""
+        self.run.facts = list(texts)
+        self.say(" ".join(texts))
+        for text in texts:
+            log.info("SA-Inject: %s", text)
+        self._send()
+
     def warn(self, texts: Sequence[str]) -> None:
         """Something that the user should know; said once."""
         new = [text for text in texts if text not in self.run.warnings]

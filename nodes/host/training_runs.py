@@ -60,6 +60,7 @@ class TrainingRun:
         self.resumed_at: list[int] = []
         self.rows: dict[int, dict[str, Any]] = {}  # by step, as in the log
         self.prompts: dict[int, list[str]] = {}  # of the samples, by step
+        self.facts: list[str] = []  # known before the first step
         self.warnings: list[str] = []
         self.left: float | None = None
         self.memory: int | None = None
@@ -172,6 +173,7 @@ class TrainingRun:
             "points": thinned(points, most_points),
             "samples": self.samples(),
             "kept": self.kept(),
+            "facts": list(self.facts),
             "warnings": list(self.warnings),
         }
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import time
 import types
@@ -334,6 +335,30 @@ def test_what_looks_wrong_is_said_before_the_first_step(run):
     assert "look alike" in warnings[0] and "3 of 3 pictures are smaller than the resolution 128" in warnings[1]
     assert "2 of 3 captions do not hold the word 'sainj' (of pictures 2, 3)" in warnings[2]
     assert run().summary["warnings"] == []
+
+
+def test_what_is_known_before_the_first_step_is_told(run):
+    found = run(steps=2, captions=["a sainj toy", "a toy", "a sainj"])
+    told, memory = found.summary["facts"]
+    assert told == (
+        "3 pictures, 6 pairs of a picture and an image prompt, 2 steps. 2 captions hold the word, 1 do not."
+    )
+    assert re.fullmatch(
+        r"A step takes about \d+ MB of memory beside the loaded models; [\d.]+ GB are free on cpu\.", memory
+    )
+    assert any(event["text"] == f"{told} {memory}" for event in found.events)
+
+
+def test_memory_that_may_not_last_is_warned_of_before_the_first_step(run, monkeypatch):
+    monkeypatch.setattr("sa_inject.nodes.host.learning.training.free_memory", lambda device: 20 * 2**20)
+    (said,) = run(steps=1, batch_size=2).summary["warnings"]
+    assert re.fullmatch(
+        r"A step takes about \d+ MB of memory, and 20 MB are free, so it may not last. With gradient_checkpointing "
+        r"it is about \d+ MB. Lower the resolution or the batch_size as well.",
+        said,
+    )
+    (said,) = run(steps=1, batch_size=2, gradient_checkpointing=True, seed=3).summary["warnings"]
+    assert said.endswith("so it may not last. Lower the resolution or the batch_size.")
 
 
 def test_a_picture_is_held_out_where_there_are_six(run):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
+from ....trainer.examples import TrainingSet
 from .training_set import Subject
 
 ALIKE_SIDE = 32  # pixels, at which pictures are compared
@@ -22,6 +23,16 @@ def preflight(subject: Subject, captions: Sequence[tuple[str, ...]], has_word: C
         *_hidden(subject.masks),
         *_without_word(captions, has_word, subject.placeholder_token),
     ]
+
+
+def counts(data: TrainingSet, captions: Sequence[tuple[str, ...]], has_word: Callable[[str], bool], steps: int) -> str:
+    """What is trained with, in words."""
+    with_word = sum(any(map(has_word, texts)) for texts in captions)
+    targets, others = len(data.examples), len(data.views) or len(data.examples) - 1
+    return (
+        f"{len(captions)} pictures, {targets * others} pairs of a picture and an image prompt, {steps} steps. "
+        f"{with_word} captions hold the word, {len(captions) - with_word} do not."
+    )
 
 
 def _alike(pictures: Sequence[Tensor]) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from comfy.model_management import get_free_memory as free_memory
 from torch import Tensor, nn
 
 from ....core.adapter import Adapter, AdapterInfo
@@ -25,6 +26,7 @@ from ....trainer.loop import Training
 from ....trainer.optimizers import check_optimizer
 from ....trainer.validation import Validation, held_out_of
 from ....trainer.watch import Watch
+from ....trainer.weighting import check_flow_weighting
 from ....trainer.workers import FollowerDoneError, current_workers, share_number, share_state
 from ..adapter_index import warn_of_adapters_with
 from ..embeddings import embedding_from_file
@@ -35,7 +37,8 @@ from .autograd import clone_for_autograd, training_mode
 from .checkpoint import TrainingCheckpoint
 from .denoiser import ComfyDenoiser
 from .fingerprint import Digest, training_fingerprint
-from .preflight import preflight
+from .preflight import counts, preflight
+from .step_memory import StepMemory, in_words, shortage, step_memory
 from .steps import Steps
 from .training_models import TrainingModels, load_fully
 from .training_set import Subject, training_set, without_inference_tensors
@@ -89,7 +92,7 @@ class AdapterTraining:
             finder(clip, subject.placeholder_token),
         )
         check_optimizer(config.options.optimizer)
-        _check_weighting(config, prediction_type(model), self.description.architecture)
+        check_flow_weighting(config.options, prediction_type(model), self.description.architecture)
         self._begin_with = begin_with
         if begin_with is not None:
             begin_with.check_fits(self.description.architecture, self.description.layers, prediction_type(model))
@@ -138,7 +141,7 @@ class AdapterTraining:
         share_state(training, current_workers())
         share_number(end, current_workers())
         watch.begin(training, self.fingerprint)
-        watch.warn(preflight(self.subject, self._captions, finder(self.models.clip, self.subject.placeholder_token)))
+        self._tell_before(watch)
         steps = Steps(
             training,
             checkpoint,
@@ -154,6 +157,25 @@ class AdapterTraining:
         if training.overflows:
             log.info("%d batches overflowed in float16 and were left out.", training.overflows)
         return training.losses
+
+    def _tell_before(self, watch: Watch) -> None:
+        """What it is trained with and what a step takes, and what looks wrong."""
+        has_word = finder(self.models.clip, self.subject.placeholder_token)
+        memory, free = self.step_memory(self.models.checkpointing), free_memory(self.device)
+        watch.tell(
+            [
+                counts(self.data, self._captions, has_word, self.config.steps),
+                in_words(memory, free, self.device),
+            ]
+        )
+        checkpointed = None if self.models.checkpointing else self.step_memory(checkpointing=True)
+        watch.warn([*preflight(self.subject, self._captions, has_word), *shortage(memory, checkpointed, free)])
+
+    def step_memory(self, checkpointing: bool) -> StepMemory:
+        """An estimate of what a step takes beside the loaded models. Inside `run`."""
+        text_tokens = self.reference_text.cross_attn.shape[1]
+        layers, examples = self.description.layers, self.data.examples
+        return step_memory(self.models, layers, examples, text_tokens, self.config, checkpointing=checkpointing)
 
     def loop(self, trainables: SelfAttentionLoRA | None = None, **changes: Any) -> Training:
         """The steps, not taken yet. trainables: in the place of the LoRA; changes: settings that are others."""
@@ -271,16 +293,6 @@ class AdapterTraining:
                 "fingerprint": self.fingerprint,
             },
             positions=positions(self.description.architecture),
-        )
-
-
-def _check_weighting(config: TrainConfig, prediction: str, architecture: str) -> None:
-    """Raises ValueError where the noise levels of a model that learns no flow are to be weighted as a flow's."""
-    if config.options.flow_weighting != "uniform" and prediction != "flow":
-        raise ValueError(
-            f"flow_weighting is '{config.options.flow_weighting}', which is for flow models such as Z-Image and Flux. "
-            f"The connected model is {architecture} and learns '{prediction}': set flow_weighting to uniform. "
-            "min_snr_gamma weights its noise levels."
         )
 
 
