@@ -212,7 +212,7 @@ def test_word_begins_as_the_embedding_that_is_named(trained, embedding):
     assert not torch.equal(word(trained(initial_embedding=name)[0]), word(found))  # and learns from there
 
 
-def test_embedding_that_is_named_replaces_the_word_of_the_adapter_to_begin_with(trained, comfy_host, sd15, embedding):
+def test_named_embedding_replaces_the_word_of_the_adapter_to_begin_with(trained, comfy_host, sd15, embedding):
     images = pictures(3)
     adapter = comfy_host.execute("TrainSAInjectAdapter", **sd15._asdict(), images=images, **{**SMALL, "seed": 9})[0]
     vectors = torch.randn(3, 768, generator=torch.Generator().manual_seed(2)) * 0.02

@@ -208,7 +208,7 @@ def test_a_resumed_run_says_from_where(run, stopped):
     assert [event["resumed_at"] for event in run(steps=4).events if event["resumed_at"]] == [2]
 
 
-def test_time_left_after_a_resume_is_that_of_the_steps_of_this_process(run, stopped, monkeypatch):
+def test_time_left_after_a_resume_is_that_of_this_process(run, stopped, monkeypatch):
     from sa_inject.nodes.host.training_progress import TrainingProgress
     from sa_inject.trainer.loop import Training
 
@@ -301,7 +301,7 @@ def test_wishes_are_met_after_the_step(run, folder, monkeypatch, wish, after):
     assert same(found, short)
 
 
-def test_a_training_that_was_finished_early_is_the_result_until_its_steps_are_changed(run, folder, monkeypatch):
+def test_training_finished_early_is_the_result_until_its_steps_change(run, folder, monkeypatch):
     from sa_inject.nodes.host.training_progress import TrainingProgress
 
     at_once = run(steps=6)
@@ -396,7 +396,7 @@ def fail_in_calls(sd15, *numbers: int) -> Any:
 
 
 @pytest.mark.parametrize("batch_size, failing", [(1, [1]), (1, [3]), (2, [2])])
-def test_memory_that_does_not_last_is_answered_with_checkpointing_bit_by_bit(run, folder, sd15, batch_size, failing):
+def test_too_little_memory_is_answered_with_checkpointing_bit_by_bit(run, folder, sd15, batch_size, failing):
     undisturbed = run(steps=4, batch_size=batch_size)
     shutil.rmtree(folder)
     handle = fail_in_calls(sd15, *failing)
@@ -407,7 +407,7 @@ def test_memory_that_does_not_last_is_answered_with_checkpointing_bit_by_bit(run
     assert same(found, undisturbed)
 
 
-def test_memory_that_still_does_not_last_is_answered_with_fewer_pictures_at_a_time(run, folder, sd15):
+def test_still_too_little_memory_is_answered_with_fewer_pictures(run, folder, sd15):
     """The same batch, but sums over its pictures are taken in another order, which changes their last bits."""
     undisturbed = run(steps=3, batch_size=2)
     shutil.rmtree(folder)

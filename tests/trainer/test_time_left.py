@@ -27,7 +27,7 @@ def test_the_first_step_does_not_count():
     assert taken(60.0, 2.0, 2.0).left(10) == pytest.approx(20.0)
 
 
-def test_what_came_before_the_first_step_counts_for_what_is_still_to_come_alone():
+def test_what_precedes_the_first_step_counts_for_what_is_to_come_alone():
     time_left = taken(1.0, 1.0, 1.0, before=30.0)
     assert time_left.left(10) == pytest.approx(10.0)
     assert time_left.left(10, pauses=2) == pytest.approx(70.0)
