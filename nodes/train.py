@@ -13,7 +13,7 @@ from ..core.image_prompt import ImagePrompt, ReferenceImage
 from ..trainer.config import TrainConfig
 from ..trainer.presets import AS_SET, with_preset
 from ..trainer.settings import TrainingSettings
-from .host.drawing.preview import draw_previews, draw_samples, sample_texts
+from .host.drawing.preview import SampleTexts, draw_previews, draw_samples, sample_texts
 from .host.files import adapter_folder
 from .host.images import encode_picture, fit_picture, split_images, to_comfy
 from .host.inputs import mark_advanced
@@ -121,9 +121,10 @@ class TrainSAInjectAdapter(io.ComfyNode):
         if more.sample_every == 0:
             more = dataclasses.replace(more, sample_every=sample_every[0])
         texts = sample_texts(more.sample_prompts, subject.placeholder_token, subject.class_word)
+        encoded = SampleTexts(clip)
 
         def draw(adapter: Adapter) -> Tensor:
-            return draw_samples(model, clip, vae, adapter, _image_prompt(vae, subject), texts, config.seed)
+            return draw_samples(model, encoded, vae, adapter, _image_prompt(vae, subject), texts, config.seed)
 
         progress = TrainingProgress(
             config.steps,

@@ -151,6 +151,25 @@ def test_the_summary_tells_the_run(run):
     assert found["kept"] == [2, 4] and (found["placeholder_token"], found["class_word"]) == ("sainj", "toy")
 
 
+@pytest.mark.parametrize("token_learning_rate, is_frozen", [(0.0, True), (1e-3, False)])
+def test_texts_of_samples_are_encoded_once_while_the_word_is_frozen(run, sd15, folder, token_learning_rate, is_frozen):
+    calls = []
+    handle = sd15[1].cond_stage_model.clip_l.transformer.register_forward_pre_hook(
+        lambda *_: calls.append(torch.is_inference_mode_enabled())
+    )
+
+    def encoded_while_drawing(sample_every: int) -> int:
+        calls.clear()
+        run(steps=4, sample_every=sample_every, token_learning_rate=token_learning_rate)
+        shutil.rmtree(folder)
+        return sum(calls)
+
+    at_both_ends, at_every_step = encoded_while_drawing(4), encoded_while_drawing(1)
+    handle.remove()
+    assert at_both_ends > 0
+    assert (at_every_step == at_both_ends) is is_frozen
+
+
 def test_a_kept_adapter_is_the_one_of_that_number_of_steps(run, folder):
     from sa_inject.core.adapter_file import load_adapter
 

@@ -71,3 +71,23 @@ def test_a_preset_replaces_inputs(comfy_host, pack_nodes, load_checkpoint, monke
     small = {"resolution": 64, "steps": 1, "rank": 2, "previews": 0, "sample_every": 0, "file_name": "preset"}
     adapter, _, losses, *_ = comfy_host.execute("TrainSAInjectAdapter", **given, **small)
     assert len(losses["loss"]) == steps and adapter.info.rank == 2 * steps
+
+
+@pytest.mark.parametrize(
+    "preset, rank, mode", [("quick", 8, "clean"), ("balanced", 16, "clean"), ("thorough", 16, "noised")]
+)
+def test_each_preset_trains(comfy_host, pack_nodes, load_checkpoint, monkeypatch, preset, rank, mode):
+    """With two steps in the place of its own number; `bench/presets` takes all of them."""
+    import torch
+
+    from sa_inject.trainer import presets
+
+    few = {name: {**inputs, "steps": 2} for name, inputs in presets.PRESETS.items()}
+    assert few.keys() == {"as set", "quick", "balanced", "thorough"}
+    monkeypatch.setattr(presets, "PRESETS", few)
+    model, clip, vae = load_checkpoint("sd15")
+    given = {"model": model, "clip": clip, "vae": vae, "images": torch.rand(2, 64, 64, 3), "preset": preset}
+    small = {"resolution": 64, "previews": 0, "sample_every": 0, "file_name": "preset"}
+    adapter, _, losses, *_ = comfy_host.execute("TrainSAInjectAdapter", **given, **small)
+    assert len(losses["loss"]) == 2 and all(loss > 0 for loss in losses["loss"])
+    assert (adapter.info.rank, adapter.info.alpha, adapter.info.reference_mode) == (rank, rank, mode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import comfy.sample
 import torch
@@ -33,15 +33,44 @@ def draw_previews(
 ) -> Tensor:
     """Draw the subject `count` times at the size of its first image prompt. -> IMAGE (count, h, w, 3)"""
     text = TEMPLATES[0].format(subject_phrase(adapter.info.placeholder_token, adapter.info.class_word))
-    return _draw(model, clip, vae, adapter, prompt, text, count, seed)
+    return _draw(model, SampleTexts(clip), vae, adapter, prompt, text, count, seed)
+
+
+class SampleTexts:
+    """The texts of samples, encoded again only where the word has changed.
+
+    A frozen word does not: a large text encoder then need not be loaded for every sample, in the model's place.
+    """
+
+    def __init__(self, clip: CLIP) -> None:
+        self._clip = clip
+        self._word: dict[str, Tensor] = {}
+        self._known: dict[str, Any] = {}
+
+    def encode(self, adapter: Adapter, text: str) -> Any:
+        """-> CONDITIONING"""
+        word = adapter.token_embedding
+        if word.keys() != self._word.keys() or not all(torch.equal(word[name], self._word[name]) for name in word):
+            self._word = {name: vectors.clone() for name, vectors in word.items()}
+            self._known.clear()
+        if text not in self._known:
+            clip = clip_with_token(self._clip, adapter.info.placeholder_token, word)
+            self._known[text] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        return self._known[text]
 
 
 def draw_samples(
-    model: ModelPatcher, clip: CLIP, vae: VAE, adapter: Adapter, prompt: ImagePrompt, texts: Sequence[str], seed: int
+    model: ModelPatcher,
+    encoded: SampleTexts,
+    vae: VAE,
+    adapter: Adapter,
+    prompt: ImagePrompt,
+    texts: Sequence[str],
+    seed: int,
 ) -> Tensor:
     """Draw each text once, all from the same noise; nobody else's chance is disturbed. -> IMAGE (texts, h, w, 3)"""
     with torch.random.fork_rng():
-        return torch.cat([_draw(model, clip, vae, adapter, prompt, text, 1, seed) for text in texts])
+        return torch.cat([_draw(model, encoded, vae, adapter, prompt, text, 1, seed) for text in texts])
 
 
 def sample_texts(prompts: Sequence[str], placeholder_token: str, class_word: str) -> list[str]:
@@ -52,12 +81,16 @@ def sample_texts(prompts: Sequence[str], placeholder_token: str, class_word: str
 
 
 def _draw(
-    model: ModelPatcher, clip: CLIP, vae: VAE, adapter: Adapter, prompt: ImagePrompt, text: str, count: int, seed: int
+    model: ModelPatcher,
+    encoded: SampleTexts,
+    vae: VAE,
+    adapter: Adapter,
+    prompt: ImagePrompt,
+    text: str,
+    count: int,
+    seed: int,
 ) -> Tensor:
-    patched_clip = clip_with_token(clip, adapter.info.placeholder_token, adapter.token_embedding)
-    positive, negative = (
-        patched_clip.encode_from_tokens_scheduled(patched_clip.tokenize(words)) for words in (text, "")
-    )
+    positive, negative = (encoded.encode(adapter, words) for words in (text, ""))
     patched = patch_model(model, default_injection(adapter, prompt))
     latent = torch.zeros(count, *prompt.pictures[0].latent.shape[1:])
     noise = comfy.sample.prepare_noise(latent, seed)
