@@ -3,7 +3,7 @@
 import { element } from "./dom.mjs";
 import { say } from "./words.mjs";
 
-const MARGIN = { left: 48, right: 10, top: 8, bottom: 30 };
+const MARGIN = { left: 58, right: 10, top: 8, bottom: 30 };
 const CLIP = 0.02; // at both ends: one early peak would flatten everything else
 const TICKS = 4;
 
