@@ -1,8 +1,7 @@
-"""The reference pass of noised mode as further rows of the picture's own UNet call.
+"""The reference pass of noised mode as further rows of the sampler's UNet call.
 
-A noised reference has to be read at every step. In a call of its own that launches every kernel twice; as rows of the
-call that is made anyway it only gives the kernels more to do. What comes out is the same. It can be done where the rows
-fit into one batch, and where nobody else looks into the call and would count them.
+A noised reference is encoded at every step. As rows of the sampler's call it needs no kernel launches of its own. The
+result is the same. It is possible if the rows fit into one batch and no other pack reads the call.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class BatchedReferences(NamedTuple):
-    """An image prompt whose pictures are rows of a UNet call; the bank fills while that runs."""
+    """An image prompt whose pictures are rows of a UNet call. Its bank is filled during the call."""
 
     prompt: ImagePrompt
     recorder: KVRecorder
@@ -41,12 +40,12 @@ class BatchedReferences(NamedTuple):
         return self.recorder.bank
 
     def record(self, site: Site) -> None:
-        """Keep what they hand over at one layer, if it is wanted."""
+        """Record their keys and values at one layer, if the layer is injected."""
         self.recorder.record(site.of_rows(self.rows))
 
 
 class ExtendedBatch:
-    """A UNet call (x, timestep, context, y, control) that image prompts can be joined to."""
+    """A UNet call (x, timestep, context, y, control) to which image prompts can be appended as rows."""
 
     def __init__(
         self,
@@ -63,11 +62,10 @@ class ExtendedBatch:
         self._can_extend = is_innermost and not is_patched and not rest and not foreign and self.arguments[4] is None
 
     def can_append(self, prompt: ImagePrompt, adapter: Adapter, base: BaseModel) -> bool:
-        """Whether nothing speaks against it that is known before the pictures are noised and their text is ready.
+        """Whether the pictures can be appended, as far as it is known before they are noised.
 
-        The text of the call stays as it is, so theirs have to go into its length.
-
-        There is room if ComfyUI would make one call of so many rows itself.
+        They must have the latent's size. The length of the call's text must be a multiple of their texts' lengths. And
+        ComfyUI itself must be able to make one call with so many rows.
         """
         x = self.arguments[0]
         if not self._can_extend or torch.compiler.is_compiling():
@@ -82,7 +80,7 @@ class ExtendedBatch:
         return fits_in_memory(base, [len(x) + len(prompt.pictures), *x.shape[1:]], x.device)
 
     def join(self, key: BankKey, prompt: ImagePrompt, inputs: NetworkInputs, recorder: KVRecorder) -> bool:
-        """Add the pictures as rows, unless they are of another kind than those of the call."""
+        """Append the pictures as rows. -> False, without a change, if their channels or labels do not match"""
         x, timestep, context, y, control = self.arguments
         if x.shape[1:] != inputs.x.shape[1:] or (y is None) != (inputs.y is None):
             return False

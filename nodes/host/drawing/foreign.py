@@ -1,6 +1,6 @@
-"""What other packs put into the UNet: modules of their own, and other ways to run the host's.
+"""Code of other packs in the UNet: foreign modules, and replaced `forward` methods of the host's modules.
 
-Such code may count the rows of a call, or keep something for the call that draws, so the reference pass has to know.
+Such code may depend on the number of rows, or keep data for the sampler's call. The reference pass takes care of both.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ from ....core.kv import BlockKey
 from ....core.layers import SelfAttentionLayer
 
 HOST = ("comfy.", "comfy_extras.", "torch.")
-WEIGHTS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)  # of another kind in quantised models
+WEIGHTS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)  # other classes in quantized models
 PROJECTIONS = ("to_q", "to_k", "to_v")
 
 
 @dataclass(frozen=True, eq=False)
 class ForeignCode:
-    modules: frozenset[str]  # names of classes that are in the UNet and not the host's: they may count rows
-    forwards: tuple[nn.Module, ...]  # modules whose `forward` somebody replaced on the object
-    attention: frozenset[BlockKey]  # self-attention layers that do not project keys and values as the host's do
+    modules: frozenset[str]  # class names of foreign modules: they may depend on the number of rows
+    forwards: tuple[nn.Module, ...]  # modules with a replaced `forward` attribute
+    attention: frozenset[BlockKey]  # self-attention layers without the host's projections
 
     def __bool__(self) -> bool:
         return bool(self.modules or self.forwards or self.attention)
 
     @contextmanager
     def out_of_the_way(self) -> Iterator[None]:
-        """Let modules run as their classes say. What was put over them may hold something for one call, as BrushNet's
-        does for the call that draws."""
+        """Remove replaced `forward` attributes inside this context. BrushNet's, for example, hold data for one call."""
         kept = [(module, vars(module).pop("forward")) for module in self.forwards if "forward" in vars(module)]
         try:
             yield
@@ -41,7 +40,7 @@ class ForeignCode:
 
 
 def foreign_code(unet: nn.Module, layers: Sequence[SelfAttentionLayer]) -> ForeignCode | None:
-    """What others put into the network with these self-attention layers; None when it is another network."""
+    """The foreign code in a network with these self-attention layers. None if it is another network."""
     widths = {layer: _width(unet, layer) for layer in layers}
     found = {layer: width for layer, width in widths.items() if width is not None}
     if not found or any(width != (layer.query_dim,) for layer, width in found.items()):
@@ -55,7 +54,7 @@ def foreign_code(unet: nn.Module, layers: Sequence[SelfAttentionLayer]) -> Forei
 
 
 def _width(unet: nn.Module, layer: SelfAttentionLayer) -> tuple[int, ...] | None:
-    """Of the norm before it, which stays where an attention is replaced."""
+    """The shape of the norm before the attention, which stays in place if the attention is replaced."""
     norm = _submodule(unet, layer.path.removesuffix("attn1") + "norm1")
     return getattr(norm, "normalized_shape", None)
 

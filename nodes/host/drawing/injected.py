@@ -1,4 +1,4 @@
-"""The self-attention of the network while it is injected, for the length of one call of it."""
+"""The self-attention with injection, for one call of the network."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ REPLACED = "another node replaces the self-attention there"
 @dataclass(frozen=True, eq=False)
 class Source:
     injection: Injection
-    rows: Sequence[bool]  # for each row of the call, whether it sees this
+    rows: Sequence[bool]  # for each row of the call, whether the injection applies to it
     bank: KVBank
-    deltas: LoRADeltas | None = None  # where the bank holds values at the LoRA's rank
+    deltas: LoRADeltas | None = None  # if the bank holds values at the LoRA's rank
 
 
 class InjectedCall:
-    """Computes the self-attentions of one call: the network's own, and what its rows see of the sources."""
+    """Computes the self-attentions of one call, and adds the attention to the references."""
 
     def __init__(self, sources: Sequence[Source], run: SamplingRun, joined: Sequence[BatchedReferences]) -> None:
         self._sources = sources
         self._run = run
         self._joined = joined
-        # Of the call, with pictures that are rows of it.
+        # All rows of the call, with those of batched references.
         self._rows = len(sources[0].rows) + sum(len(pictures.prompt.pictures) for pictures in joined)
-        # Where a bank holds something, or is about to.
+        # Blocks whose keys and values are in a bank, or will be during the call.
         self.blocks = {s for source in sources for s in source.injection.blocks if s in source.bank or joined}
         self._selected: dict[tuple[int, torch.device], list[tuple[Source, slice | Tensor]]] = {}
 
@@ -72,13 +72,13 @@ class InjectedCall:
         return references
 
     def _select_rows(self, fold: int, device: torch.device) -> list[tuple[Source, slice | Tensor]]:
-        """Sources and their rows, where every row of the call has become `fold` rows of an attention."""
+        """Sources and their rows in an attention in which each row of the call is `fold` rows, as with tiling nodes."""
         key = (fold, device)
         if key not in self._selected:
             self._selected[key] = []
             for source in self._sources:
                 rows = [row * fold + part for row, sees in enumerate(source.rows) if sees for part in range(fold)]
-                is_slice = rows[-1] - rows[0] + 1 == len(rows)  # of neighbours, which copies nothing
+                is_slice = rows[-1] - rows[0] + 1 == len(rows)  # a slice copies nothing
                 chosen = slice(rows[0], rows[-1] + 1) if is_slice else torch.tensor(rows, device=device)
                 self._selected[key].append((source, chosen))
         return self._selected[key]

@@ -1,4 +1,4 @@
-"""From the inputs of an Apply node to an Injection, checked against the model that will draw."""
+"""From the inputs of an Apply node to an Injection, checked against the connected model."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def build_injection(
     attn_mask: Tensor | None,
     node_id: str | None = None,
 ) -> Injection | None:
-    """Check that everything fits, and describe the injection; None when it would do nothing at all.
+    """Check the inputs, and describe the injection. -> None if it would have no effect
 
-    Raises ValueError when the model is none that we know, or another one than the adapter's, or when the image prompt
-    comes from another kind of VAE.
+    strength: factor. start_percent, end_percent: shares of the schedule, 0..1. attn_mask (h, w) or (1, h, w) in 0..1.
+    Raises ValueError for an unknown model, for an adapter of another model, and for an image prompt of another VAE.
     """
     description = describe(model)
     adapter.check_fits(*description, prediction_type(model))
@@ -110,7 +110,7 @@ def _check_texts(model: ModelPatcher, image_prompt: ImagePrompt) -> None:
 
 
 def _one_mask(attn_mask: Tensor) -> Tensor:
-    """(h, w) in 0..1"""
+    """The mask as (h, w) in 0..1. Raises ValueError for an empty mask, for NaN, and for different masks."""
     if not attn_mask.numel():
         raise ValueError("attn_mask is empty. Connect a mask of at least one pixel, or leave it open.")
     masks = attn_mask.reshape(-1, *attn_mask.shape[-2:]).float()

@@ -1,7 +1,7 @@
-"""Watches a sampling run: how much each reference adds to each place, and where in it a chosen place looks.
+"""Observes a sampling run: how much the references add, and where a chosen point attends to them.
 
-It reads along with the attention calls of every block. The first call is the network's own self-attention, and the
-calls that follow up to the cross-attention are the references, in the order of the Apply nodes.
+It records the attention calls of every block. The first call of a block is the self-attention. The calls that follow,
+up to the cross-attention, are those to the references, in the order of the Apply nodes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OVERRIDE = "optimized_attention_override"
 
 @dataclass(eq=False)
 class Maps:
-    """What was seen at one noise level, for each stage of the UNet a sum over its layers. (h, w) of the latent."""
+    """Maps (h, w) of one noise level at the latent's size: for each stage of the UNet, the sum over its layers."""
 
     added: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[str, int] = field(default_factory=dict)
@@ -45,11 +45,11 @@ class Maps:
 
 @dataclass(eq=False)
 class Inspection:
-    """A finished run. `levels` has an entry for each noise level at which a reference acted, the highest first."""
+    """A finished run. `levels` has an entry for each sigma with an active reference, the highest first."""
 
     latent: Tensor  # (b, c, h, w)
     levels: dict[float, Maps]
-    looked_at: list[Tensor]  # (h, w) of each picture's latent: where the chosen place looks, together 1
+    looked_at: list[Tensor]  # (h, w) for each reference: the chosen point's attention; the sum of all is 1
     injections: tuple[Injection, ...]
 
 
@@ -61,9 +61,10 @@ def inspect_sampling(
     point: tuple[float, float],
     **sampling: Any,
 ) -> Inspection:
-    """Sample once and watch. point: (x, y) as shares of the picture's width and height.
+    """Sample once, and observe. point: (x, y) as shares of the picture's width and height, 0..1.
 
-    sampling: seed, steps, cfg, sampler_name and scheduler. Raises ValueError where no Apply node is before the model.
+    sampling: seed, steps, cfg, sampler_name and scheduler. Raises ValueError for a model without injection, for one
+    that is no UNet, and if no reference was active.
     """
     injections = installed_injections(model)
     if not injections:
@@ -100,7 +101,7 @@ def inspect_sampling(
 
 
 class Watcher:
-    """Stands where other packs put their attention, and computes nothing itself."""
+    """Observes attention calls through ComfyUI's attention override. It changes no result."""
 
     def __init__(
         self,
@@ -112,16 +113,16 @@ class Watcher:
         self.levels: dict[float, Maps] = {}
         self._injections = injections
         self._sampling = sampling
-        self._size = size  # of the latent that is drawn
+        self._size = size  # (h, w) of the latent
         self._point = point
         self._block: BlockKey | None = None
-        self._own: tuple[Tensor, Tensor] | None = None  # queries and result of the block's own self-attention
-        self._references = 0  # seen in this block
+        self._own: tuple[Tensor, Tensor] | None = None  # queries and result of the block's self-attention
+        self._references = 0  # number of reference calls in this block so far
         self._is_cross_attention = False
         self._looked_at = [torch.zeros(p.latent.shape[-2:]) for i in injections for p in i.image_prompt.pictures]
 
     def watching(self, model: ModelPatcher) -> ModelPatcher:
-        """A clone of the model, in which whatever computed the attention before still does."""
+        """A clone of the model with this observer. An attention override of another pack stays in use."""
         clone = model.clone()
         clone.set_model_attn2_patch(self.before_cross_attention)
         options = clone.model_options["transformer_options"]
@@ -151,14 +152,14 @@ class Watcher:
         self._references += 1
 
     def _is_reference(self, injection: Injection, k: Tensor, grid: Sequence[int]) -> bool:
-        """The reference pass, in which nobody says where the cross-attention begins, has calls of other lengths."""
+        """Whether the keys are as many as this reference's tokens, unlike those of the reference pass."""
         return k.shape[1] == sum(int(tokens.sum()) for tokens, _ in self._kept(injection, self._size[0] / grid[0]))
 
     @staticmethod
     def _kept(injection: Injection, scale: float) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """For each picture of an image prompt, which tokens of a layer are kept, and the layer's (h, w) there.
+        """For each picture of an image prompt, which tokens (n,) of a layer are not masked out, and the layer's (h, w).
 
-        scale: how much smaller the layer is than the latent.
+        scale: the latent's side divided by the layer's.
         """
         found = []
         for picture in injection.image_prompt.pictures:
@@ -181,7 +182,7 @@ class Watcher:
         assert self._own is not None
         height, width = grid
         if q.shape[1] != height * width or out.shape[1] != q.shape[1]:
-            return  # tokens were merged or tiled there: nobody can say where they lie
+            return  # merged or tiled tokens have no known position
         own = self._own[1].float().norm(dim=-1).mean(0)  # (n,)
         added = out.float().norm(dim=-1).mean(0) * injection.strength
         share = self._resized(rearrange(added / (own + 1e-6), "(h w) -> h w", h=height), self._size)
@@ -194,7 +195,7 @@ class Watcher:
         self._look(injection, q[:, y * width + x], k, heads, self._size[0] / height)
 
     def _look(self, injection: Injection, q: Tensor, k: Tensor, heads: int, scale: float) -> None:
-        """Add how the chosen place's attention is spread over the pictures of an image prompt. q (b, c), k (b, m, c)"""
+        """Add the chosen point's attention to the pictures of an image prompt. q (b, c), k (b, m, c)"""
         queries, keys = (
             rearrange(q.float(), "b (h d) -> b h d", h=heads),
             rearrange(k.float(), "b m (h d) -> b h m d", h=heads),
@@ -219,7 +220,7 @@ class Watcher:
 
 
 class Watched:
-    """The attention function of the host, or of whoever replaced it, with somebody watching."""
+    """An attention override that calls the earlier override or the host's function, and observes the result."""
 
     def __init__(self, watcher: Watcher, earlier: Callable[..., Tensor] | None) -> None:
         self._watcher = watcher

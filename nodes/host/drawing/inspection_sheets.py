@@ -1,4 +1,4 @@
-"""What an inspection has seen, as two pictures that people can read."""
+"""The results of an inspection as two pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = {"input": "encoder", "middle": "middle", "output": "decoder"}
 
 
 def added_sheet(found: Inspection, vae: VAE, noise_levels: int) -> Tensor:
-    """A row for each part of the UNet, a column for each of some noise levels. -> IMAGE (1, h, w, 3)"""
+    """How much the references add, by part of the UNet (rows) and noise level (columns). -> IMAGE (1, h, w, 3)"""
     picture = _picture(vae, found.latent)
     sigmas = list(found.levels)
     places = np.linspace(0, len(sigmas) - 1, min(noise_levels, len(sigmas))).round().astype(int)
@@ -29,7 +29,7 @@ def added_sheet(found: Inspection, vae: VAE, noise_levels: int) -> Tensor:
     rows = []
     for stage in STAGES:
         shown = [(sigma, mean) for sigma in chosen if (mean := means[stage, sigma]) is not None]
-        highest = max((float(mean.max()) for _, mean in shown), default=0.0)  # parts differ too much for one scale
+        highest = max((float(mean.max()) for _, mean in shown), default=0.0)  # one scale for each part of the UNet
         rows.append(
             [
                 (f"{PARTS[stage]}, sigma {sigma:.2f}: 0 to {highest:.2g}", overlay(picture, mean, highest))
@@ -42,7 +42,7 @@ def added_sheet(found: Inspection, vae: VAE, noise_levels: int) -> Tensor:
 
 
 def looked_at_sheet(found: Inspection, vae: VAE, point: tuple[float, float]) -> Tensor:
-    """The picture with the chosen place, then every reference with where that place looks. -> IMAGE (1, h, w, 3)"""
+    """The picture with the chosen point, then each reference with that point's attention. -> IMAGE (1, h, w, 3)"""
     references = [reference for injection in found.injections for reference in injection.image_prompt.pictures]
     highest = max(float(seen.max()) for seen in found.looked_at) or 1.0
     row = [("the chosen place", marked(_picture(vae, found.latent), point))]

@@ -1,7 +1,7 @@
 """Patches a ModelPatcher so that its UNet attends to image prompts while it samples.
 
-Nothing static is installed. One wrapper around every UNet call puts its function over whatever other packs have in
-that call's options, so it sees all of them, and forgets it afterwards.
+No static patch is installed. One wrapper around every UNet call copies the call's options and adds its function there.
+So it sees the patches of all other packs, also those that are added while sampling.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from ..host_types import Arguments, TransformerOptions
 
-# A compiled model traces our wrapper too; the reference pass and its caches would make it compile again and again.
-# Any: torch does not keep the type of what it disables.
+# A compiled model traces our wrapper too. The reference pass and its caches would cause a recompilation in each step.
+# Any: torch does not keep the function's type.
 uncompiled_encode_references: Any = torch.compiler.disable(encode_references)
 uncompiled_foreign_code: Any = torch.compiler.disable(foreign_code)
 
@@ -54,9 +54,9 @@ CALL_ARGUMENTS = ("x", "timesteps", "context", "y", "control", "transformer_opti
 def patch_self_attention(
     model: ModelPatcher, injection: Injection, wrapper_class: type[SelfAttentionInjection]
 ) -> ModelPatcher:
-    """Return a clone of the model that injects; injections that it already has stay and add up.
+    """Return a clone of the model with this injection added. Earlier injections stay, and all are summed.
 
-    wrapper_class: what knows the calls of its network.
+    wrapper_class: the wrapper for the calls of this kind of network.
     """
     patched = model.clone()
     earlier = _installed(patched)
@@ -76,20 +76,20 @@ def _installed(patcher: ModelPatcher) -> SelfAttentionInjection | None:
 
 
 def installed_injections(patcher: ModelPatcher) -> tuple[Injection, ...]:
-    """The injections that a model has, in the order of their Apply nodes."""
+    """The injections of a model, in the order of its Apply nodes."""
     found = _installed(patcher)
     return found.injections if found else ()
 
 
 class SelfAttentionInjection:
-    """The wrapper around every UNet call, and its two companions around the run. It holds no state of its own."""
+    """The wrapper around every UNet call, and two more around the sampling run. It has no state."""
 
     def __init__(self, base: BaseModel, injections: Sequence[Injection]) -> None:
         self.base = base
         self.injections = tuple(injections)
 
     def outer_sample_wrapper(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
-        """Open a SamplingRun for the calls inside, and drop it with all its banks whatever happens."""
+        """Create the SamplingRun of the calls inside. It is dropped with its banks, also after an exception."""
         options = executor.class_obj.model_options.setdefault("transformer_options", {})
         named = {**dict(zip(OUTER_SAMPLE_ARGUMENTS, args, strict=False)), **kwargs}
         size, sigmas = tuple(named["noise"].shape[-2:]), named.get("sigmas")
@@ -110,7 +110,7 @@ class SelfAttentionInjection:
     def prepare_sampling_wrapper(
         self, executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any
     ):
-        """Ask for room for the reference pass: its pictures count as further rows of the batch."""
+        """Reserve memory for the reference pass: its pictures count as further rows of the batch."""
         cells = sum(p.latent.shape[-2] * p.latent.shape[-1] for i in self.injections for p in i.image_prompt.pictures)
         rows = -(-cells // (noise_shape[-2] * noise_shape[-1]))
         return executor(model, [noise_shape[0] + rows, *noise_shape[1:]], *args, **kwargs)
@@ -119,7 +119,7 @@ class SelfAttentionInjection:
         arguments, kwargs, options = _take_options(args, kwargs)
         run = options.get(RUN_KEY) or SamplingRun()
         unet, x = executor.class_obj, arguments[0]
-        # Reading it lets the device finish first.
+        # Reading the value waits for the device, so it is read only if it is needed.
         sigma = sigma_of(options) if any(injection.needs_sigma for injection in self.injections) else None
         seen = self._rows(run, executor, arguments, options)
         seen = [(i, rows) for i, rows in seen if run.is_active(i, sigma, self.base.model_sampling)]
@@ -140,7 +140,7 @@ class SelfAttentionInjection:
         injected = InjectedCall(sources, run, list(joined.pictures.values()))
         replaced = replaced_blocks(options, injected.blocks)
         if replaced:
-            # What another's function returns may be meant to be wrong, as guidance nodes do it.
+            # Guidance nodes return a deliberately degraded attention, to which nothing may be added.
             run.record_skip(REPLACED, *replaced)
         with attending(
             unet, options, injected.at, injected.blocks - replaced, keeps_hidden=bool(joined.pictures)
@@ -152,7 +152,7 @@ class SelfAttentionInjection:
     def _rows(
         self, run: SamplingRun, executor: WrapperExecutor, arguments: Sequence[Any], options: TransformerOptions
     ) -> list[tuple[Injection, Sequence[bool]]]:
-        """The injections that have rows to act on in this call, and for each row whether it sees them."""
+        """The injections with rows in this call, and for each row whether the injection applies to it."""
         x = arguments[0]
         is_part = run.size not in (None, tuple(x.shape[-2:]))
         conditional: Sequence[bool] | None = None
@@ -173,7 +173,7 @@ class SelfAttentionInjection:
         return seen
 
     def _foreign(self, run: SamplingRun, unet: nn.Module, context: Tensor) -> ForeignCode | None:
-        """What others put into the network of this call. None: it is not the one that the adapters were made for."""
+        """Foreign code in the network of this call. None: the adapters were trained for another network."""
         if id(unet) not in run.foreign:
             run.foreign[id(unet)] = uncompiled_foreign_code(unet, self.injections[0].adapter.info.layers)
         found = run.foreign[id(unet)]
@@ -191,7 +191,7 @@ class SelfAttentionInjection:
         drawing: DrawingCall,
         joined: ExtendedBatch,
     ) -> KVBank:
-        """The bank for this call: there already, read now, or one that fills as the pictures go through with x."""
+        """The bank for this call: from the cache, encoded now, or filled while the references are rows of this call."""
         x = drawing.x
         key: BankKey = run.bank_key(injection, unet, self.base, sigma, x)
         if key in run.banks:
@@ -220,7 +220,7 @@ class SelfAttentionInjection:
 
 
 def _take_options(args: Sequence[Any], kwargs: Arguments) -> tuple[list[Any], Arguments, TransformerOptions]:
-    """Split transformer_options off a UNet call, whatever of it was named.
+    """Take transformer_options out of the arguments of a UNet call, which may be positional or named.
 
     -> [x, timestep, context, y, control], further arguments, transformer_options
     """

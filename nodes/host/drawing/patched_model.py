@@ -1,4 +1,4 @@
-"""The injection on a model, whichever network it has."""
+"""The injection in any supported kind of network."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ if TYPE_CHECKING:
 
 
 def patch_model(model: ModelPatcher, injection: Injection) -> ModelPatcher:
-    """Return a clone of the model that injects; injections that it already has stay and add up."""
+    """Return a clone of the model with this injection added. Earlier injections stay, and all are summed."""
     kind = TransformerInjection if is_transformer(model.model.diffusion_model) else SelfAttentionInjection
     return patch_self_attention(model, injection, kind)

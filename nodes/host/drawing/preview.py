@@ -1,4 +1,4 @@
-"""Pictures of what an adapter has learned, drawn by ComfyUI's own sampler."""
+"""Preview pictures of an adapter, drawn with ComfyUI's sampler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 STEPS = 20
 GUIDANCE = 4.0
-SAMPLER, SCHEDULER = "euler_ancestral", "normal"  # as in the workflows; fresh noise at every step suits a reference
+SAMPLER, SCHEDULER = "euler_ancestral", "normal"  # as in the workflows; with noise at each step
 
 
 def draw_previews(
@@ -68,13 +68,13 @@ def draw_samples(
     texts: Sequence[str],
     seed: int,
 ) -> Tensor:
-    """Draw each text once, all from the same noise; nobody else's chance is disturbed. -> IMAGE (texts, h, w, 3)"""
+    """Draw each text once, with the same noise. Torch's global generator is not changed. -> IMAGE (texts, h, w, 3)"""
     with torch.random.fork_rng():
         return torch.cat([_draw(model, encoded, vae, adapter, prompt, text, 1, seed) for text in texts])
 
 
 def sample_texts(prompts: Sequence[str], placeholder_token: str, class_word: str) -> list[str]:
-    """What samples show: the user's prompts, or a template."""
+    """The prompts of samples: the user's, with the placeholder token for [trigger], or else a template."""
     if not prompts:
         return [TEMPLATES[0].format(subject_phrase(placeholder_token, class_word))]
     return [prompt.replace("[trigger]", placeholder_token) for prompt in prompts]
@@ -102,7 +102,7 @@ def _draw(
 
 
 def default_injection(adapter: Adapter, prompt: ImagePrompt) -> Injection:
-    """What Apply does when nothing is changed on it."""
+    """The injection of an Apply node with default settings."""
     return Injection(
         adapter=adapter,
         image_prompt=prompt,

@@ -1,4 +1,4 @@
-"""The call that draws, and a reference pass that is called as it is in everything that others may count on."""
+"""The sampler's UNet call, and a reference pass with the same arguments as far as other packs depend on them."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from .sampling_run import RUN_KEY
 if TYPE_CHECKING:
     from ..host_types import Arguments, TransformerOptions
 
-# Of the options of the call that draws: others' patches and ours are made for its rows and its size.
+# Options that the reference pass does not get: they are made for the rows and the size of the sampler's call.
 PRIVATE = {"patches", "patches_replace", "wrappers", "callbacks", RUN_KEY}
-LAYER_PATCHES = "forward_timestep_embed_patch"  # how ComfyUI calls the layers that another pack put into a block
+LAYER_PATCHES = "forward_timestep_embed_patch"  # ComfyUI's patches for layers that other packs add to a block
 
 
 class ReferencePassError(RuntimeError):
-    """The image prompt could not be read through the model as other nodes have made it."""
+    """The reference pass failed in a model that other nodes have changed."""
 
 
 @dataclass(frozen=True, eq=False)
 class DrawingCall:
-    """One UNet call as it comes from the sampler."""
+    """One UNet call of the sampler."""
 
     network: nn.Module
-    unet: Callable[..., Tensor]  # its call (x, timestep, context, y, control, transformer_options)
+    unet: Callable[..., Tensor]  # called with (x, timestep, context, y, control, transformer_options)
     x: Tensor
     y: Tensor | None
     rest: Arguments  # further arguments
@@ -46,7 +46,7 @@ class DrawingCall:
 
     @property
     def rows(self) -> int | None:
-        """How many rows the reference pass has to have. None: any number."""
+        """The number of rows that the reference pass must have. None: any number."""
         return len(self.x) if self.foreign.modules else None
 
     def read(self, inputs: NetworkInputs, at: AtSite, blocks: Collection[BlockKey]) -> None:
@@ -69,14 +69,14 @@ class DrawingCall:
         return inputs._replace(y=y)
 
     def _with_rows(self, inputs: NetworkInputs) -> NetworkInputs:
-        """The same picture as often as the call that draws has rows."""
+        """Repeat the picture for each row of the sampler's call."""
         if self.rows is None:
             return inputs
-        assert len(inputs.x) == 1, "where rows are counted, pictures are read one by one"
+        assert len(inputs.x) == 1, "with a fixed number of rows, pictures are encoded one by one"
         return NetworkInputs(*(None if t is None else t.repeat(self.rows, *[1] * (t.ndim - 1)) for t in inputs))
 
     def _options(self, rows: int) -> TransformerOptions:
-        """Theirs, which modules of their own may ask for, without what is made for the call that draws."""
+        """The options of the sampler's call, which foreign modules may read, without the private ones."""
         options = {name: value for name, value in self.options.items() if name not in PRIVATE}
         if self.rows is None:
             options["cond_or_uncond"] = [COND]
@@ -87,7 +87,7 @@ class DrawingCall:
         return {**options, "patches": {LAYER_PATCHES: layers} if layers else {}}
 
     def _further_arguments(self, rows: int) -> Arguments:
-        """Those with a row for each of x get as many as there are now."""
+        """Further arguments. Tensors with one row for each row of x are expanded to `rows`."""
         return {
             name: value[:1].expand(rows, *value.shape[1:])
             if isinstance(value, Tensor) and value.ndim and len(value) == len(self.x)
@@ -97,9 +97,9 @@ class DrawingCall:
 
 
 def with_channels(x: Tensor, channels: int) -> Tensor:
-    """Fill up with zeros, which is how models with further input channels are shown that there is nothing.
+    """Pad with zero channels: the input of such models for "no picture". x (b, c, h, w) -> (b, channels, h, w)
 
-    x (b, c, h, w) -> (b, channels, h, w)
+    Raises ReferencePassError if x has more channels.
     """
     missing = channels - x.shape[1]
     if missing < 0:
@@ -112,7 +112,7 @@ def with_channels(x: Tensor, channels: int) -> Tensor:
 
 @contextmanager
 def explained(foreign: ForeignCode) -> Iterator[None]:
-    """Turn what goes wrong inside of a changed network into a sentence."""
+    """Turn exceptions inside a changed network into a ReferencePassError that says what to do."""
     try:
         yield
     except (ReferencePassComplete, InterruptProcessingException, OOM_EXCEPTION):

@@ -1,4 +1,4 @@
-"""The reference pass while sampling: image prompts in, keys and values of every injected layer out."""
+"""The reference pass while sampling: from image prompts to the keys and values of every injected layer."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def encode_references(
     blocks: Collection[BlockKey],
     deltas: LoRADeltas,
 ) -> KVBank:
-    """Run the reference pass over an image prompt and line up what its pictures hand over.
+    """Run the reference pass for all pictures of an image prompt, and concatenate their keys and values.
 
-    `sigma` None reads the pictures free of noise; a number noises them to it first.
-    Device and dtype are those of the call that draws. As many pictures are read at once as there is room for; those
-    that are read only once, in calls no larger than that one, for there memory says more than a few launches.
-    -> (1, m, heads*d) for every layer of `blocks`, where m counts the kept tokens of all pictures.
+    sigma: noise level to which the pictures are noised; None: without noise. Device and dtype are those of `call`.
+    -> (1, m, heads*d) for every layer of `blocks`, with m the number of unmasked tokens of all pictures
+
+    As many pictures are encoded at once as fit into memory. Clean references are encoded once, so speed matters little:
+    their batches are no larger than the call itself.
     """
     like, missing = call.x, call.foreign.attention
     order = [layer.key for layer in adapter.info.layers if layer.key in blocks and layer.key not in missing]
@@ -74,7 +75,7 @@ def reference_inputs(
     noise_seed: int,
     like: Tensor,
 ) -> NetworkInputs | TransformerInputs:
-    """What the network is called with to read pictures of one size; `places` are theirs in the image prompt."""
+    """The network's inputs for pictures of one size. `indices`: of the pictures in the image prompt."""
     latent = base.process_latent_in(torch.cat([p.latent for p in pictures])).to(like.device, torch.float32)
     sampling = base.model_sampling
     level = clean_reference_sigma(sampling) if sigma is None else sigma
@@ -90,7 +91,7 @@ def reference_inputs(
 
 
 def _noise(latent: Tensor, seed: int, place: int) -> Tensor:
-    """One noise per picture and run, so that every step sees the same picture, noised further."""
+    """The noise of a picture, the same in all steps of a run."""
     generator = torch.Generator().manual_seed((seed + place + 1) % 2**63)
     return torch.randn(latent.shape, generator=generator)
 
@@ -98,9 +99,9 @@ def _noise(latent: Tensor, seed: int, place: int) -> Tensor:
 def _batches(
     pictures: Sequence[ReferenceImage], adapter: Adapter, base: BaseModel, device: torch.device, cells: int | None
 ) -> Iterator[list[int]]:
-    """Places of pictures that are read in one call: one size of latent, and no more than fit.
+    """Indices of the pictures of each call: of one size, and as many as fit into memory.
 
-    cells: of latent that a call may have, unless one picture alone has more; None: any number.
+    max_latent_pixels: of all rows of a call together, unless one picture has more; None: no limit.
     """
     for places in _alike(pictures, adapter, is_transformer(base.diffusion_model)):
         shape = pictures[places[0]].latent.shape
@@ -111,9 +112,9 @@ def _batches(
 
 
 def _alike(pictures: Sequence[ReferenceImage], adapter: Adapter, length_matters: bool) -> list[list[int]]:
-    """Places of pictures that can be rows of one call, in groups: by size, and by lengths of text that go together.
+    """Groups of indices of pictures that can be rows of one call: of one size, and with compatible lengths of text.
 
-    length_matters: the network notices how long a text is, so that only equal ones do.
+    length_matters: only equal lengths are compatible, because the network's result depends on the length.
     """
     lengths = [(picture.text or adapter.class_conditioning).cross_attn.shape[1] for picture in pictures]
     groups: list[list[int]] = []
@@ -130,19 +131,19 @@ def _alike(pictures: Sequence[ReferenceImage], adapter: Adapter, length_matters:
 
 
 def fits_in_memory(base: BaseModel, shape: Sequence[int], device: torch.device) -> bool:
-    """Whether ComfyUI would itself make one call of latents (b, c, h, w)."""
+    """Whether ComfyUI itself would make one call with latents of this shape (b, c, h, w)."""
     return base.memory_required(shape) * 1.5 < get_free_memory(device)
 
 
 def split_per_image(recorded: ReferenceKV, pictures: Sequence[ReferenceImage]) -> list[KV]:
-    """What each picture of a batch hands over, without its masked-out tokens. -> (1, m, heads*d) each"""
+    """Keys and values of each picture of a batch, without its masked-out tokens. -> (1, m, heads*d) each"""
     size = (recorded.height, recorded.width)
     kept = [None if picture.mask is None else token_mask(picture.mask, *size) for picture in pictures]
     return [select_tokens(recorded.kv, row, tokens) for row, tokens in enumerate(kept)]
 
 
 def join_images(recorded: ReferenceKV, pictures: Sequence[ReferenceImage]) -> KV:
-    """What the pictures of a whole image prompt hand over at one layer, read as rows of one call. -> (1, m, heads*d)"""
+    """Keys and values of a whole image prompt whose pictures are rows of one call. -> (1, m, heads*d)"""
     return concatenate_kv(split_per_image(recorded, pictures))
 
 
@@ -151,5 +152,5 @@ def _restore_order(parts: list[tuple[int, KV]]) -> KV:
 
 
 def concatenate_kv(pictures: Sequence[KV]) -> KV:
-    """Join what pictures hand over, in the order in which they were given. -> (1, m, heads*d)"""
+    """Concatenate the keys and values of pictures, in their order. -> (1, m, heads*d)"""
     return KV(torch.cat([kv.k for kv in pictures], dim=1), torch.cat([kv.v for kv in pictures], dim=1))

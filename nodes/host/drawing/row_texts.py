@@ -1,7 +1,7 @@
 """Which rows of a UNet call belong to the positive prompt.
 
-ComfyUI says it for each chunk of equally many rows. Where others put rows of their own into the call, as tiling nodes
-do, only what a row reads says whose it is.
+ComfyUI tells it for each chunk of rows, and all chunks are of one size. Tiling nodes change the rows. Then each row's
+text is compared with the texts of the guider.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
     from ..host_types import Cond, TransformerOptions
 
-COND = 0  # how ComfyUI's own guiders mark a chunk of conditional rows in `cond_or_uncond`
-SURE = 4.0  # a row reads a text if every text of the other kind is so many times as far from it
+COND = 0  # ComfyUI's mark of a chunk of conditional rows in `cond_or_uncond`
+SURE = 4.0  # a row has a text if the texts of the other kind are at least this many times as distant
 HARMLESS = {"torch.compile"}  # keys of wrappers around apply_model that leave the rows as they are
 
 
 class RowText(NamedTuple):
-    """One text of a guider as a row reads it."""
+    """One text of a guider, as it is in a row of the call."""
 
     is_positive: bool
     context: Tensor  # (tokens, width)
@@ -37,7 +37,7 @@ class RowText(NamedTuple):
 
 @dataclass(eq=False)
 class GuiderTexts:
-    """The texts of the guider whose run it is, where the rows are."""
+    """The texts of the run's guider, on the device of the rows and in their precision."""
 
     of: dict[str, list[Cond]] | None = None
     rows: dict[tuple, list[RowText]] = field(default_factory=dict)
@@ -55,9 +55,9 @@ class GuiderTexts:
 def conditional_rows(
     guider: CFGGuider, texts: GuiderTexts, options: TransformerOptions, arguments: Sequence[Any], is_plain: bool
 ) -> list[bool] | None:
-    """For each row of a UNet call (x, timestep, context, y, ...) whether it belongs to the positive prompt.
+    """For each row of a UNet call (x, timestep, context, y, ...), whether it belongs to the positive prompt.
 
-    None where nothing tells. A row that reads no known text in a call of unknown layout counts as not belonging.
+    None if nothing tells. In a call of unknown layout, a row without a known text does not belong to it.
     """
     x, _, context, y = arguments[:4]
     layout = _by_layout(conditional_chunks(guider, options), len(x), options.get("sigmas"), is_plain)
@@ -72,7 +72,7 @@ def conditional_rows(
 
 
 def conditional_chunks(guider: CFGGuider, options: TransformerOptions) -> list[bool]:
-    """For each chunk of a UNet call whether it reads the positive text, as far as ComfyUI says."""
+    """For each chunk of a UNet call, whether it has the positive text, by ComfyUI's options."""
     kinds = options.get("cond_or_uncond") or [COND]
     uuids = options.get("uuids", [])
     if len(uuids) != len(kinds):
@@ -81,9 +81,10 @@ def conditional_chunks(guider: CFGGuider, options: TransformerOptions) -> list[b
 
 
 def _is_conditional(guider: CFGGuider, kind: int, uuid: UUID | None) -> bool:
-    """`kind` is a cond's place in the list that was handed over, and not every list opens with the positive:
-    DualCFGGuider's does not, nor does the extra pass of a guidance node. The cond's own id says more, but ComfyUI
-    copies ids from positive to negative for areas; then the place has to do.
+    """Whether a cond is positive: by its id, or by `kind`, its index in the guider's list, if the id is ambiguous.
+
+    The positive is not the first one in every list: not in DualCFGGuider's, nor in the extra pass of a guidance node.
+    With areas, ComfyUI copies ids from positive to negative. Then the index decides.
     """
     conds = getattr(guider, "conds", {})
     owners = [name for name, entries in conds.items() if any(c.get("uuid", guider) == uuid for c in entries)]
@@ -94,7 +95,7 @@ def _is_conditional(guider: CFGGuider, kind: int, uuid: UUID | None) -> bool:
 
 
 def is_plain_call(executor: WrapperExecutor, guider: CFGGuider, base: BaseModel, options: TransformerOptions) -> bool:
-    """Whether nobody stands between ComfyUI and the UNet who could have put the rows in another order."""
+    """Whether no other pack could have changed the rows between ComfyUI and the UNet."""
     wrappers = options.get("wrappers", {})
     around = {key for key, found in wrappers.get(WrappersMP.APPLY_MODEL, {}).items() if found}
     batching = any(wrappers.get(WrappersMP.CALC_COND_BATCH, {}).values())
@@ -103,7 +104,7 @@ def is_plain_call(executor: WrapperExecutor, guider: CFGGuider, base: BaseModel,
 
 
 def _by_layout(chunks: Sequence[bool], rows: int, sigmas: Tensor | None, is_plain: bool) -> list[bool] | None:
-    """By the order that ComfyUI gave the chunks, which a node that adds tiles repeats for every tile."""
+    """For each row, by the order of the chunks. Nodes that add tiles repeat this order for each tile."""
     if len(set(chunks)) == 1:
         return [chunks[0]] * rows
     batch = rows // len(chunks) if is_plain or sigmas is None else sigmas.numel()
@@ -136,11 +137,11 @@ def _is_nearer(positive: float, other: float) -> bool | None:
 
 
 def _distances(text: RowText, context: Tensor, y: Tensor | None) -> Tensor:
-    """How far from a text the rows read, as a share of their size. context (b, n, width) -> (b,)"""
+    """Distance of each row's text from a text, relative to the text's size. context (b, n, width) -> (b,)"""
     times, left = divmod(context.shape[1], len(text.context))
     if left or context.shape[2] != text.context.shape[1]:
         return torch.full((len(context),), torch.inf, device=context.device)
-    distance = _apart(context, text.context.repeat(times, 1))  # as ComfyUI repeats it to a longer one
+    distance = _apart(context, text.context.repeat(times, 1))  # ComfyUI repeats a shorter text in the same way
     if y is not None and text.y is not None and y.shape[1:] == text.y.shape:
         distance = distance + _apart(y, text.y)
     return distance

@@ -1,4 +1,4 @@
-"""What is to be injected, and what lives as long as one sampling run."""
+"""An injection, and the caches of one sampling run."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Injection:
     adapter: Adapter
     image_prompt: ImagePrompt
     strength: float
-    start_percent: float  # share of the schedule at which it begins to act
+    start_percent: float  # share of the schedule, 0..1, from which on it is active
     end_percent: float
     apply_to: ApplyTo
     blocks: frozenset[BlockKey]
-    attn_mask: Tensor | None  # (h, w) in 0..1: where in the picture the reference may act
-    node_id: str | None = None  # of the Apply node, where the frontend can show a word
+    attn_mask: Tensor | None  # (h, w) in 0..1: the part of the picture in which it is active
+    node_id: str | None = None  # of the Apply node, for messages in the frontend
 
     @property
     def is_noised(self) -> bool:
@@ -57,26 +57,26 @@ class Injection:
 
     @property
     def needs_full_pass(self) -> bool:
-        """Whether a reference pass of its own could stop no earlier than the UNet does."""
+        """Whether a separate reference pass would have to run the network up to its last layer."""
         return self.adapter.info.layers[-1].key in self.blocks
 
     def active_at(self, sigma: float | None, sampling: ModelSampling) -> bool:
-        """Asked while sampling, for a node after ours may have changed the schedule."""
+        """Evaluated while sampling, because a later node may have changed the schedule."""
         if sigma is None:
             return True
         return sampling.percent_to_sigma(self.end_percent) <= sigma <= sampling.percent_to_sigma(self.start_percent)
 
 
 class BankKey(NamedTuple):
-    """What the keys and values of an image prompt depend on within a run."""
+    """Everything that the keys and values of an image prompt depend on within a run."""
 
     place: tuple  # the injection, the network, device and precision
     sigma: float | None  # of a noised reference
-    hooks: tuple  # of the conditioning that is drawn: they change the weights
+    hooks: tuple  # of the current conditioning: they change the weights
     strengths: tuple[float, ...]  # of these hooks, at this step of their schedule
 
     def replaces(self, other: BankKey) -> bool:
-        """Whether nobody will ask for the other again: the noise level, or a hook's strength, has moved on."""
+        """Whether the other is not needed any more, because sigma or the strength of a hook has changed."""
         if self.place != other.place or self == other:
             return False
         return self.sigma != other.sigma or self.hooks == other.hooks
@@ -84,25 +84,25 @@ class BankKey(NamedTuple):
 
 @dataclass(eq=False)
 class SamplingRun:
-    """Without a guider, size and sigmas for a UNet call outside of a sampling run."""
+    """The caches of one run. A UNet call outside of a run gets one without guider, size and sigmas."""
 
     seed: int = 0
     guider: CFGGuider | None = None
-    size: tuple[int, ...] | None = None  # (h, w) of the latent that is drawn
+    size: tuple[int, ...] | None = None  # (h, w) of the latent
     steps: int | None = None
     banks: dict[BankKey, KVBank] = field(default_factory=dict)
     deltas: dict[tuple, LoRADeltas] = field(default_factory=dict)
     downsampled_masks: dict[tuple, Tensor] = field(default_factory=dict)
     foreign: dict[int, ForeignCode | None] = field(default_factory=dict)
     texts: GuiderTexts = field(default_factory=GuiderTexts)
-    was_active: dict[int, bool] = field(default_factory=dict)  # by injection, of those with rows to act on
-    skipped: dict[str, set[BlockKey]] = field(default_factory=dict)  # no blocks: in the whole call
+    was_active: dict[int, bool] = field(default_factory=dict)  # by id of the injection, for injections with rows
+    skipped: dict[str, set[BlockKey]] = field(default_factory=dict)  # by reason; no blocks: the whole call
     is_told_of_compilation: bool = False
 
     def bank_key(
         self, injection: Injection, unet: nn.Module, base: BaseModel, sigma: float | None, x: Tensor
     ) -> BankKey:
-        """What a bank for this call is found by. Banks that nobody will ask for again are dropped."""
+        """The key of this call's bank. Banks that are not needed any more are dropped."""
         hooks = hooks_in_force(base)
         key = BankKey(
             (id(injection), id(unet), x.device, x.dtype),
@@ -115,14 +115,14 @@ class SamplingRun:
         return key
 
     def deltas_of(self, adapter: Adapter, x: Tensor) -> LoRADeltas:
-        """The adapter's LoRA where x is, and in its precision."""
+        """The adapter's LoRA on the device of x and in its precision."""
         key = (id(adapter), x.device, x.dtype)
         if key not in self.deltas:
             self.deltas[key] = adapter.lora.deltas(x.device, x.dtype)
         return self.deltas[key]
 
     def mask_weights(self, injection: Injection, height: int, width: int, device: torch.device) -> Tensor:
-        """The attention mask of an injection at one layer's size: (height*width,), the same at every step."""
+        """An injection's attention mask at one layer's size. -> (height*width,)"""
         key = (id(injection), height, width, device)
         if key not in self.downsampled_masks:
             assert injection.attn_mask is not None
@@ -161,16 +161,16 @@ def sigma_of(options: TransformerOptions) -> float | None:
 
 
 def hooks_in_force(base: BaseModel) -> list[Hook]:
-    """The hooks whose weights the model has at the moment, which belong to the conditioning that is drawn."""
+    """The hooks of the current conditioning, whose weights the model has at the moment."""
     group = getattr(getattr(base, "current_patcher", None), "current_hooks", None)
     return [] if group is None else list(group.hooks)
 
 
 def warn_of_another_shape(injection: Injection, height: int, width: int) -> None:
-    """Say that an attention mask is not shaped like the latent (height, width) that a run draws.
+    """Warn if an attention mask has another aspect ratio than the latent (height, width) of a run.
 
-    A node that draws a large picture in pieces starts a run for each of them, and nothing says where a piece lies.
-    Less than one cell of the latent is what rounding explains.
+    Nodes that sample a large picture in tiles start a run for each, and do not tell the tile's position. Differences
+    below one latent pixel come from rounding and are accepted.
     """
     if injection.attn_mask is None:
         return

@@ -1,7 +1,7 @@
-"""The injection in diffusion transformers: the wrapper around every call of one, and its reference pass.
+"""The injection in diffusion transformers: the wrapper around every call, and its reference pass.
 
-It differs from a UNet's where the networks do. A call has other arguments, text and picture are one sequence, and what
-other packs do to attention is asked inside ours, so that there is nothing to step aside for.
+A call has other arguments than a UNet's, and text and picture are one sequence. Attention functions of other packs are
+called inside ours, so no block has to be skipped.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ OPTIONS = "transformer_options"
 
 
 class TransformerInjection(SelfAttentionInjection):
-    """The wrapper around every call of a transformer, and its two companions around the run."""
+    """The wrapper around every call of a transformer, and two more around the sampling run."""
 
     def prepare_sampling_wrapper(
         self, executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any
     ) -> tuple:
-        """Ask for room for the pictures as rows of the batch, and for what is kept of them."""
+        """Reserve memory for the references as rows of the batch, and for their keys and values."""
         one = self.base.memory_required([1, *noise_shape[1:]])
         rows = -(-sum(bank_bytes(injection, self.base) for injection in self.injections) // max(1, int(one)))
         noise_shape = [noise_shape[0] + rows, *noise_shape[1:]]
         return super().prepare_sampling_wrapper(executor, model, noise_shape, *args, **kwargs)
 
-    # A compiled network would pass over the hooks of a call without a word, so it runs as it is while it is injected.
+    # A compiled network would ignore the hooks of a call. So it runs uncompiled while it is injected.
     @torch.compiler.disable
     def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
         call = NetworkCall.of(executor.original, args, kwargs)
@@ -83,7 +83,7 @@ class TransformerInjection(SelfAttentionInjection):
     def _transformer_bank(
         self, run: SamplingRun, injection: Injection, network: nn.Module, sigma: float | None, call: NetworkCall
     ) -> KVBank:
-        """The bank for this call: there already, or read now."""
+        """The bank for this call: from the cache, or encoded now."""
         key = run.bank_key(injection, network, self.base, sigma, call.x)
         if key not in run.banks:
             run.banks[key] = encode_references(
@@ -109,10 +109,10 @@ class TransformerInjection(SelfAttentionInjection):
 
 @dataclass(frozen=True, eq=False)
 class NetworkCall:
-    """One call of a transformer as it comes from the sampler, whatever its arguments are and however they are given."""
+    """One call of a transformer by the sampler. Its arguments may be positional or named."""
 
     function: Callable[..., Tensor]
-    names: tuple[str, ...]  # of the arguments that were given by their place
+    names: tuple[str, ...]  # of the positional arguments
     args: tuple[Any, ...]
     kwargs: Arguments
 
@@ -130,7 +130,7 @@ class NetworkCall:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Of the latent, (h, w)."""
+        """(h, w) of the latent."""
         height, width = self.x.shape[-2:]
         return height, width
 
@@ -143,7 +143,7 @@ class NetworkCall:
         return self[OPTIONS] or {}
 
     def row_arguments(self) -> list[Any]:
-        """What tells whose a row is: x, timestep, context and pooled text."""
+        """The arguments that tell which prompt a row belongs to: x, timestep, context and pooled text."""
         return [self.x, self.args[1], self.context, self["y"]]
 
     def with_options(self, options: TransformerOptions) -> tuple[tuple[Any, ...], Arguments]:
@@ -155,14 +155,14 @@ class NetworkCall:
 
 @dataclass(frozen=True, eq=False)
 class TransformerRead:
-    """What a reference pass needs of the call that draws."""
+    """The reference pass of a transformer, with the options of the sampler's call."""
 
     network: nn.Module
     function: Callable[..., Tensor]
     x: Tensor
     options: TransformerOptions
     foreign: ForeignCode = NOTHING_FOREIGN
-    rows: None = None  # any number may be read at once
+    rows: None = None  # the reference pass may have any number of rows
 
     def read(self, inputs: TransformerInputs, at: AtSite, blocks: Collection[BlockKey]) -> None:
         """Call the network for a reference pass, in which `at` computes the attention of these blocks."""
@@ -180,7 +180,7 @@ class TransformerRead:
 
 
 def bank_bytes(injection: Injection, base: BaseModel) -> int:
-    """What is kept of an image prompt while it draws: keys at full width, values at the LoRA's rank."""
+    """Bytes of an image prompt's bank: keys at full width, values at the LoRA's rank."""
     patch = getattr(base.diffusion_model, "patch_size", 1)
     tokens = sum(
         -(-picture.latent.shape[-2] // patch) * -(-picture.latent.shape[-1] // patch)
