@@ -1,7 +1,7 @@
-"""What has to be different about a ComfyUI model while gradients flow, and is put back afterwards.
+"""Changes to a ComfyUI model for the backward pass. All but one are undone after the training.
 
-ComfyUI runs every node under `torch.inference_mode()`, and what loaders make there can never take part in a backward
-pass. The parameters are replaced once by others over the same memory and stay so; the rest lasts for the training only.
+ComfyUI runs every node under `torch.inference_mode()`, and autograd refuses tensors that were created there. So the
+parameters are replaced by new ones that share their memory. These stay after the training.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
     from ..host_types import Forward, TransformerOptions
 
-# The layers whose forward is known; fp8 and quantized ones scale, too.
+# Layers with a known forward. Those for fp8 and quantized weights also scale, and are not changed.
 LINEARS = (disable_weight_init.Linear, manual_cast.Linear)
 CONVOLUTIONS = (disable_weight_init.Conv2d, manual_cast.Conv2d)
 
 
 def make_differentiable(module: nn.Module) -> None:
-    """Replace tensors that were born in inference mode by ones that autograd accepts, over the very same memory.
+    """Replace inference tensors by tensors that autograd accepts and that share their memory.
 
-    Only for a fully loaded module; must be repeated after every load, for moving a module under inference mode makes
-    such tensors again. Frozen parameters end up with `requires_grad` False.
+    The module must be fully loaded. Repeat it after every load: moving a module under inference mode creates inference
+    tensors again. All parameters get `requires_grad` False.
     """
     for child in module.modules():
         for name, parameter in list(child._parameters.items()):
@@ -47,7 +47,7 @@ def make_differentiable(module: nn.Module) -> None:
                 continue
             if is_inference_tensor(parameter):
                 normal = nn.Parameter(_alias_storage(parameter), requires_grad=False)
-                vars(normal).update(vars(parameter))  # hosts hang their own notes on a weight
+                vars(normal).update(vars(parameter))  # attributes that the host sets on a weight
                 child._parameters[name] = normal
             else:
                 parameter.requires_grad_(False)
@@ -58,22 +58,22 @@ def make_differentiable(module: nn.Module) -> None:
 
 
 def clone_for_autograd(tensor: Tensor) -> Tensor:
-    """A copy that autograd accepts; to be called outside inference mode."""
+    """A copy that autograd accepts. Call it outside of inference mode."""
     return tensor.detach().clone()
 
 
 def _alias_storage(tensor: Tensor) -> Tensor:
-    # Not a view in autograd's sense, which would be an inference tensor too: a tensor of its own that is given storage.
+    # A view would be an inference tensor too. So a new tensor gets the same storage.
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    if not plain:  # a quantized weight is more than its storage
+    if not plain:  # a quantized weight has more data than its storage
         return clone_for_autograd(tensor)
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def is_inference_tensor(tensor: Tensor) -> bool:
-    # A parameter whose storage was swapped by a move to another device no longer says that it is an inference tensor,
-    # but still has no version counter, and backward fails on it.
+    # After a move to another device, `is_inference()` is False for such a parameter. But it has no version counter, and
+    # the backward pass fails.
     try:
         _ = tensor._version
     except RuntimeError:
@@ -83,7 +83,7 @@ def is_inference_tensor(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def training_mode() -> Iterator[None]:
-    """Leave inference mode, and tell hosts that know about training that it happens."""
+    """Leave inference mode, and set the host's flag for training, which newer versions have."""
     knows = hasattr(model_management, "in_training")
     before = getattr(model_management, "in_training", None)
     with torch.inference_mode(False), torch.enable_grad():
@@ -98,11 +98,11 @@ def training_mode() -> Iterator[None]:
 
 @contextlib.contextmanager
 def out_of_place_text_encoder(clip: CLIP, checkpointing: bool, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Let gradients through the text encoders, whose layers add to their input in place.
+    """Make the layers of the text encoders differentiable: they add to their input in place.
 
-    ComfyUI offers no hook for this, so the layers of this one encoder get a forward of their own, and lose it again.
-    checkpointing: keep the input of every layer alone, and compute it once more in the backward pass.
-    dtype: what its products are computed in. Their sum, which runs through all layers, stays in float32.
+    ComfyUI has no hook for this, so the layers of this CLIP get another forward inside this context.
+    checkpointing: store only the input of each layer, and recompute the rest in the backward pass.
+    dtype: of the matrix products. The residual stream stays in float32.
     """
     layers = [m for m in clip.cond_stage_model.modules() if out_of_place(m, dtype, checkpointing) is not None]
 
@@ -117,10 +117,10 @@ def out_of_place_text_encoder(clip: CLIP, checkpointing: bool, dtype: torch.dtyp
 
 @contextlib.contextmanager
 def memory_efficient_layers(*modules: nn.Module) -> Iterator[None]:
-    """Let frozen layers keep nothing for the backward pass but their weight as it is stored.
+    """Let frozen layers store only their weights for the backward pass, without a copy.
 
-    Torch would keep a convolution's input, and of every layer the copy that was cast to the computation's precision:
-    of a text encoder in half precision, whose computation is float32, twice its size for every text.
+    Torch would store the input of each convolution, and a float32 copy of each half-precision weight. For a text
+    encoder that is twice its size per caption.
     """
     layers = [layer for module in modules for layer in module.modules()]
     linears = [layer for layer in layers if type(layer) in LINEARS]
@@ -135,9 +135,9 @@ def memory_efficient_layers(*modules: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recompute_cheap_ops(unet: nn.Module) -> Iterator[None]:
-    """Keep one tensor, and recompute the others, where a few cheap operations follow each other.
+    """Recompute cheap operations in the backward pass, and store only their input.
 
-    These are a norm with the SiLU after it, and the gate of a feed-forward layer.
+    These are group norm with SiLU, and the GELU gate of the feed-forward layers.
     """
     normed = [m for m in unet.modules() if type(m) is nn.Sequential and _begins_with_norm_and_silu(m)]
     gates = [m for m in unet.modules() if type(m) is GEGLU]
@@ -147,10 +147,10 @@ def recompute_cheap_ops(unet: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def checkpoint_activations(unet: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing: keep the inputs of every residual and transformer block, and recompute the rest.
+    """Gradient checkpointing (Chen et al., 2016): store the inputs of each block, and recompute the rest.
 
-    ComfyUI's UNet ignores its own checkpointing flag. The options are copied at the time of the call, because the
-    host goes on writing the current block's address into the same dictionary.
+    ComfyUI's UNet ignores its own checkpointing flag. The options are copied at the call, because the host writes each
+    block's address into the same dictionary.
     """
     blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock | ResBlock)]
     with patched_forward(blocks, _recompute_forward):
@@ -200,7 +200,7 @@ def _recompute_gate(layer: GEGLU, original: Forward, x: Tensor) -> Tensor:
 
 def _recompute_forward(module: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Tensor:
     if not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())):
-        return original(*args, **kwargs)  # nothing would be kept: the reference pass, and what precedes all gradients
+        return original(*args, **kwargs)  # nothing would be stored
     options = kwargs.get("transformer_options")
     if options is None:
         return checkpoint(original, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -213,7 +213,7 @@ def _recompute_forward(module: nn.Module, original: Forward, *args: Any, **kwarg
 
 
 def differentiable_options() -> TransformerOptions:
-    """Options for a call with a backward pass: torch's own attention, whatever the host would choose."""
+    """Options for a call with a backward pass: torch's attention, which is differentiable, in place of the host's."""
 
     def attend(
         original: Forward,

@@ -1,7 +1,7 @@
-"""What trainings have learned, kept on disk: one that was stopped goes on, and one that has ended is not done again.
+"""Checkpoints of trainings on disk. A stopped training resumes, and a finished one takes no step again.
 
-A state is all that a training needs to go on after some number of steps, so more steps may follow one that has ended.
-Which training it belongs to says its fingerprint. States are kept until there are too many of them, see `_remove_old`.
+A state is everything that a training needs to resume after a number of steps. A finished training can be continued
+with more steps. The fingerprint in the file's name tells which training it belongs to.
 """
 
 from __future__ import annotations
@@ -22,39 +22,38 @@ log = logging.getLogger(__name__)
 
 FOLDER = "training_states"  # inside models/sa_inject
 NAME = re.compile(r"(?P<fingerprint>[0-9a-f]+)-(?P<steps>\d+)-(?P<how>stopped|finished)(?:-of-(?P<wanted>\d+))?\.pt")
-SAVE_INTERVAL_SECONDS = 300.0  # what a crash may cost
+SAVE_INTERVAL_SECONDS = 300.0  # a crash loses at most this
 KEPT_STATES = 10
 KEPT_BYTES = 2 * 2**30
-IN_USE_SECONDS = 3600.0  # a state as young as this may belong to a training that is running, here or elsewhere
+IN_USE_SECONDS = 3600.0  # a state may belong to a running training up to this age
 
 
 class State(NamedTuple):
     steps: int
-    is_finished: bool  # a training ended there, and was not stopped
+    is_finished: bool  # False: the training was stopped
     path: Path
     wanted: int | None = None  # steps of a training that the user has finished early
 
 
 class CheckpointError(RuntimeError):
-    """A state that cannot be used."""
+    """A state file that cannot be read."""
 
 
 class TrainingCheckpoint:
-    """The states of one training. `resume` before its first step, `on_step` after each, `save` when it ends."""
+    """The states of one training. Call `resume` before its first step, `on_step` after each, and `save` at the end."""
 
     def __init__(self, folder: Path, fingerprint: str, save_every: int = 0) -> None:
-        """save_every: steps after which to save, besides every few minutes; 0: never"""
+        """save_every: steps between saved states, besides one every few minutes; 0: only those"""
         self._save_every = save_every
         self._folder = folder / FOLDER
         self._fingerprint = fingerprint
         self._saved_at = time.monotonic()
-        self._current: State | None = None  # where this run came from, or was saved last
+        self._current: State | None = None  # loaded or saved last in this run
 
     def resume(self, training: Training, steps: int) -> int:
-        """Go on from the state with the most steps, up to `steps`. Raises CheckpointError for one that is damaged.
+        """Load the state with the most steps, up to `steps`, if any. Raises CheckpointError if it is damaged.
 
-        -> the step at which it ends: `steps`, or an earlier one where the user has finished it early, with the same
-        `steps`.
+        -> the last step: `steps`, or an earlier one if the user has finished this training early
         """
         states = sorted(state for state in _states(self._folder) if state.path.name.startswith(f"{self._fingerprint}-"))
         usable = [state for state in states if state.steps <= steps]
@@ -65,7 +64,7 @@ class TrainingCheckpoint:
         state = usable[-1]
         try:
             training.load_state_dict(torch.load(state.path, map_location="cpu", weights_only=True))
-        except Exception as error:  # whatever torch.load says of a damaged file
+        except Exception as error:  # torch.load raises many kinds for damaged files
             raise CheckpointError(
                 f"This training {_how(state)} before, and what was kept of it cannot be read ({error}). "
                 f"Delete {state.path} to begin anew."
@@ -85,15 +84,15 @@ class TrainingCheckpoint:
         return steps
 
     def on_step(self, training: Training) -> None:
-        """Save every few minutes and every so many steps, in case the whole program ends."""
+        """Save every few minutes and every `save_every` steps, because the process may be killed."""
         is_due = self._save_every > 0 and len(training.losses) % self._save_every == 0
         if is_due or time.monotonic() - self._saved_at >= SAVE_INTERVAL_SECONDS:
             self.save(training)
 
     def save(self, training: Training, is_finished: bool = False, wanted: int | None = None) -> None:
-        """Write what is learned so far. A full disk is told, not raised: it must not end a training.
+        """Write the current state. A full disk is logged and not raised, so that the training continues.
 
-        wanted: the number of steps of a training that the user has finished before it.
+        wanted: the number of steps in the settings, if the user has finished the training early.
         """
         self._saved_at = time.monotonic()
         steps = len(training.losses)
@@ -104,18 +103,18 @@ class TrainingCheckpoint:
         try:
             self._current = self._again(state) or self._written(state, training)
             _remove_old(self._folder, newest=self._current.path)
-        except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's name for a full disk
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
             log.warning("What is learned so far could not be kept in %s: %s", state.path, error)
 
     def discard_stopped(self) -> None:
-        """Delete the state that this run saved last or came from, unless a training ended there."""
+        """Delete the state that this run loaded or saved last, unless it is of a finished training."""
         if self._current is not None and not self._current.is_finished:
-            with contextlib.suppress(OSError):  # another process reads it: too many states, some day, removes it
+            with contextlib.suppress(OSError):  # another process reads it; `_remove_old` deletes it later
                 self._current.path.unlink(missing_ok=True)
             self._current = None
 
     def _again(self, state: State) -> State | None:
-        """The last state, marked as new, if no step was taken since."""
+        """The last state, with a new time, if no step was taken since. None: it has to be written."""
         current = self._current
         if current is None or current.steps != state.steps or not current.path.exists():
             return None
@@ -150,11 +149,11 @@ def _end(state: State) -> str:
 
 
 def _remove_old(folder: Path, newest: Path) -> None:
-    """Keep the newest states, up to a number and a size. `newest` was written just now.
+    """Keep the newest states, up to KEPT_STATES and KEPT_BYTES. `newest` was just written.
 
-    Those of the last hour stay in any case: a training that is running, here or on another machine, may need them.
+    States of the last hour stay: a running training, here or on another machine, may need them.
     """
-    now = newest.stat().st_mtime  # by the file system's clock, which need not be ours
+    now = newest.stat().st_mtime  # the file system's clock can differ from this machine's
     files = []
     for state in _states(folder):
         with contextlib.suppress(OSError):  # another process removed it

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 
 class ComfyDenoiser:
-    """Implements trainer.Denoiser. The model is loaded, made differentiable, and stays so while this is used."""
+    """Implements trainer.Denoiser. The model must be loaded and differentiable.
+
+    latent, noise, noisy (b, c, h, w), sigma (b,)
+    """
 
     def __init__(
         self,
@@ -44,7 +47,7 @@ class ComfyDenoiser:
         positions: PositionRule = "none",
         known_texts: Mapping[str, TextConditioning] | None = None,
     ) -> None:
-        """known_texts: captions that were encoded before, for the CLIP is no longer on the device."""
+        """known_texts: encoded captions. With all captions in it, the CLIP is not used and need not be loaded."""
         self.sigmas = sampling.sigmas
         self._device = device
         self._base = base
@@ -72,7 +75,7 @@ class ComfyDenoiser:
         return text.to(self._device)
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        # A clone, because some versions add to the noise in place.
+        # A clone, because some versions of ComfyUI change the noise in place.
         return self._sampling.noise_scaling(_per_row(sigma), noise.clone(), latent)
 
     def output_scale(self, sigma: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ class ComfyDenoiser:
         groups = text.by_length()
         if len(groups) == 1:
             return self._denoise(noisy, sigma, text, references or {})
-        # A network that notices how long a text is can take only texts of one length at once.
+        # The result of some networks depends on the text's length. They get only texts of one length in a call.
         parts = [
             self._denoise(noisy[rows], sigma[rows], text.take(rows), _rows_of(references or {}, rows))
             for rows in groups

@@ -1,4 +1,4 @@
-"""Which of many pictures are the same, or show the same, without keeping them."""
+"""Find pictures that are identical, or that show the same, without keeping them in memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 log = logging.getLogger(__name__)
 
-ALIKE_SIDE = 32  # pixels, at which pictures are compared
-ALIKE_WITHIN = 0.03  # of 1, in every one of those pixels: more than compression changes, less than a moved subject
+ALIKE_SIDE = 32  # pixels; pictures are compared at this size
+ALIKE_WITHIN = 0.03  # largest difference, of 1: above that of compression, below that of a moved subject
 
 
 @dataclass
 class DistinctPicture:
-    """One that is learned: its place among the given ones, its captions, and the number of what it shows.
+    """A picture of the training: its index among the given ones, and its captions.
 
     `number` is equal for pictures that show the same.
     """
@@ -30,10 +30,10 @@ class DistinctPicture:
 
 @dataclass
 class DistinctPictures:
-    """Identical pictures under the same mask are one, with the captions of all.
+    """Merges identical pictures with the same mask into one that has all their captions.
 
-    The same picture under another mask, or saved in another way, stays, under the same number: as each other's image
-    prompts they would teach to copy.
+    The same picture with another mask, or in another file format, is kept and gets the same number. Such pictures must
+    not be each other's image prompt, because they would teach the model to copy.
     """
 
     found: list[DistinctPicture] = field(default_factory=list)
@@ -42,7 +42,7 @@ class DistinctPictures:
     _small: Tensor = field(default_factory=lambda: torch.empty(0, 3, ALIKE_SIDE, ALIKE_SIDE))  # of those in `found`
 
     def add(self, picture: Tensor, mask: Tensor | None, captions: tuple[str, ...]) -> DistinctPicture | None:
-        """Picture (1, 3, h, w) and mask (h, w). -> None where it is one that has come before"""
+        """Add a picture (1, 3, h, w) with its mask (h, w). -> None if it is identical to an earlier one"""
         place, values = self._seen, _values(picture, mask)
         self._seen += 1
         known = self._by_values.get(values)
@@ -50,7 +50,7 @@ class DistinctPictures:
             known.captions = tuple(dict.fromkeys((*known.captions, *captions)))
             return None
         small = F.adaptive_avg_pool2d(picture, ALIKE_SIDE)  # (1, 3, 32, 32)
-        # Whether small versions agree everywhere, as those of a picture and its compressed copy do.
+        # The small versions of a picture and its compressed copy agree in every pixel.
         alike = ((self._small - small).abs().amax(dim=(1, 2, 3)) <= ALIKE_WITHIN).nonzero()
         number = self.found[int(alike[0])].number if len(alike) else len(self.found)
         distinct = self._by_values[values] = DistinctPicture(place, captions, number)

@@ -1,4 +1,4 @@
-"""Pictures as latents to learn from, with the versions in which they may come."""
+"""Encode training pictures as latents, with their flipped, cropped and recolored versions."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LATENT_BYTES = 256 * 2**20  # of all latents that stay in memory; 1000 pictures of 512x512 pixels are 65 MB
+LATENT_BYTES = 256 * 2**20  # of latents in memory; 1000 pictures of 512x512 pixels take 65 MB
 COLORS = 4  # versions of an image prompt in other colours
-CELL = 8  # pixels of a latent's cell
-PURPOSE = 1  # of the random numbers: others than those of the augmented views
+CELL = 8  # pixels, the side of a latent pixel
+PURPOSE = 1  # added to the seed, because the augmented views use the seed itself
 
 
 class ExampleEncoder:
-    """Encodes one picture at a time, so that no more than one of them has to be in memory."""
+    """Encodes one picture at a time, so that only one has to be in memory. resolution: pixels"""
 
     def __init__(self, model: ModelPatcher, vae: VAE, resolution: int, options: TrainOptions, seed: int) -> None:
         self._model = model
@@ -42,7 +42,7 @@ class ExampleEncoder:
     def example(
         self, picture: Tensor, mask: Tensor | None, large: Tensor | None = None, large_mask: Tensor | None = None
     ) -> Example:
-        """A picture (1, 3, h, w) that has its size, its mask (h, w), and both larger, for random crops."""
+        """Encode a picture (1, 3, h, w) with its mask (h, w). large, large_mask: both at the size for random crops."""
         plain = self._version(picture, mask)
         flips = self._options.horizontal_flips
         as_target: list[Version] = [] if large is None else [self._version(large, large_mask)]
@@ -64,7 +64,7 @@ class ExampleEncoder:
         return Example(self._version(fitted, None).latent, class_captions(class_word))
 
     def enlarged_size(self, fitted: Tensor) -> tuple[int, int] | None:
-        """Height and width at which a crop of the fitted size leaves out the wanted share of each side."""
+        """Height and width from which crops of the fitted size are cut. None: no random crops."""
         share = self._options.random_crops
         if share == 0:
             return None

@@ -1,4 +1,4 @@
-"""A forward of their own for modules of the host, for as long as a context lasts."""
+"""Replace the forward of the host's modules inside a context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def patched_forward(modules: Sequence[nn.Module], forward: Forward) -> Iterator[None]:
-    """Modules compute `forward(module, its forward until now, *its inputs)`, and are as they were afterwards."""
+    """Let each module compute `forward(module, its original forward, *inputs)`. It is restored afterwards."""
     earlier = [module.__dict__.get("forward") for module in modules]
     for module in modules:
         module.__dict__["forward"] = functools.partial(forward, module, module.forward)

@@ -1,4 +1,4 @@
-"""What can be said of a training before its first step: what it was given, what it will take, and what looks wrong."""
+"""Warnings about the inputs of a training, before its first step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from ....trainer.examples import TrainingSet
 from .training_set import Subject
 
-ALIKE_SIDE = 32  # pixels, at which pictures are compared
-ALIKE_WITHIN = 0.05  # of 1, in every one of those pixels
-LITTLE = 0.02  # share of a picture that a mask should leave at least
+ALIKE_SIDE = 32  # pixels; pictures are compared at this size
+ALIKE_WITHIN = 0.05  # largest difference of a pixel, of 1
+LITTLE = 0.02  # share of a picture; a smaller mask gets a warning
 
 
 def preflight(subject: Subject, captions: Sequence[tuple[str, ...]], has_word: Callable[[str], bool]) -> list[str]:
-    """Warnings, in words."""
+    """Warnings about similar or small pictures, small masks, and captions without the placeholder token."""
     return [
         *_alike(subject.pictures),
         *_small(subject.pictures, subject.resolution),

@@ -1,4 +1,4 @@
-"""The steps of one training as they are taken: kept, watched, and taken again with less memory where it ran out."""
+"""Take the steps of one training: with checkpoints, samples, validation, and retries after out of memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUT_OF_MEMORY = (model_management.OOM_EXCEPTION, MemoryError)
 
 
 class Steps:
-    """All steps that are left, one after the other."""
+    """The remaining steps of a training."""
 
     def __init__(
         self,
@@ -34,13 +34,15 @@ class Steps:
         save_memory: Callable[[], str | None],
         device: torch.device,
     ) -> None:
-        """released: gives the models back for as long as it lasts. build: the adapter as it is now.
-        save_memory: does something about it, and says what; None when nothing is left to do."""
+        """released: a context in which other nodes can use the models. build: the current adapter.
+
+        save_memory: uses less memory from now on, and returns how; None if nothing is left to do.
+        """
         self._training, self._checkpoint, self._validation, self._watch = training, checkpoint, validation, watch
         self._released, self._build, self._save_memory, self._device = released, build, save_memory, device
 
     def take_all(self, steps: int) -> None:
-        """However they end, what they have learned is kept, unless it leads nowhere."""
+        """Take steps up to `steps`. A checkpoint is saved at the end, also after any exception but DivergedError."""
         training, checkpoint, watch = self._training, self._checkpoint, self._watch
         wanted = None
         try:
@@ -68,7 +70,7 @@ class Steps:
         training.apply_average()
 
     def _look(self, step: int, is_last: bool = False) -> None:
-        """Measure and draw what there is now, where it is time to."""
+        """Validate and draw samples, if they are due at this step."""
         draws = self._watch.wants_sample(step, is_last)
         every = self._watch.settings.validation_every
         if draws if every == 0 else every != NEVER and (is_last or step % every == 0):
@@ -88,7 +90,7 @@ class Steps:
                 return next(self._training)
             except OUT_OF_MEMORY as error:
                 kind, text = type(error), str(error)
-            # Here, where the error and the tensors that its traceback holds are gone.
+            # After the except clause, because the traceback keeps tensors alive.
             self._answer(kind, text)
 
     def _answer(self, kind: type[BaseException], text: str) -> None:

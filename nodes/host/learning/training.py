@@ -1,4 +1,4 @@
-"""One training of an adapter on a ComfyUI model: prepare it, run it, and build the adapter."""
+"""One training of an adapter on a ComfyUI model: prepare, run, and build the adapter."""
 
 from __future__ import annotations
 
@@ -51,18 +51,19 @@ log = logging.getLogger(__name__)
 
 
 class AdapterTraining:
-    """A subject that a model is to learn. Creating it reads the pictures; `run` and `build` belong inside `prepare`.
+    """A training of one subject. Creating it encodes the pictures. Call `run` and `build` inside `prepare`.
 
-    Weights of the model, the text encoder and the VAE keep every bit; patches are gone however this ends.
+    The weights of the model, the text encoder and the VAE are not changed. All patches are removed at the end, also
+    after an exception.
     """
 
-    # What is learned, and what it is learned with: from `prepare` on.
+    # From `prepare` on: the trainables, and the denoiser.
     lora: SelfAttentionLoRA
     tokens: dict[str, nn.Parameter]
     denoiser: ComfyDenoiser
     # From `run` on.
-    reference_text: TextConditioning  # what the reference pass reads, the same from the first step to the last
-    fingerprint: str = ""  # of what the steps are given
+    reference_text: TextConditioning  # of the reference pass, the same in all steps
+    fingerprint: str = ""  # of all inputs of the steps
 
     def __init__(
         self,
@@ -79,8 +80,12 @@ class AdapterTraining:
         denoiser_class: Callable[..., ComfyDenoiser] = ComfyDenoiser,
         models_class: Callable[..., TrainingModels] = TrainingModels,
     ) -> None:
-        """hold_out: learn all pictures but one, at which is measured. begin_with: an adapter whose values come first,
-        with its rank, its alpha and as many vectors of the word, unless the subject names an embedding for it."""
+        """model, clip, vae: of one base model. precision: a key of PRECISIONS.
+
+        checkpointing: gradient checkpointing, for less memory. hold_out: keep one picture for validation.
+        begin_with: an adapter with the initial values. Its rank, alpha and number of token vectors replace those of
+        `config`, but an initial embedding of the subject is used. Raises ValueError, with advice, for wrong inputs.
+        """
         self.description = describe(model)
         warn_if_experimental(self.description.architecture)
         check_placeholder_token(clip, subject.placeholder_token)
@@ -117,7 +122,7 @@ class AdapterTraining:
 
     @contextlib.contextmanager
     def prepare(self) -> Iterator[None]:
-        """Load the models, let gradients through them, and create what is learned."""
+        """Load the models, make them differentiable, and create the trainables."""
         self._known_texts = self._texts_in_advance()
         self.models.needs_clip = not self._known_texts
         with self.models.loaded():
@@ -126,9 +131,9 @@ class AdapterTraining:
             yield
 
     def run(self, folder: Path, watch: Watch) -> list[float]:
-        """Take the steps that are left, and return the losses of all.
+        """Take the remaining steps. -> the losses of all steps
 
-        What was learned is kept in `folder`, however this ends; the next run over the same things goes on from there.
+        A checkpoint is saved in `folder` at the end, also after an exception. A run with the same inputs resumes there.
         """
         training = self.loop()
         if current_workers().rank > 0:
@@ -153,7 +158,7 @@ class AdapterTraining:
             device=self.device,
         )
         steps.take_all(end)
-        self.config = dataclasses.replace(self.config, steps=len(training.losses))  # fewer, where it was finished early
+        self.config = dataclasses.replace(self.config, steps=len(training.losses))  # fewer after Finish now
         if training.overflows:
             log.info("%d batches overflowed in float16 and were left out.", training.overflows)
         return training.losses
@@ -178,7 +183,7 @@ class AdapterTraining:
         return step_memory(self.models, layers, examples, text_tokens, self.config, checkpointing=checkpointing)
 
     def loop(self, trainables: SelfAttentionLoRA | None = None, **changes: Any) -> Training:
-        """The steps, not taken yet. trainables: in the place of the LoRA; changes: settings that are others."""
+        """The training loop before its first step. trainables: in place of the LoRA. changes: of `config`."""
         return Training(
             self.denoiser,
             self.data,
@@ -192,7 +197,7 @@ class AdapterTraining:
         )
 
     def build(self, name: str, steps: int | None = None) -> Adapter:
-        """The adapter as it is now, after so many steps, or all. Its values are rounded to what a file holds."""
+        """The current adapter, after `steps` steps; None: all. Its values are rounded to the file's precision."""
         lora = copy.deepcopy(self.lora).to(torch.device("cpu"))
         lora.load_state_dict({key: _rounded(tensor) for key, tensor in lora.state_dict().items()})
         for parameter in lora.parameters():
@@ -209,7 +214,7 @@ class AdapterTraining:
         )
 
     def _save_memory(self, training: Training) -> str | None:
-        """Take less memory from the next step on. -> how, in words; None when nothing is left to do"""
+        """Use less memory from the next step on. -> how, for the log; None if nothing is left to do"""
         if not self.models.checkpointing:
             self.models.checkpointing = True
             with self.models.released():
@@ -224,7 +229,7 @@ class AdapterTraining:
         )
 
     def _create_trainables(self) -> None:
-        """The LoRA, the token embeddings, a CLIP that reads the placeholder as them, and a denoiser with that."""
+        """Create the LoRA, the token embeddings, a CLIP with the placeholder token, and the denoiser."""
         config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
         self.data = without_inference_tensors(self.data)
         if self.held_out:
@@ -250,9 +255,9 @@ class AdapterTraining:
         )
 
     def _texts_in_advance(self) -> dict[str, TextConditioning]:
-        """Every caption as the text encoder reads it, where the word does not learn and the encoder is a large one.
+        """Encode all captions before the model is loaded, if the token embedding is frozen. Only for transformers.
 
-        It leaves the device then: the model that is loaded next takes all room there is.
+        Their text encoders are large. After this the encoder leaves the device, which is needed for the model.
         """
         if self.config.token_learning_rate > 0 or not is_transformer(self.models.patcher.model.diffusion_model):
             return {}
@@ -297,7 +302,7 @@ class AdapterTraining:
 
 
 def _follow(training: Training) -> NoReturn:
-    """Take every step together with the first process, which alone keeps, shows and saves anything."""
+    """Take all steps in a further process. Only the first process saves and shows anything."""
     share_state(training, current_workers())
     for _ in itertools.islice(training, share_number(None, current_workers()) - len(training.losses)):
         pass

@@ -1,4 +1,4 @@
-"""The models of one training: loaded, changed so that gradients pass through them, and given back."""
+"""The models of one training: loaded, made differentiable, and restored at the end."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class TrainingModels:
     def __init__(
         self, model: ModelPatcher, clip: CLIP, *, precision: str = "auto", checkpointing: bool = False
     ) -> None:
-        """precision: a key of PRECISIONS. checkpointing: store fewer activations, and compute them again."""
-        self.patcher = model.clone()  # over the same weights; another compute precision does not reach the user's
+        """precision: a key of PRECISIONS. checkpointing: store fewer activations, and recompute them."""
+        self.patcher = model.clone()  # it shares the weights, and may have another precision
         self.clip = clip
-        self.checkpointing = checkpointing  # counts from the next load on
+        self.checkpointing = checkpointing  # a change is used from the next load on
         self.needs_clip = True  # False: all texts are encoded already
         self._forced_dtype = PRECISIONS[precision]
         if self._forced_dtype is not None:
@@ -65,14 +65,14 @@ class TrainingModels:
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """Inside `loaded`: the models as other nodes have them, under inference mode, for as long as this lasts."""
+        """Inside `loaded`: undo all changes and use inference mode, as other nodes need it. Afterwards load again."""
         self._undo.close()
         with torch.inference_mode():
             yield
         self._enter()
 
     def let_gradients_through(self, undo: contextlib.ExitStack) -> torch.dtype:
-        """Change both loaded models for the training. -> what the network computes in"""
+        """Make both loaded models differentiable. -> the precision of the network's computation"""
         base, encoder = self.patcher.model, self.clip.cond_stage_model
         network = base.diffusion_model
         undo.enter_context(plain_weights(self.patcher, *([self.clip.patcher] if self.needs_clip else [])))
@@ -85,7 +85,7 @@ class TrainingModels:
             save_activation_memory = checkpoint_activations if self.checkpointing else recompute_cheap_ops
             undo.enter_context(save_activation_memory(network))
         dtype = compute_dtype(base)
-        # Not float16, which cannot hold what some text encoders compute.
+        # Not float16: the activations of some text encoders overflow in it.
         text_dtype = dtype if dtype == torch.bfloat16 else torch.float32
         undo.enter_context(out_of_place_text_encoder(self.clip, self.checkpointing, text_dtype))
         return dtype
@@ -103,13 +103,13 @@ class TrainingModels:
 
     def _give_back(self) -> None:
         if self._forced_dtype is not None:
-            # After a full load unpatching would leave the forced casts on, and the next partial load would take
-            # those layers for offloaded ones and skip the user's LoRA on them.
+            # After a full load, unpatching does not remove the forced casts. The next partial load would take these
+            # layers for offloaded ones, and skip the user's LoRA on them.
             self.patcher.model.model_lowvram = True
             self.patcher.unpatch_model(self.patcher.offload_device)
         model_management.soft_empty_cache()
 
 
 def load_fully(patchers: list[ModelPatcher]) -> None:
-    """Load models and keep nothing else: they are given more room than any device has."""
+    """Load models completely. The requested memory exceeds any device, so all other models are unloaded."""
     model_management.load_models_gpu(patchers, memory_required=1e20, force_full_load=True)

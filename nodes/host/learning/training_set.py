@@ -1,4 +1,4 @@
-"""The user's pictures, masks and captions, turned into what a training learns from."""
+"""From the user's pictures, masks and captions to a TrainingSet."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VIEWS = 8  # augmented image prompts for a picture that is alone
+VIEWS = 8  # augmented image prompts, if there is only one picture
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to be learned: pictures (1, 3, h, w), their masks and captions, and the word for it.
+    """The subject of a training: pictures (1, 3, h, w) in 0..1, masks (h, w), captions, and placeholder token.
 
-    `class_pictures` show others of its kind. The word begins as the `initial_embedding` of the host's folder has it,
-    or else as the class word.
+    resolution: pixels; a picture is scaled to about this number squared. `class_pictures` show others of its kind.
+    `initial_embedding`: a file in the host's embeddings folder; empty: the class word's embedding.
     """
 
     pictures: Sequence[Tensor]
@@ -55,9 +55,10 @@ def training_set(
     seed: int,
     options: TrainOptions | None = None,
 ) -> TrainingSet:
-    """Encode every picture at its own aspect and about the wanted number of pixels, one after the other.
+    """Encode every picture with its own aspect ratio, at about the subject's resolution.
 
-    Raises ValueError where a mask leaves nothing of its picture, and where the VAE gives no usable latents.
+    seed: of augmented views and of color jitter. Raises ValueError if a mask leaves nothing of its picture, and if the
+    VAE's latents cannot be used.
     """
     encoder = ExampleEncoder(model, vae, subject.resolution, options or TrainOptions(), seed)
     distinct, encoded = DistinctPictures(), []
@@ -96,7 +97,7 @@ def _fitted(picture: Tensor, mask: Tensor | None, resolution: int, number: int) 
 def _enlarged(
     encoder: ExampleEncoder, picture: Tensor, mask: Tensor | None, fitted: Tensor
 ) -> tuple[Tensor, Tensor | None] | tuple[()]:
-    """The picture as large as its random crops need it; nothing where there are none."""
+    """The picture at the size for random crops. Empty if there are no random crops."""
     size = encoder.enlarged_size(fitted)
     return () if size is None else cover(picture, mask, size)
 
@@ -104,7 +105,7 @@ def _enlarged(
 def _usable_views(
     picture: Tensor, mask: Tensor | None, generator: torch.Generator
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Augmented views in which something of the subject is left."""
+    """Augmented views with a part of the subject in them, or else one flipped picture."""
     views = augmented_views(picture, mask, VIEWS, generator)
     usable = [view for view in views if view[1] is None or keeps_something(view[1])]
     return usable or [(picture.flip(-1), None if mask is None else mask.flip(-1))]

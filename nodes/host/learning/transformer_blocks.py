@@ -1,4 +1,4 @@
-"""Blocks of diffusion transformers while gradients flow: what they change in place, and what they keep."""
+"""Blocks of diffusion transformers in the backward pass: without in-place changes, and with checkpointing."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .patched_forward import patched_forward
 if TYPE_CHECKING:
     from ..host_types import Forward
 
-IN_PLACE = (DoubleStreamBlock, SingleStreamBlock)  # they add to the very tensors that they are given
-CHANGED = ("img", "txt")  # and the only one that single blocks are given by its place
+IN_PLACE = (DoubleStreamBlock, SingleStreamBlock)  # they change their inputs in place
+CHANGED = ("img", "txt")  # inputs that are changed; positional inputs of single blocks are, too
 BLOCKS = (JointTransformerBlock, *IN_PLACE)
 
 
 @contextlib.contextmanager
 def transformer_gradients(network: nn.Module, checkpointing: bool) -> Iterator[None]:
-    """Let gradients through a transformer, and through what is attended to in its calls."""
+    """Make a transformer differentiable, with the attention to references."""
     with (
         hooked(network),
         out_of_place_blocks(network),
@@ -35,19 +35,19 @@ def transformer_gradients(network: nn.Module, checkpointing: bool) -> Iterator[N
 
 @contextlib.contextmanager
 def out_of_place_blocks(network: nn.Module) -> Iterator[None]:
-    """Let gradients through Flux's blocks, which overwrite what the norms before have kept for the backward pass."""
+    """Make Flux's blocks differentiable: they overwrite tensors that their norms store for the backward pass."""
     blocks = [module for module in network.modules() if isinstance(module, IN_PLACE)]
     norms = [module for block in blocks for module in block.children() if isinstance(module, nn.LayerNorm)]
-    # What the first block is given comes out of a layer that autograd lets nobody change.
+    # Autograd forbids in-place changes of the first block's inputs.
     with patched_forward(norms, _normed_copy), patched_forward(blocks[:1], _with_own_inputs):
         yield
 
 
 @contextlib.contextmanager
 def checkpoint_blocks(network: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing: keep the inputs of every block, and compute it once more in the backward pass.
+    """Gradient checkpointing (Chen et al., 2016): store the inputs of each block, and recompute the rest.
 
-    A block that adds to its inputs gets copies, so that the second time begins where the first one did.
+    Blocks that change their inputs in place get copies, so that the recomputation has the same inputs.
     """
     blocks = [module for module in network.modules() if isinstance(module, BLOCKS)]
     with patched_forward(blocks, _recomputed):
@@ -64,7 +64,7 @@ def _with_own_inputs(block: nn.Module, original: Forward, **kwargs: Any) -> Tens
 
 def _recomputed(block: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
     if not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())):
-        return original(*args, **kwargs)  # nothing would be kept: the reference pass, and what precedes all gradients
+        return original(*args, **kwargs)  # nothing would be stored
     options = dict(kwargs.pop("transformer_options", None) or {})
     changes = isinstance(block, IN_PLACE)
 

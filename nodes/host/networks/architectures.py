@@ -1,7 +1,4 @@
-"""What the pack works on, in one table: every architecture with the numbers that suit it and where they come from.
-
-Also what it does not work on, with a sentence for each that says why or what to do.
-"""
+"""All supported architectures with their default settings, and the models that are refused, with the reasons."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from ....core.positions import PositionRule
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture and the settings that are usual for it. Sizes are sides in pixels."""
+    """An architecture and its default settings. Resolutions are in pixels."""
 
     name: str
     resolution: int  # of training
@@ -49,7 +46,7 @@ EDITING = "it takes reference pictures of its own"
 PATCHED = "its weights or its network are another program's. Load the original model with Load Diffusion Model"
 NOT_YET = "it is not supported"
 
-# By the name of the class that ComfyUI, or a pack, loads a model or its network as.
+# By the class name of the model, or of its network, in ComfyUI or in another pack.
 REFUSED: dict[str, str] = {
     "WAN21": VIDEO,
     "WAN22": VIDEO,
@@ -76,7 +73,7 @@ REFUSED: dict[str, str] = {
 
 
 def refusal(names: list[str], reason: str | None = None) -> str:
-    """The sentence for a model that is not supported; names of its classes, the one that people know first."""
+    """The message for a model that is not supported. names: of its classes, the best known first."""
     reason = reason or next((REFUSED[name] for name in names if name in REFUSED), None)
     why = "" if reason is None else f": {reason}"
     return (

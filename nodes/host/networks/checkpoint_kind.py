@@ -38,7 +38,7 @@ def _architecture(path: Path) -> str | None:
     shapes = _shapes(path)
     prefix = model_detection.unet_prefix_from_state_dict(shapes)
     config = model_detection.model_config_from_unet(shapes, prefix)
-    if config is None or "model_channels" not in config.unet_config:  # of another kind than a UNet: not told apart here
+    if config is None or "model_channels" not in config.unet_config:  # no UNet: the others are not told apart
         return None
     width = config.unet_config.get("context_dim")
     return FAMILIES[width] if width in FAMILIES else type(config).__name__

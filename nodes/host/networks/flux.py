@@ -1,7 +1,7 @@
-"""The Flux family in ComfyUI: Flux.1, Flux.2 and Chroma, which are made of the same blocks.
+"""The Flux family in ComfyUI: Flux.1, Flux.2 and Chroma, which have the same blocks.
 
-ComfyUI lets a block be replaced, and hands the replacement the block as a function. Ours calls it with options of its
-own, in which the attention is ours, and whatever another pack has put there is called inside.
+ComfyUI allows the replacement of a block, and gives the replacement the original as a function. Ours calls it with
+options that override the attention. A replacement by another pack is called inside ours.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REPLACED_AS = {DOUBLE: "double_block", SINGLE: "single_block"}
 
 
 def attention_layers(network: nn.Module) -> tuple[SelfAttentionLayer, ...]:
-    """Every attention, by names and sizes alone. Of a double block the picture's projections count."""
+    """Every attention layer. For a double block these are the picture's projections."""
     return tuple(
         SelfAttentionLayer(
             key, f"{DOUBLE}.{key.index}.img_attn" if key.stage == DOUBLE else f"{SINGLE}.{key.index}", n, n
@@ -54,7 +54,7 @@ def attending(
 ) -> Iterator[TransformerOptions]:
     """Options for one call of the network, in which `at` computes the attention of these blocks.
 
-    size: of the latent (h, w). The given options stay as they are.
+    size: of the latent (h, w). The given options are not changed. keeps_hidden: each site has its hidden states.
     """
     call = Call(network, at, frozenset(blocks), Grid.of_latent(size, network.patch_size), keeps_hidden)
     replaced = options.get("patches_replace", {})
@@ -67,19 +67,19 @@ def attending(
 
 @dataclass(eq=False)
 class Call:
-    """One call of the network."""
+    """Data of one call of the network."""
 
     network: Flux | Chroma
     at: AtSite
     blocks: frozenset[BlockKey]
     grid: Grid
     keeps_hidden: bool
-    text_tokens: int = 0  # as the double blocks say it, which come first
+    text_tokens: int = 0  # set by the double blocks, which run first
 
 
 @dataclass(frozen=True, eq=False)
 class MetBlock:
-    """A replacement of a block that changes nothing but its attention."""
+    """A replacement of a block that changes only its attention."""
 
     call: Call
     key: BlockKey
@@ -106,19 +106,19 @@ class MetBlock:
             at=self.call.at,
             key=self.key,
             grid=self.call.grid,
-            first=lambda n: text_tokens,  # the picture that is drawn comes right after it, then references of others
+            first=lambda n: text_tokens,  # the picture follows the text; references of other packs are last
             rotation=rotation,
             hidden=partial(read, self.block, args, text_tokens) if self.call.keeps_hidden else None,
         )
 
 
 def index_step(network: Flux | Chroma) -> float:
-    """How far apart ComfyUI puts a picture and a reference along the first axis, as the model was trained."""
+    """The distance of a picture and a reference along the first position axis, as in the model's training."""
     return float(getattr(network.params, "ref_index_scale", 1.0))
 
 
 def _double_hidden(block: DoubleStreamBlock, args: Arguments, text_tokens: int, tokens: slice) -> Tensor:
-    """What the picture's projections read, as the block computes it."""
+    """The hidden states before the picture's projections, computed as in the block. -> (b, m, c)"""
     modulation, _ = block.img_mod(args["vec"]) if block.modulation else args["vec"][0]
     img = args["img"][:, tokens.start - text_tokens : tokens.stop - text_tokens]
     return apply_mod(block.img_norm1(img), 1 + modulation.scale, modulation.shift)
@@ -140,7 +140,7 @@ def is_flux(network: nn.Module | None) -> bool:
 
 
 def is_plain(network: Flux | Chroma) -> bool:
-    """Whether it takes noise and text alone: no further channels for a picture, and texts without other positions."""
+    """Whether the inputs are only noise and text: no further channels, and no positions of texts."""
     params = network.params
     further = getattr(params, "yak_mlp", False) or getattr(params, "txt_norm", False)
     return params.in_channels == params.out_channels and not further

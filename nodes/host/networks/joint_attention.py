@@ -1,8 +1,7 @@
-"""One attention over text and picture together, as a site: by the host's override of attention.
+"""A Site for joint attention over text and picture, by ComfyUI's attention override.
 
-Diffusion transformers call the host's attention with queries and keys that are normed and rotated already. The override
-sees these, and nothing that says which layer it is; so every layer of a call is given an override of its own, in
-options of its own.
+Diffusion transformers call ComfyUI's attention with queries and keys after norm and rotary embedding. The override is
+not told its layer. So every layer of a call gets its own options, with its own override.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ OVERRIDE = "optimized_attention_override"
 
 
 class Grid(NamedTuple):
-    """The picture of a call in tokens."""
+    """Height and width of the picture in tokens."""
 
     height: int
     width: int
 
     @classmethod
     def of_latent(cls, size: tuple[int, int], patch_size: int) -> Grid:
-        """Networks fill a latent up to whole patches."""
+        """Networks pad a latent to whole patches. size: (h, w)"""
         return cls(*(-(-side // patch_size) for side in size))
 
     @property
@@ -46,17 +45,17 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class JointAttention:
-    """What computes one layer's attention in the place of the host's, for the length of one call."""
+    """Computes one layer's attention in place of the host's, for one call."""
 
     at: AtSite
     key: BlockKey
     grid: Grid
-    first: Callable[[int], int]  # place of the picture's first token among so many
+    first: Callable[[int], int]  # from the number of tokens to the index of the picture's first token
     rotation: Callable[[slice], Rotation | None]
-    hidden: Callable[[slice], Tensor] | None  # what the projections of these tokens have read, where it is wanted
+    hidden: Callable[[slice], Tensor] | None  # of these tokens, before the projections; None: not needed
 
     def options(self, options: TransformerOptions) -> TransformerOptions:
-        """Options of the call for this layer alone. An override of another pack goes on being asked."""
+        """The options for this layer. An override of another pack is still called."""
         earlier = options.get(OVERRIDE)
 
         def override(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -98,7 +97,7 @@ class JointAttention:
 
 
 def host_attention(options: TransformerOptions) -> Attention:
-    """The host's attention kernel without a mask, with whatever override another pack put into the options."""
+    """The host's attention without a mask, with the override of another pack, if there is one."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         return optimized_attention(q, k, v, heads, transformer_options=options)
@@ -107,7 +106,7 @@ def host_attention(options: TransformerOptions) -> Attention:
 
 
 def next_index(embedder: EmbedND, axes: int, shift: float, device: torch.device) -> Tensor:
-    """By what a network's own positions turn a token of the next picture. -> (pairs of the first axis, 2, 2)"""
+    """The rotation from a picture to the next one, by the network's positions. -> (pairs of the first axis, 2, 2)"""
     ids = torch.zeros(1, 1, axes, device=device)
     ids[..., 0] = shift
     return embedder(ids).reshape(-1, 2, 2)[: embedder.axes_dim[0] // 2]

@@ -1,7 +1,7 @@
-"""Z-Image's network in ComfyUI: what it is, and how its attentions are met.
+"""Z-Image's network in ComfyUI, NextDiT: its attention layers as sites.
 
-NextDiT has no hook of ComfyUI's around a layer, so its attentions get forward hooks of torch. They are there for the
-length of one call, do nothing in calls that are not marked as ours, and give each layer options of its own.
+ComfyUI has no hook around a layer of NextDiT. So its attention layers get torch's forward hooks for one call. A hook
+gives its layer its own options, and does nothing in calls of other packs.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from ..host_types import Arguments, Forward, TransformerOptions
 
-STAGES = ("noise_refiner", "layers")  # in the order in which a call meets them; both see the noisy picture
+STAGES = ("noise_refiner", "layers")  # in the order of execution; both have tokens of the noisy picture
 SITES_KEY = "sa_inject_sites"
-NEXT_INDEX = 1.0  # along the axis that the text's length and the picture share, as ComfyUI counts its own references
+NEXT_INDEX = 1.0  # along the first axis, as ComfyUI numbers its references
 
 
 class Wanted(NamedTuple):
-    """What a call is to be met with, in its options."""
+    """How to compute the attention in one call. It is an entry of the call's options."""
 
     at: AtSite
     blocks: frozenset[BlockKey]
@@ -39,7 +39,7 @@ class Wanted(NamedTuple):
 
 
 def attention_layers(network: nn.Module) -> tuple[SelfAttentionLayer, ...]:
-    """Every attention over the picture's tokens, by names and sizes alone."""
+    """Every attention layer over the picture's tokens."""
     found = []
     for key, path, attention in _attentions(network):
         width = attention.n_local_heads * attention.head_dim
@@ -59,7 +59,7 @@ def attending(
 ) -> Iterator[TransformerOptions]:
     """Options for one call of the network, in which `at` computes the attention of these blocks.
 
-    size: of the latent (h, w). The given options stay as they are.
+    size: of the latent (h, w). The given options are not changed. keeps_hidden: each site has its hidden states.
     """
     wanted = Wanted(at, frozenset(blocks), Grid.of_latent(size, network.patch_size), keeps_hidden)
     with hooked(network):
@@ -68,7 +68,7 @@ def attending(
 
 @contextmanager
 def hooked(network: nn.Module) -> Iterator[None]:
-    """Let marked calls be met, for as long as this lasts: a backward pass may compute layers once more."""
+    """Register the hooks inside this context. A backward pass that recomputes layers needs them, too."""
     with ExitStack() as undo:
         for key, _, attention in _attentions(network):
             handle = attention.register_forward_pre_hook(_hook(network, key), with_kwargs=True)
@@ -84,7 +84,7 @@ def _hook(network: NextDiT, key: BlockKey) -> Forward:
         wanted = options.get(SITES_KEY)
         if wanted is None:
             return None
-        # Without the mark: another hook of the same kind has nothing left to do.
+        # Without the entry, so that a second hook on the same layer does nothing.
         options = {name: value for name, value in options.items() if name != SITES_KEY}
         if key in wanted.blocks:
             hidden, _, freqs = args
@@ -102,7 +102,7 @@ def _met(network: NextDiT, key: BlockKey, wanted: Wanted, hidden: Tensor, freqs:
         return Rotation(matrices, index_pairs, shift)
 
     def first(n: int) -> int:
-        """The picture comes last, filled up to a multiple; before it text, and what others let it see."""
+        """The picture is at the end of the sequence, padded to a multiple of tokens."""
         filled = -(-wanted.grid.tokens // multiple) * multiple
         return n - filled
 

@@ -1,4 +1,4 @@
-"""Which of ComfyUI's networks the pack works on, and who knows each of them."""
+"""Chooses the functions for each kind of network, and refuses networks that are not supported."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FOREIGN_WEIGHTS = ("GGML", "GGUF", "SVDQ", "Nunchaku")  # in the names of classes that hold weights in their own way
+FOREIGN_WEIGHTS = ("GGML", "GGUF", "SVDQ", "Nunchaku")  # in class names of foreign weight formats
 
 
 def describe(model: ModelPatcher) -> UnetDescription:
-    """Describe the network of a ModelPatcher. Raises ValueError, naming the model, when it is none that we know."""
+    """Describe the network of a ModelPatcher. Raises ValueError with the model's name if it is not supported."""
     base = model.model
     network = getattr(base, "diffusion_model", None)
     if isinstance(network, UNetModel) and not any(isinstance(m, SpatialVideoTransformer) for m in network.modules()):
@@ -49,7 +49,7 @@ def describe(model: ModelPatcher) -> UnetDescription:
 
 
 def is_transformer(network: nn.Module | None) -> bool:
-    network = getattr(network, "_orig_mod", network)  # while a compiled one stands in its place
+    network = getattr(network, "_orig_mod", network)  # the network inside a compiled one
     return nextdit.is_nextdit(network) or flux.is_flux(network)
 
 
@@ -64,7 +64,7 @@ def attending(
 ) -> AbstractContextManager[TransformerOptions]:
     """Options for one call of the network, in which `at` computes the self-attention of these blocks.
 
-    size: of the latent (h, w). With `keeps_hidden` every site says what its projections have read.
+    size: of the latent (h, w). keeps_hidden: each site has its hidden states.
     """
     if nextdit.is_nextdit(network):
         return nextdit.attending(network, options, at, blocks, size=size, keeps_hidden=keeps_hidden)
@@ -74,27 +74,27 @@ def attending(
 
 
 def hooked(network: nn.Module) -> AbstractContextManager[None]:
-    """What `attending` needs of the network while a backward pass computes layers once more."""
+    """The context that `attending` needs while a backward pass recomputes layers."""
     return nextdit.hooked(network) if nextdit.is_nextdit(network) else nullcontext()
 
 
 def network_inputs(
     base: BaseModel, noisy: Tensor, sigma: Tensor, text: TextConditioning, dtype: torch.dtype
 ) -> NetworkInputs | TransformerInputs:
-    """Scale and cast what a direct call of the network needs. noisy (b, c, h, w), sigma (b,), text with b rows"""
+    """Scale and cast the inputs of a direct call. noisy (b, c, h, w), sigma (b,), text with b rows"""
     kind = transformers if is_transformer(base.diffusion_model) else unet
     return kind.network_inputs(base, noisy, sigma, text, dtype)
 
 
 def call_network(network: nn.Module, inputs: NetworkInputs | TransformerInputs, options: TransformerOptions) -> Tensor:
-    """A direct call of the network, past what others have wrapped around the model."""
+    """Call the network directly, without the wrappers of other packs around the model."""
     if isinstance(inputs, TransformerInputs):
         return network(inputs.x, inputs.timestep, **inputs.conditions, transformer_options=options)
     return network(*inputs, None, options)
 
 
 def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning) -> Arguments:
-    """What the model wants beside the latent, by the names that `apply_model` has for it."""
+    """The model's inputs besides the latent, by their names in `apply_model`."""
     kind = transformers if is_transformer(base.diffusion_model) else unet
     return kind.model_conditions(base, latent, text)
 
@@ -105,17 +105,17 @@ def text_width(base: BaseModel) -> int:
 
 
 def pooled_width(base: BaseModel) -> int | None:
-    """How wide a pooled vector the model wants beside its text. None: it wants none."""
+    """Width of the model's pooled text vector. None: it has none."""
     return (transformers if is_transformer(base.diffusion_model) else unet).pooled_width(base)
 
 
 def positions(architecture: str) -> PositionRule:
-    """What is done about positions between a picture and its references, where nothing else is said."""
+    """The default rule for positions between a picture and its references."""
     return ARCHITECTURES[architecture].positions if architecture in ARCHITECTURES else "none"
 
 
 def is_distilled(base: BaseModel) -> bool:
-    """Whether the network is told how strongly to follow the text, so that it is sampled without a negative prompt."""
+    """Whether the guidance scale is an input of the network. Then it is sampled without a negative prompt."""
     return is_transformer(base.diffusion_model) and transformers.is_told_guidance(base)
 
 
@@ -142,7 +142,7 @@ def _attention_layers(network: nn.Module | None) -> tuple[SelfAttentionLayer, ..
 
 
 def _names(base: BaseModel, network: nn.Module | None) -> list[str]:
-    """Of the classes of a model and of its network, the one first that people know it by."""
+    """The class names of a model and of its network, the best known first."""
     config = type(getattr(base, "model_config", None)).__name__
     classes = [*type(base).__mro__, *type(network).__mro__]
     first = config if type(base).__name__ in ("Lumina2", "Flux", "Flux2") else type(base).__name__

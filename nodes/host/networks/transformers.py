@@ -1,4 +1,4 @@
-"""What a diffusion transformer of ComfyUI is called with, whichever it is."""
+"""The inputs of ComfyUI's diffusion transformers."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ if TYPE_CHECKING:
 
     from ..host_types import Arguments
 
-# Guidance-distilled models are told how strongly they are to follow the text. A reference is read, and a subject is
-# learned, without any of that.
+# The guidance scale of guidance-distilled models in the reference pass and in training: 1 is no guidance.
 GUIDANCE = 1.0
 
 
 class TransformerInputs(NamedTuple):
-    """What the network is called with, cast and scaled; all rows aligned, their texts of one length."""
+    """Inputs of the network, cast and scaled. All have the same rows, and all texts have one length."""
 
     x: Tensor
     timestep: Tensor
-    conditions: Arguments  # by the names of the network's own arguments
+    conditions: Arguments  # by the names of the network's arguments
 
 
 def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning) -> Arguments:
     """Ask the model for its other inputs, by the names of `apply_model`'s arguments.
 
-    latent (b, c, h, w) already scaled, text with b rows of one length
+    latent (b, c, h, w), scaled; text with b rows of one length
     """
     guidance = {"guidance": GUIDANCE} if is_told_guidance(base) else {}
     return dict(unet.model_conditions(base, latent, text, **guidance))
@@ -40,7 +39,7 @@ def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning) ->
 def network_inputs(
     base: BaseModel, noisy: Tensor, sigma: Tensor, text: TextConditioning, dtype: torch.dtype
 ) -> TransformerInputs:
-    """Scale and cast what a direct call of the network needs, as BaseModel.apply_model does before the call.
+    """Scale and cast the inputs of a direct call, as in BaseModel.apply_model.
 
     noisy (b, c, h, w), sigma (b,), text with b rows of one length
     """
@@ -60,7 +59,7 @@ def text_width(base: BaseModel) -> int:
 
 
 def pooled_width(base: BaseModel) -> int | None:
-    """How wide a pooled vector the model wants beside its text. None: it wants none."""
+    """Width of the model's pooled text vector. None: it has none."""
     return base.model_config.unet_config.get("vec_in_dim")
 
 

@@ -1,4 +1,4 @@
-"""ComfyUI's diffusion model as the rest of the pack needs it: what kind it is, and what to feed it."""
+"""ComfyUI's UNets: their kind, and the inputs of a call."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from ..host_types import ModelSampling
 
-FAMILIES: dict[int, str] = {768: "SD1.x", 1024: "SD2.x", 1280: "SDXL refiner", 2048: "SDXL"}  # by width of the text
+FAMILIES: dict[int, str] = {768: "SD1.x", 1024: "SD2.x", 1280: "SDXL refiner", 2048: "SDXL"}  # by the text's width
 
-# The more special first: most are derived from eps.
+# Derived classes first: most are derived from EPS.
 PREDICTIONS: dict[str, type] = {
     "edm": model_sampling.EDM,
     "v_prediction": model_sampling.V_PREDICTION,
@@ -39,7 +39,7 @@ class UnetDescription(NamedTuple):
 
 
 class NetworkInputs(NamedTuple):
-    """What the diffusion model is called with, cast and scaled; all rows aligned."""
+    """Inputs of the UNet, cast and scaled. All have the same rows."""
 
     x: Tensor
     timestep: Tensor
@@ -48,7 +48,7 @@ class NetworkInputs(NamedTuple):
 
 
 def describe(model: ModelPatcher) -> UnetDescription:
-    """Describe the UNet of a ModelPatcher. Raises ValueError, naming the model, when it is not a UNet we know."""
+    """Describe the UNet of a ModelPatcher. Raises ValueError with the model's name if it is not supported."""
     base = model.model
     unet = getattr(base, "diffusion_model", None)
     if not isinstance(unet, UNetModel) or any(isinstance(m, SpatialVideoTransformer) for m in unet.modules()):
@@ -56,7 +56,7 @@ def describe(model: ModelPatcher) -> UnetDescription:
             f"SA-Inject works on the image UNets of SD1.x, SD2.x and SDXL, but the connected model is "
             f"{type(base).__name__}. Connect a checkpoint of one of these families."
         )
-    # Another model that shares this network may be loaded, and have put modules of its own into it.
+    # Another model that shares this network may be loaded, with its object patches. The originals are used.
     prefix, kept = "diffusion_model.", getattr(model, "object_patches_backup", {})
     originals = {path.removeprefix(prefix): kept[path] for path in kept if path.startswith(prefix)}
     layers = self_attention_layers(unet, originals)
@@ -67,27 +67,27 @@ def describe(model: ModelPatcher) -> UnetDescription:
 
 
 def prediction_type(model: ModelPatcher) -> str:
-    """What the network of a ModelPatcher predicts, as the sampler takes it: a node like ModelSamplingDiscrete counts.
+    """The prediction type of a ModelPatcher as the sampler uses it, with nodes such as ModelSamplingDiscrete.
 
-    Models for few steps, such as LCM, are of the kind that they were made from.
+    LCM and other distilled models have the type of their original model.
     """
     sampling = model.get_model_object("model_sampling")
     return next((name for name, kind in PREDICTIONS.items() if isinstance(sampling, kind)), type(sampling).__name__)
 
 
 def pooled_width(base: BaseModel) -> int | None:
-    """How wide a pooled vector the model wants beside its text. None: it wants none."""
+    """Width of the model's pooled text vector. None: it has none."""
     sizes = 6 if isinstance(base, SDXL) else 5 if isinstance(base, SDXLRefiner) else None  # 256 channels for each
     return None if sizes is None else base.adm_channels - 256 * sizes
 
 
 def compute_dtype(base: BaseModel) -> torch.dtype:
-    """The precision in which ComfyUI runs the model, whatever its weights are stored in."""
+    """The precision of the model's computation in ComfyUI. The stored weights may have another."""
     return base.manual_cast_dtype or base.get_dtype()
 
 
 def clean_reference_sigma(sampling: ModelSampling) -> float:
-    """The noise level that the UNet is told when it reads a picture that has none."""
+    """The sigma that the UNet is given for a reference without noise: see core/schedule.py."""
     return float(sampling.percent_to_sigma(1 - CLEAN_NOISE_FRACTION))
 
 
@@ -98,11 +98,11 @@ def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning, **
     the names of `apply_model`'s arguments. `more`: further values that a network needs, such as its guidance.
     """
     b, _, h, w = latent.shape
-    # As its class does it: a node that put another function there has its own picture in mind, not ours.
+    # The function of the class: an object patch of another node would use that node's picture.
     conditions = type(base).extra_conds(
         base,
         noise=latent,
-        latent_image=latent,  # only read for its shape: without a mask an inpainting model sees a blank picture
+        latent_image=latent,  # only its shape is used: without a mask, an inpainting model gets a blank picture
         device=latent.device,
         cross_attn=text.cross_attn.to(latent.device),
         pooled_output=None if text.pooled is None else text.pooled.to(latent.device),
@@ -117,10 +117,10 @@ def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning, **
 def network_inputs(
     base: BaseModel, noisy: Tensor, sigma: Tensor, text: TextConditioning, dtype: torch.dtype
 ) -> NetworkInputs:
-    """Scale and cast what a direct call of the diffusion model needs.
+    """Scale and cast the inputs of a direct call of the UNet, as in BaseModel.apply_model.
 
-    noisy (b, c, h, w), sigma (b,), text with b rows. Mirrors what BaseModel.apply_model does before the call, for the
-    two callers that must reach the UNet itself: another pack may be wrapped around apply_model.
+    noisy (b, c, h, w), sigma (b,), text with b rows. The reference pass calls the UNet directly, because another pack
+    may have wrapped apply_model.
     """
     conditions = model_conditions(base, noisy, text)
     x = base.model_sampling.calculate_input(sigma, noisy)

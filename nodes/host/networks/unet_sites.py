@@ -1,4 +1,4 @@
-"""A UNet's self-attentions as sites, by ComfyUI's patches: `attn1_patch` and the replacements of `attn1`."""
+"""A UNet's self-attention layers as sites, by ComfyUI's patches: `attn1_patch`, and replacements of `attn1`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ....core.site import AtSite, Site
 if TYPE_CHECKING:
     from ..host_types import TransformerOptions
 
-# The host gives every transformer block a dictionary of its own that both hooks of that block see, so what one hook
-# hands to the next lives there, and threads cannot mix it up.
+# The key of the hidden states in a block's options. The host makes a dictionary for each block and passes it to both
+# hooks, so threads do not share it.
 HIDDEN_STATES_KEY = "sa_inject_hidden"
 
 
@@ -32,8 +32,8 @@ def attending(
 ) -> Iterator[TransformerOptions]:
     """Options for one call of the network, in which `at` computes the self-attention of these blocks.
 
-    They are a copy of the given ones, and hold until the context ends. With `keeps_hidden` every site says what its
-    projections have read; a call that is so used can have no other patches on what they read.
+    The given options are not changed. keeps_hidden: each site has its hidden states. Then all other `attn1_patch`
+    patches are left out of the call.
     """
     patches, replaced = options.get("patches", {}), options.get("patches_replace", {})
     if keeps_hidden:
@@ -43,19 +43,19 @@ def attending(
 
 
 def replaced_blocks(options: TransformerOptions, blocks: Collection[BlockKey]) -> frozenset[BlockKey]:
-    """Those of the blocks whose self-attention another pack computes in this call."""
+    """The blocks whose self-attention another pack replaces in this call."""
     attn1 = options.get("patches_replace", {}).get("attn1", {})
     return frozenset(key for key in blocks if attn1.get(tuple(key)) or attn1.get((key.stage, key.index)))
 
 
 def call_at_site(at: AtSite, q: Tensor, k: Tensor, v: Tensor, extra_options: TransformerOptions) -> Tensor:
-    """A replacement of a self-attention, which makes a site of what it is given."""
+    """A replacement of `attn1` that makes a Site and calls `at`. q (b, n, heads*d), k, v (b, m, heads*d)"""
     if q.shape[0] != k.shape[0]:
-        # Tiling nodes fold tiles of q into the batch and leave k and v whole; the kernels would reshape them so.
+        # Tiling nodes reshape tiles of q into the batch, but not k and v. ComfyUI's kernels would do it here.
         k, v = (x.reshape(q.shape[0], -1, x.shape[-1]) for x in (k, v))
     (stage, index), (height, width) = extra_options["block"], extra_options["activations_shape"][-2:]
     rows = extra_options.get("original_shape")
-    # The kernel finds the override of another pack in the options that the host gives each layer.
+    # With these options, the kernel calls the attention override of another pack.
     precision = extra_options.get("attn_precision")
     attend = partial(optimized_attention, attn_precision=precision, transformer_options=extra_options)
     return at(
@@ -77,6 +77,6 @@ def call_at_site(at: AtSite, q: Tensor, k: Tensor, v: Tensor, extra_options: Tra
 def store_hidden_states(
     hidden: Tensor, context: Tensor, value: Tensor, extra_options: TransformerOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A patch that changes nothing, and keeps what the projections of a self-attention are about to read."""
+    """An `attn1_patch` that stores the hidden states before the projections, and changes nothing."""
     extra_options[HIDDEN_STATES_KEY] = hidden
     return hidden, context, value
