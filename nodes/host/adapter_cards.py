@@ -1,4 +1,4 @@
-"""What the browser shows about an adapter file: a few checked values from its header, read once."""
+"""Cards of adapter files for the browser: checked values from their headers, which are cached."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ...core.adapter_file import adapter_metadata
 from ...core.adapter_metadata import FORMAT_VERSION, UnusableMetadataError, from_metadata, shortened
 from .files import EXTENSION, adapter_names, adapter_path
 
-MOST_HEADER = 16 * 2**20  # bytes of a header that is read for a card; a workflow takes some hundred kB
-STEPS_FOLDER = ".training"  # behind the adapter's name: where its training keeps earlier steps
+MOST_HEADER = 16 * 2**20  # bytes; files with a larger header get no card
+STEPS_FOLDER = ".training"  # follows the adapter's name: the folder of its training, with earlier steps
 KEPT = re.compile(r"\d+(?=\.safetensors$)")
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")  # and what turns text around
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")  # also changes of direction
 
 Card = dict[str, Any]
 State = tuple[int, int]
@@ -62,7 +62,7 @@ def _card(name: str) -> Card | None:
         known = _cards.get(path)
         if known is None or known[0] != state:
             known = _cards[path] = state, _read(path)
-    except OSError:  # gone, or not ours to read
+    except OSError:  # deleted, or not readable
         return None
     return {"name": name, "version": f"{state[0]:x}-{state[1]:x}", "bytes": state[1], **known[1]}
 

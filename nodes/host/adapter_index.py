@@ -26,7 +26,7 @@ State = tuple[int, ...]
 
 
 class Subject(NamedTuple):
-    """What the header of an adapter file says about its subject."""
+    """The subject of an adapter file, from its header."""
 
     word: str | None = None
     training: str | None = None  # fingerprint of its training
@@ -108,7 +108,7 @@ def _subject_of(name: str) -> Subject:
 def _subject_in(metadata: dict[str, str]) -> Subject:
     try:
         training = json.loads(metadata.get("training", "{}"))
-    except (ValueError, RecursionError):  # damaged: loading it says so
+    except (ValueError, RecursionError):  # damaged; the error is raised when it is loaded
         training = None
     fingerprint = training.get("fingerprint") if isinstance(training, dict) else None
     return Subject(metadata.get("placeholder"), fingerprint)

@@ -37,7 +37,7 @@ def register_adapter_routes(architecture_of: Callable[[str, str], str | None]) -
 
 
 async def list_adapters(request: web.Request) -> web.Response:
-    """All, or with `?name=` the one that is asked for, which may be none: no browser calls that an error then."""
+    """All cards, or the one of `?name=`. null if there is none, because browsers log every error status."""
     name = request.query.get("name")
     if name is None:
         return web.json_response({"adapters": await asyncio.to_thread(adapter_cards)})

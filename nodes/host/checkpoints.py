@@ -1,4 +1,4 @@
-"""Checkpoints of ComfyUI by their names, loaded as the stock loader loads them."""
+"""Load checkpoints by name, as ComfyUI's own loader does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def checkpoint_path(name: str) -> str:
-    """Raises ValueError, with what there is, where there is no such file."""
+    """The path of a checkpoint. Raises ValueError with all names if it does not exist."""
     path = folder_paths.get_full_path("checkpoints", name)
     if path is None:
         known = folder_paths.get_filename_list("checkpoints")

@@ -1,4 +1,4 @@
-"""Several pictures as one: a row for each step, a column for each prompt."""
+"""Join sample pictures into one: a row for each step, a column for each prompt."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ LABEL = 16  # pixels above each row, for its step
 
 
 def contact_sheet(rows: Sequence[tuple[int, Sequence[Image.Image]]]) -> Image.Image:
+    """rows: for each, the number of the step and its pictures"""
     small = [(step, [_shrunk(picture) for picture in pictures]) for step, pictures in rows]
     width = max(picture.width for _, pictures in small for picture in pictures)
     height = max(picture.height for _, pictures in small for picture in pictures)

@@ -54,7 +54,7 @@ def read_dataset(name: str, placeholder_token: str) -> Dataset:
 
 
 def read_folder(folder: Path, name: str, placeholder_token: str) -> Dataset:
-    """`read_dataset` of any folder; messages call it `name`."""
+    """Like `read_dataset`, for any folder. name: of the folder, for messages"""
     entries = list_entries(folder)
     if not entries:
         raise ValueError(_empty(name, folder))

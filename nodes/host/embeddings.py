@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 FORMAT = "sa_inject_embedding"
 EXTENSION = ".safetensors"
-CLASS_WORD = "class word"  # in the place of a file's name
-MOST_VECTORS = 16  # of a learned word
+CLASS_WORD = "class word"  # an option in the list of file names
+MOST_VECTORS = 16  # of a token embedding
 HOST_LOOKS_FOR = ("", ".safetensors", ".pt", ".bin")
 
 _written: set[Path] = set()  # by this process
@@ -56,7 +56,7 @@ def embedding_files() -> list[str]:
 
 
 def check_embedding_file(name: str) -> None:
-    """Raise ValueError, with what to do, where there is no such file."""
+    """Raise ValueError, with advice, if there is no such file."""
     if folder_paths.get_full_path("embeddings", name) is None:
         raise ValueError(
             f"There is no embedding '{name}' in ComfyUI/models/embeddings. Choose another initial_embedding, or "
@@ -65,7 +65,10 @@ def check_embedding_file(name: str) -> None:
 
 
 def embedding_from_file(clip: CLIP, name: str) -> dict[str, Tensor]:
-    """The vectors of an embedding file as the host reads it for each text encoder: {encoder: (n, width)}, float32."""
+    """The vectors of an embedding file for each text encoder: {encoder: (n, width)}, float32.
+
+    The host reads the file. Raises ValueError if it does not exist or does not fit the text encoders.
+    """
     check_embedding_file(name)
     found = {}
     for encoder, tokenizer in encoder_tokenizers(clip).items():

@@ -1,4 +1,4 @@
-"""Numbers laid over a picture as colours, with a legend that says what the colours mean."""
+"""Heat maps over pictures, with a legend."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-# Dark to light, and told apart by eyes that see no red: the five supports of matplotlib's viridis.
+# Five colours of matplotlib's viridis, from dark to light. They differ for colour-blind people, too.
 COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float32)
 LEAST_OVERLAY, MOST_OVERLAY = 0.25, 0.85
 CELL = 384  # pixels
@@ -18,7 +18,7 @@ PAPER, INK = (28, 28, 30), (235, 235, 235)
 
 
 def overlay(picture: Image.Image, values: Tensor, highest: float) -> Image.Image:
-    """values (h, w) from 0 to `highest` over a grey picture: the more, the lighter and the more opaque."""
+    """Draw values (h, w) from 0 to `highest` over a grey picture. High values are light and opaque."""
     picture = enlarged(picture).convert("L").convert("RGB")
     share = np.clip(values.numpy() / max(highest, 1e-12), 0, 1).astype(np.float32)
     size = picture.size
@@ -30,7 +30,7 @@ def overlay(picture: Image.Image, values: Tensor, highest: float) -> Image.Image
 
 
 def marked(picture: Image.Image, point: tuple[float, float]) -> Image.Image:
-    """A ring at the chosen place."""
+    """Draw a ring at a point: (x, y) as shares of width and height."""
     picture = enlarged(picture)
     x, y, r = point[0] * picture.width, point[1] * picture.height, max(6, picture.width // 40)
     draw = ImageDraw.Draw(picture)
@@ -40,7 +40,7 @@ def marked(picture: Image.Image, point: tuple[float, float]) -> Image.Image:
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    """A copy whose longer side fills a cell."""
+    """A copy whose longer side has CELL pixels."""
     ratio = CELL / max(picture.size)
     return picture.resize((round(picture.width * ratio), round(picture.height * ratio)), Image.Resampling.BICUBIC)
 

@@ -1,4 +1,4 @@
-"""What hosts of different age let a node say of its inputs."""
+"""Options of inputs that differ between versions of the host."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from comfy_api.latest import io
 
 
 def mark_advanced(schema: io.Schema, names: Collection[str]) -> None:
-    """Let inputs be hidden until the user asks for more. Saved workflows and prompts find them where they were."""
+    """Mark inputs as advanced, so that the frontend hides them at first. Saved workflows are not affected."""
     for given in schema.inputs:
         if given.id in names:
-            # ComfyUI 0.3.75 has no argument for it, and hands on what is written here; newer ones read the attribute.
+            # ComfyUI 0.3.75 has no argument for it, but passes on this dictionary. Newer versions read the attribute.
             given.extra_dict["advanced"] = True
             if hasattr(given, "advanced"):
                 given.advanced = True

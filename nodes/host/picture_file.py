@@ -27,7 +27,7 @@ UNSUPPORTED = frozenset(
 MOST_PIXELS = 178_956_970  # twice PIL's warning limit; a small file may claim any size
 LEAST_SIDE = 16  # pixels
 MOST_ASPECT = 20
-ENOUGH_PIXELS = 4096 * 4096  # larger pictures are scaled down
+ENOUGH_PIXELS = 4096 * 4096  # larger pictures are scaled down to it
 SIXTEEN_BIT = 65535.0
 
 

@@ -1,4 +1,4 @@
-"""What the browser may ask about trainings, and two wishes. Names are looked up in lists; none is taken as a path."""
+"""HTTP routes about trainings. Names are looked up in lists and never used as paths."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from server import PromptServer
 from .training_runs import known_run, running, sample_file
 
 SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, no-cache"}
-SIDES = range(16, 2049)  # pixels that may be asked for
+SIDES = range(16, 2049)  # pixels; the allowed sizes of a picture
 
 
 def register_run_routes() -> None:
-    """Once, before the host adds its routes to the application."""
+    """Call this once, before the host adds its routes."""
     server = getattr(PromptServer, "instance", None)
     if server is None or any(getattr(route, "path", None) == "/sa_inject/runs/{run}" for route in server.routes):
         return
@@ -27,7 +27,7 @@ def register_run_routes() -> None:
 
 
 async def get_run(request: web.Request) -> web.Response:
-    """What is known of a training; null where there is none, which is no error of a page that asks."""
+    """The state of a training. null if there is none, because browsers log every error status."""
     return web.json_response(await asyncio.to_thread(known_run, request.match_info["run"]))
 
 
@@ -44,12 +44,12 @@ async def get_sample(request: web.Request) -> web.Response:
 
 
 async def post_finish(request: web.Request) -> web.Response:
-    """End the training after the step that it is in."""
+    """End the training after the current step."""
     return _wish(request.match_info["run"], "wants_finish")
 
 
 async def post_sample(request: web.Request) -> web.Response:
-    """Draw samples after the step that it is in."""
+    """Draw samples after the current step."""
     return _wish(request.match_info["run"], "wants_sample")
 
 

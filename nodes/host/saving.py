@@ -96,7 +96,7 @@ def save_new_adapter(adapter: Adapter, path: Path, provenance: Provenance) -> Sa
         try:
             save_adapter(adapter, free, file_metadata(adapter, free.stem, provenance), replace=False)
         except NameTakenError:
-            continue  # created meanwhile
+            continue  # another process created it
         log.info("Saved adapter %s (%.1f MB).", free, free.stat().st_size / 1e6)
         return Saved(dataclasses.replace(adapter, name=free.stem), f"saved {free.name}")
     raise AssertionError("numbers never end")

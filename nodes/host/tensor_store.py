@@ -1,4 +1,4 @@
-"""Many tensors that need not all fit into memory: up to a size they stay there, and what comes later lies on disk."""
+"""A store for many tensors: in memory up to a size, and then on disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 
 
 class TensorStore:
-    """`keep` gives back tensors of the same values. Those on disk are files that the system maps into memory.
+    """`keep` returns tensors with the same values. Tensors on disk are memory-mapped files.
 
-    Such memory is the system's to take back at any time, and it reads the file again when the values are asked for.
+    The operating system can free such memory at any time, and reads the file again when it is needed.
     """
 
     def __init__(self, memory_bytes: int) -> None:
@@ -25,14 +25,14 @@ class TensorStore:
         self._left = memory_bytes
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor; on disk where the memory for all is used up. A full disk leaves it in memory, and is told."""
+        """The tensor, on disk if `memory_bytes` are used up. If the disk is full, it stays in memory."""
         size = tensor.numel() * tensor.element_size()
         if size <= self._left or size == 0:
             self._left -= size
             return tensor
         try:
             mapped = _mapped(tensor)
-        except (OSError, RuntimeError) as error:  # RuntimeError is torch's name for it
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             log.warning(
                 "SA-Inject: a picture could not be written to the temporary folder and stays in memory: %s", error
             )
@@ -42,7 +42,7 @@ class TensorStore:
 
 
 def _mapped(tensor: Tensor) -> Tensor:
-    """The same values in a file without a name, which is gone as soon as nothing uses it."""
+    """The same values in a temporary file, which is deleted when the tensor is."""
     folder = Path(folder_paths.get_temp_directory())  # ComfyUI empties it when it starts and ends
     folder.mkdir(parents=True, exist_ok=True)
     plain = tensor.detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""A training as the host shows it: bar and text on the node, events for the browser, and pictures."""
+"""Show a training in ComfyUI: progress bar and text on the node, events for the browser, and samples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ UI_POINTS = 200
 
 
 class TrainingProgress:
-    """Watches a training, and notices Cancel. Create it inside `execute`, and train inside `with`."""
+    """Reports a training, and checks for Cancel. Create it inside `execute`, and train inside `with`."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class TrainingProgress:
         prompts: Sequence[str] = (),
         draw: Callable[[Adapter], Tensor] | None = None,
     ) -> None:
-        """words: the placeholder token and the class word. draw: pictures (n, h, w, 3) of the prompts"""
+        """words: the placeholder token and the class word. draw: from an adapter to pictures (n, h, w, 3)"""
         self.settings = settings or TrainingSettings()
         self._bar = ProgressBar(steps, node_id=node_id)
         self._node_id, self._prompts, self._draw = node_id, list(prompts), draw
@@ -68,7 +68,7 @@ class TrainingProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if self.run.phase in ENDED or kind is FollowerDoneError:  # the first process shows and writes it
+        if self.run.phase in ENDED or kind is FollowerDoneError:  # only the first process shows and writes anything
             return
         if kind is None:
             self._end("done", self.run.text)
@@ -82,7 +82,7 @@ class TrainingProgress:
         show_on_node(text, self._node_id)
 
     def finished(self, text: str) -> None:
-        """The adapter is saved, or that failed: `text` says which."""
+        """End the run. text: whether the adapter was saved, and where."""
         if self.run.step < self.run.steps:
             text = f"{text}, finished at step {self.run.step} of {self.run.steps}"
         self.say(text)
@@ -117,7 +117,7 @@ class TrainingProgress:
         self._send()
 
     def warn(self, texts: Sequence[str]) -> None:
-        """Something that the user should know; said once."""
+        """Log and show warnings. Each is shown once."""
         new = [text for text in texts if text not in self.run.warnings]
         self.run.warnings += new
         for text in new:
@@ -127,7 +127,7 @@ class TrainingProgress:
         self.update(step)
 
     def update(self, step: Step) -> None:
-        """Show a finished step. Raises the host's InterruptProcessingException when the user cancelled."""
+        """Show a finished step. Raises the host's InterruptProcessingException if the user cancelled."""
         run = self.run
         run.step, run.memory = step.number, _peak_memory()
         lora, token = self._training.learning_rates if self._training is not None else (None, None)
@@ -199,7 +199,7 @@ class TrainingProgress:
             try:
                 paths = [self.run.sample_path(sample["step"], index) for index in sample["images"]]
                 rows.append((sample["step"], [Image.open(path).convert("RGB") for path in paths]))
-            except OSError:  # deleted meanwhile
+            except OSError:  # deleted during the training
                 continue
         return from_pil(contact_sheet(rows)) if rows else None
 
@@ -211,7 +211,7 @@ class TrainingProgress:
         self._send()
 
     def _send(self, resumed_at: int | None = None, sample: int | None = None) -> None:
-        """Tell the browser that queued this, at most four times a second; what seldom happens in any case."""
+        """Send an event to the browser that queued the training: at most four a second, but all that are rare."""
         run, now = self.run, time.monotonic()
         is_other_phase = run.phase != self._sent_phase and run.phase not in OFTEN
         is_told_anyway = is_other_phase or sample is not None or resumed_at is not None
@@ -273,7 +273,7 @@ def _due_from(step: int, steps: int, every: int) -> int:
 
 
 def _peak_memory() -> int | None:
-    """Bytes of the device that were in use at most, where that is known."""
+    """Peak memory of the device in bytes. None without CUDA."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 

@@ -1,6 +1,6 @@
-"""What is known of a training while it runs and afterwards: its losses, pictures and kept adapters, in one folder.
+"""The state of each training, during and after it: its losses, samples and kept adapters, in one folder.
 
-The folder is `<name>.training` beside the adapter. A run of this process is known from memory, an older one from there.
+The folder is `<name>.training` beside the adapter. Runs of this process are in memory, older ones are read from there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .files import EXTENSION, FOLDER, adapter_folder
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".training"  # of the folder, behind the adapter's name
+SUFFIX = ".training"  # of the folder; follows the adapter's name
 SUMMARY = "run.json"
 LOG = "log.csv"
 COLUMNS = (
@@ -40,7 +40,7 @@ COLUMNS = (
 )
 SAMPLE = re.compile(r"(\d+)-(\d+)\.png")
 KEPT = re.compile(r"(\d+)\.safetensors")
-SMOOTHING = 0.95  # of the shown loss: single steps of a diffusion loss say little
+SMOOTHING = 0.95  # of the displayed loss, because a diffusion loss varies much from step to step
 MOST_POINTS = 500
 ENDED = ("done", "stopped", "error")
 _CLOCK_START = time.time() - time.monotonic()
@@ -50,7 +50,7 @@ _lock = threading.Lock()
 
 
 class TrainingRun:
-    """One training, by the adapter's wished name. What is written to disk may fail, and ends nothing."""
+    """One training, by the name of its adapter. A failed write to disk is reported, and the training continues."""
 
     def __init__(self, name: str, steps: int, *, node: str | None, prompt_id: str | None) -> None:
         self.name, self.steps, self.node, self.prompt_id = name, steps, node, prompt_id
@@ -59,13 +59,13 @@ class TrainingRun:
         self.phase, self.text, self.step = "", "", 0
         self.resumed_at: list[int] = []
         self.rows: dict[int, dict[str, Any]] = {}  # by step, as in the log
-        self.prompts: dict[int, list[str]] = {}  # of the samples, by step
+        self.prompts: dict[int, list[str]] = {}  # prompts of the samples, by step
         self.facts: list[str] = []  # known before the first step
         self.warnings: list[str] = []
         self.left: float | None = None
         self.memory: int | None = None
         self.wants_finish = self.wants_sample = False
-        self._has_begun = False  # what is refused before the first step leaves no folder
+        self._has_begun = False  # no folder is created before the first step
         self._smoothed: float | None = None
         self._start, self._seconds = time.monotonic(), 0.0
         with _lock:
@@ -80,7 +80,7 @@ class TrainingRun:
         return self.phase in ENDED
 
     def begin(self, fingerprint: str, losses: Sequence[float]) -> None:
-        """Go on from these steps. What the folder holds of another training is put aside."""
+        """Start, or resume after the steps of `losses`. Files of another training in the folder are moved aside."""
         self.fingerprint, self.step, self._has_begun = fingerprint, len(losses), True
         with self.disk():
             self._take_folder()
@@ -98,7 +98,7 @@ class TrainingRun:
                 writer.writerows(self.rows[step] for step in sorted(self.rows))
 
     def add(self, step: int, **values: Any) -> None:
-        """Numbers of a step, for the log. What comes later for the same step is a line of its own there."""
+        """Add values of a step to the log. Later values of the same step are written as a second line."""
         row = self.rows.setdefault(step, {"step": step})
         if (loss := values.get("loss")) is not None:
             self._smoothed = values["smoothed"] = smoothed(self._smoothed, loss)
@@ -139,7 +139,7 @@ class TrainingRun:
         return sorted(step for (step,) in _numbers(self.folder, KEPT))
 
     def write(self) -> None:
-        """Keep what is known, for a page that asks when ComfyUI was started anew."""
+        """Write the summary, for a page that is opened after a restart of ComfyUI."""
         if not self._has_begun:
             return
         with self.disk(), atomic_write(self.folder / SUMMARY) as temporary:
@@ -215,7 +215,7 @@ def smoothed(before: float | None, loss: float) -> float:
 
 
 def thinned(points: list[list[Any]], most: int) -> list[list[Any]]:
-    """At most so many: every n-th and the last, and of the others those with a validation, as many as fit."""
+    """At most `most` points: every n-th, the last, and as many with a validation loss as fit."""
     if len(points) <= most:
         return points
     every = math.ceil(len(points) / (most * 0.75))
@@ -226,7 +226,7 @@ def thinned(points: list[list[Any]], most: int) -> list[list[Any]]:
 
 
 def known_run(name: str) -> dict[str, Any] | None:
-    """What there is of the training of that name, which is looked up in lists and never taken as a path."""
+    """The state of the training of that name. The name is looked up in lists and never used as a path."""
     with _lock:
         run = _runs.get(name)
     if run is not None:
@@ -235,7 +235,7 @@ def known_run(name: str) -> dict[str, Any] | None:
     found = {} if folder is None else _summary(folder)
     if not found:
         return None
-    if found["phase"] not in ENDED:  # the process that wrote this is gone
+    if found["phase"] not in ENDED:  # the process that wrote it has ended
         found.update(phase="stopped", text=f"stopped at step {found['step']}", left=None)
     return {key: value for key, value in found.items() if key not in ("fingerprint", "sample_prompts")}
 
@@ -246,7 +246,7 @@ def running(name: str) -> TrainingRun | None:
 
 
 def run_folder(name: str) -> Path | None:
-    """The folder of a training, among those that there are in the host's folders for adapters."""
+    """The folder of a training, searched for in the host's adapter folders."""
     for base in map(Path, folder_paths.get_folder_paths(FOLDER)):
         for path in base.rglob(f"*{SUFFIX}"):
             if path.is_dir() and path.relative_to(base).as_posix() == f"{name}{SUFFIX}":
@@ -272,7 +272,7 @@ def _log_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                with contextlib.suppress(ValueError, TypeError):  # a line that was half written
+                with contextlib.suppress(ValueError, TypeError):  # a line that was not completely written
                     numbers = {key: float(row[key]) for key in COLUMNS[1:] if row.get(key)}
                     yield {"step": int(row["step"]), **numbers}
     except OSError:

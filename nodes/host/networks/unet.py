@@ -94,8 +94,8 @@ def clean_reference_sigma(sampling: ModelSampling) -> float:
 def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning, **more: float) -> dict[str, Tensor]:
     """Ask the model for its other inputs: context, SDXL's size embedding, an inpainting model's mask.
 
-    latent (b, c, h, w) already scaled, text with b rows -> `c_crossattn`, and for some models `y` and `c_concat`, by
-    the names of `apply_model`'s arguments. `more`: further values that a network needs, such as its guidance.
+    latent (b, c, h, w), scaled; text with b rows. `more`: further values that a network needs, such as its guidance.
+    -> `c_crossattn`, and for some models `y` and `c_concat`: names of `apply_model`'s arguments
     """
     b, _, h, w = latent.shape
     # The function of the class: an object patch of another node would use that node's picture.
