@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .host.drawing.inspection import inspect_sampling
-from .host.drawing.inspection_sheets import added_sheet, looked_at_sheet
+from .host.drawing.inspection_sheets import added_sheet, attention_sheet
 from .host.samplers import SAMPLERS, SCHEDULERS
 from .sockets import CATEGORY
 
@@ -113,4 +113,4 @@ class InspectSelfAttnInjection(io.ComfyNode):
     ) -> io.NodeOutput:
         point = (point_x, point_y)
         found = inspect_sampling(model, positive, negative, latent_image, point, **sampling)
-        return io.NodeOutput(added_sheet(found, vae, noise_levels), looked_at_sheet(found, vae, point))
+        return io.NodeOutput(added_sheet(found, vae, noise_levels), attention_sheet(found, vae, point))

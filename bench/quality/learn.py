@@ -71,7 +71,7 @@ class UnfrozenModels(TrainingModels):
         super().__init__(*models, **settings)
         self._autocast = autocast
 
-    def let_gradients_through(self, undo: contextlib.ExitStack) -> torch.dtype:
+    def make_models_differentiable(self, undo: contextlib.ExitStack) -> torch.dtype:
         make_differentiable(self.patcher.model)
         make_differentiable(self.clip.cond_stage_model)
         undo.enter_context(out_of_place_text_encoder(self.clip, checkpointing=False))

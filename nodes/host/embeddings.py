@@ -39,7 +39,7 @@ def save_embedding(adapter: Adapter, name: str) -> Path:
     path = embedding_path(name)
     tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in adapter.token_embedding.items()}
     for other in _files_under(name):
-        if other != path or not (_is_ours(other) or _holds(other, tensors)):
+        if other != path or not (_has_our_format(other) or _holds(other, tensors)):
             raise ValueError(
                 f"The embedding was not written: {other} is there already, and SA-Inject did not write it. Move that "
                 "file, rename the adapter, or switch write_embedding off."
@@ -117,7 +117,7 @@ def _files_under(name: str) -> Iterator[Path]:
                 yield path
 
 
-def _is_ours(path: Path) -> bool:
+def _has_our_format(path: Path) -> bool:
     return header_metadata(path).get("format") == FORMAT
 
 

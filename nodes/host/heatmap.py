@@ -55,8 +55,8 @@ def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str, legend:
     draw.text((GAP, GAP), title, INK, font)
     for number, row in enumerate(rows):
         top = LINE + GAP + number * (LINE + CELL + GAP)
-        for place, (text, picture) in enumerate(row):
-            left = GAP + place * (CELL + GAP)
+        for index, (text, picture) in enumerate(row):
+            left = GAP + index * (CELL + GAP)
             draw.text((left, top + 4), text, INK, font)
             made.paste(picture, (left, top + LINE))
     top = tall - 2 * LINE

@@ -15,8 +15,8 @@ def show_on_node(text: str, node_id: str | None) -> None:
         PromptServer.instance.send_progress_text(text, node_id)
 
 
-def warn_on_node(said: str, node_id: str | None) -> None:
+def warn_on_node(message: str, node_id: str | None) -> None:
     """Log a warning and show it on the node, there with a capital first letter, except for an input's name."""
-    log.warning("SA-Inject: %s", said)
-    is_input = "_" in said.partition(" ")[0]
-    show_on_node(said if is_input else said[0].upper() + said[1:], node_id)
+    log.warning("SA-Inject: %s", message)
+    is_input = "_" in message.partition(" ")[0]
+    show_on_node(message if is_input else message[0].upper() + message[1:], node_id)

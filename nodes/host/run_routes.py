@@ -45,21 +45,21 @@ async def get_sample(request: web.Request) -> web.Response:
 
 async def post_finish(request: web.Request) -> web.Response:
     """End the training after the current step."""
-    return _wish(request.match_info["run"], "wants_finish")
+    return _set_flag(request.match_info["run"], "wants_finish")
 
 
 async def post_sample(request: web.Request) -> web.Response:
     """Draw samples after the current step."""
-    return _wish(request.match_info["run"], "wants_sample")
+    return _set_flag(request.match_info["run"], "wants_sample")
 
 
-def _wish(name: str, wish: str) -> web.Response:
+def _set_flag(name: str, flag: str) -> web.Response:
     run = running(name)
     if run is None:
         return _error(404, "There is no such training in this ComfyUI.")
     if run.is_over:
         return _error(409, "This training has ended.")
-    setattr(run, wish, True)
+    setattr(run, flag, True)
     return web.json_response({"ok": True})
 
 

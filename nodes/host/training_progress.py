@@ -77,7 +77,7 @@ class TrainingProgress:
         else:
             self._end("error", str(error) or kind.__name__)
 
-    def say(self, text: str) -> None:
+    def show_text(self, text: str) -> None:
         self.run.text = text
         show_on_node(text, self._node_id)
 
@@ -85,7 +85,7 @@ class TrainingProgress:
         """End the run. text: whether the adapter was saved, and where."""
         if self.run.step < self.run.steps:
             text = f"{text}, finished at step {self.run.step} of {self.run.steps}"
-        self.say(text)
+        self.show_text(text)
         self._end("done", text)
 
     def begin(self, training: Training, fingerprint: str) -> None:
@@ -111,7 +111,7 @@ class TrainingProgress:
     def tell(self, texts: Sequence[str]) -> None:
         """What is known before the first step: in the log, under the node until that is done, and in the summary."""
         self.run.facts = list(texts)
-        self.say(" ".join(texts))
+        self.show_text(" ".join(texts))
         for text in texts:
             log.info("SA-Inject: %s", text)
         self._send()
@@ -142,7 +142,7 @@ class TrainingProgress:
         self._update_time_left(step.number)
         shown = run.rows[step.number]["smoothed"]
         left = "" if run.left is None else f", {_duration(run.left)} left"
-        self.say(f"step {step.number}/{run.steps}, loss {shown:.4f}{left}")
+        self.show_text(f"step {step.number}/{run.steps}, loss {shown:.4f}{left}")
         self._bar.update_absolute(step.number, run.steps)
         self._send()
         model_management.throw_exception_if_processing_interrupted()
@@ -168,12 +168,12 @@ class TrainingProgress:
         self.run.add(step, validation=loss)
 
     def wants_sample(self, step: int, is_last: bool) -> bool:
-        wished, self.run.wants_sample = self.run.wants_sample, False
+        requested, self.run.wants_sample = self.run.wants_sample, False
         if self._draw is None:
             return False
         every = self.settings.sample_every
         is_due = every > 0 and (is_last or step % every == 0)
-        return (wished or is_due) and step not in self.run.prompts
+        return (requested or is_due) and step not in self.run.prompts
 
     def wants_finish(self) -> bool:
         return self.run.wants_finish
@@ -214,8 +214,8 @@ class TrainingProgress:
         """Send an event to the browser that queued the training: at most four a second, but all that are rare."""
         run, now = self.run, time.monotonic()
         is_other_phase = run.phase != self._sent_phase and run.phase not in OFTEN
-        is_told_anyway = is_other_phase or sample is not None or resumed_at is not None
-        if now - self._sent_at < BETWEEN_EVENTS and not is_told_anyway:
+        must_send = is_other_phase or sample is not None or resumed_at is not None
+        if now - self._sent_at < BETWEEN_EVENTS and not must_send:
             return
         self._sent_at, self._sent_phase = now, run.phase
         server, row = getattr(PromptServer, "instance", None), run.rows.get(run.step, {})

@@ -199,10 +199,10 @@ class TrainingRun:
         try:
             yield
         except (OSError, ValueError) as error:
-            said = f"The log of this training could not be written to {self.folder} ({error})."
-            if said not in self.warnings:
-                self.warnings.append(said)
-                log.warning("SA-Inject: %s", said)
+            message = f"The log of this training could not be written to {self.folder} ({error})."
+            if message not in self.warnings:
+                self.warnings.append(message)
+                log.warning("SA-Inject: %s", message)
 
 
 def timestamp() -> float:

@@ -106,13 +106,13 @@ class WordVocabulary:
         if len(pieces) == 1:
             return self._inner.tokenizer(text, *args, **kwargs)
         ids: list[int | Tensor] = []
-        for place, piece in enumerate(pieces):
-            if place % 2:
+        for index, piece in enumerate(pieces):
+            if index % 2:
                 ids += list(self._vectors[int(piece)])
             else:
                 # A space before a word is part of its first token.
-                text = piece if place + 1 == len(pieces) else piece.removesuffix(" ")
-                ids += self._ids_after_word(text) if place else token_ids(self._inner, text)
+                text = piece if index + 1 == len(pieces) else piece.removesuffix(" ")
+                ids += self._ids_after_word(text) if index else token_ids(self._inner, text)
         around = self._inner.tokenizer("")["input_ids"]
         start = self._inner.tokens_start
         return {"input_ids": [*around[:start], *ids, *(around[-1:] if self._inner.tokenizer_adds_end_token else [])]}

@@ -160,7 +160,7 @@ def test_another_model_of_the_same_kind_gets_a_reference_of_its_own(comfy_host, 
     spy = Spy(keys=())
     sample(comfy_host, spy.on(node.patch(apply(comfy_host, model), other)[0]), **texts)
     run = spy.calls[0]["options"][RUN_KEY]
-    assert {key.place[1] for key in run.banks} == {id(other.model.diffusion_model)}
+    assert {key.source[1] for key in run.banks} == {id(other.model.diffusion_model)}
 
 
 def test_what_fails_inside_of_a_changed_network_ends_in_a_sentence(comfy_host, model, texts):

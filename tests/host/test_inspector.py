@@ -77,7 +77,7 @@ def test_the_chosen_place_looks_inside_the_masks_of_the_references(comfy_host, m
     mask[:32] = 1
     prompt = make_prompt((8, 8), (8, 8), masks=(mask, None))
     found = inspect(apply(comfy_host, model, prompt=prompt))
-    first, second = found.looked_at
+    first, second = found.attention_maps
     assert float(first.sum() + second.sum()) == pytest.approx(1.0, abs=1e-4)
     assert float(first[6:].sum()) < 0.05 * float(first.sum())
     assert float(second.min()) > 0
@@ -85,7 +85,7 @@ def test_the_chosen_place_looks_inside_the_masks_of_the_references(comfy_host, m
 
 def test_the_place_that_is_chosen_matters(comfy_host, model, inspect):
     patched = apply(comfy_host, model)
-    one, other = (inspect(patched, point).looked_at[0] for point in ((0.05, 0.05), (0.95, 0.95)))
+    one, other = (inspect(patched, point).attention_maps[0] for point in ((0.05, 0.05), (0.95, 0.95)))
     assert not torch.allclose(one, other)
 
 
@@ -95,8 +95,8 @@ def test_two_subjects_are_told_apart(comfy_host, model, inspect):
     patched = apply(comfy_host, model, make_adapter(model, seed=1), make_prompt(seed=1), attn_mask=left)
     patched = apply(comfy_host, patched, make_adapter(model, seed=2), make_prompt(seed=2), attn_mask=right)
     found = inspect(patched)
-    assert len(found.injections) == 2 and len(found.looked_at) == 2
-    assert all(float(seen.sum()) > 0 for seen in found.looked_at)
+    assert len(found.injections) == 2 and len(found.attention_maps) == 2
+    assert all(float(seen.sum()) > 0 for seen in found.attention_maps)
 
 
 def test_an_attention_of_another_pack_is_still_called(comfy_host, model, inspect):

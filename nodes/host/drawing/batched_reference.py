@@ -79,7 +79,7 @@ class ExtendedBatch:
             return False
         return fits_in_memory(base, [len(x) + len(prompt.pictures), *x.shape[1:]], x.device)
 
-    def join(self, key: BankKey, prompt: ImagePrompt, inputs: NetworkInputs, recorder: KVRecorder) -> bool:
+    def append(self, key: BankKey, prompt: ImagePrompt, inputs: NetworkInputs, recorder: KVRecorder) -> bool:
         """Append the pictures as rows. -> False, without a change, if their channels or labels do not match"""
         x, timestep, context, y, control = self.arguments
         if x.shape[1:] != inputs.x.shape[1:] or (y is None) != (inputs.y is None):

@@ -29,7 +29,7 @@ class ForeignCode:
         return bool(self.modules or self.forwards or self.attention)
 
     @contextmanager
-    def out_of_the_way(self) -> Iterator[None]:
+    def without_foreign_forwards(self) -> Iterator[None]:
         """Remove replaced `forward` attributes inside this context. BrushNet's, for example, hold data for one call."""
         kept = [(module, vars(module).pop("forward")) for module in self.forwards if "forward" in vars(module)]
         try:

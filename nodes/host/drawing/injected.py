@@ -29,18 +29,18 @@ class Source:
 class InjectedCall:
     """Computes the self-attentions of one call, and adds the attention to the references."""
 
-    def __init__(self, sources: Sequence[Source], run: SamplingRun, joined: Sequence[BatchedReferences]) -> None:
+    def __init__(self, sources: Sequence[Source], run: SamplingRun, batched: Sequence[BatchedReferences]) -> None:
         self._sources = sources
         self._run = run
-        self._joined = joined
+        self._batched = batched
         # All rows of the call, with those of batched references.
-        self._rows = len(sources[0].rows) + sum(len(pictures.prompt.pictures) for pictures in joined)
+        self._rows = len(sources[0].rows) + sum(len(pictures.prompt.pictures) for pictures in batched)
         # Blocks whose keys and values are in a bank, or will be during the call.
-        self.blocks = {s for source in sources for s in source.injection.blocks if s in source.bank or joined}
+        self.blocks = {s for source in sources for s in source.injection.blocks if s in source.bank or batched}
         self._selected: dict[tuple[int, torch.device], list[tuple[Source, slice | Tensor]]] = {}
 
     def at(self, site: Site) -> Tensor:
-        for pictures in self._joined:
+        for pictures in self._batched:
             pictures.record(site)
         return inject(site, self._references(site))
 

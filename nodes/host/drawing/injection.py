@@ -53,8 +53,8 @@ def build_injection(
     mask = None if attn_mask is None else _one_mask(attn_mask)
     chosen = _chosen_blocks(model, adapter, description.architecture, blocks)
     if start_percent >= end_percent:
-        said = f"start_percent {start_percent:g} is not before end_percent {end_percent:g}, so nothing is injected."
-        warn_on_node(said, node_id)
+        message = f"start_percent {start_percent:g} is not before end_percent {end_percent:g}, so nothing is injected."
+        warn_on_node(message, node_id)
         return None
     if strength == 0 or not chosen:
         return None

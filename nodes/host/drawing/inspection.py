@@ -49,7 +49,7 @@ class Inspection:
 
     latent: Tensor  # (b, c, h, w)
     levels: dict[float, Maps]
-    looked_at: list[Tensor]  # (h, w) for each reference: the chosen point's attention; the sum of all is 1
+    attention_maps: list[Tensor]  # (h, w) for each reference: the chosen point's attention; the sum of all is 1
     injections: tuple[Injection, ...]
 
 
@@ -77,9 +77,9 @@ def inspect_sampling(
             "Inspect Self-Attention Injection: the connected model is no UNet. Connect an SD1.x, SD2.x or SDXL model."
         )
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    watcher = Watcher(injections, model.get_model_object("model_sampling"), tuple(samples.shape[-2:]), point)
+    observer = AttentionObserver(injections, model.get_model_object("model_sampling"), tuple(samples.shape[-2:]), point)
     drawn = comfy.sample.sample(
-        watcher.watching(model),
+        observer.observed(model),
         comfy.sample.prepare_noise(samples, sampling["seed"], latent.get("batch_index")),
         sampling["steps"],
         sampling["cfg"],
@@ -91,16 +91,16 @@ def inspect_sampling(
         noise_mask=latent.get("noise_mask"),
         seed=sampling["seed"],
     )
-    if not watcher.levels:
+    if not observer.levels:
         raise ValueError(
             "Inspect Self-Attention Injection: no reference acted in any step. Lower start_percent on the Apply node, "
             "or take more steps. The log names blocks that were left alone."
         )
-    levels = dict(sorted(watcher.levels.items(), reverse=True))
-    return Inspection(drawn, levels, watcher.shares(), injections)
+    levels = dict(sorted(observer.levels.items(), reverse=True))
+    return Inspection(drawn, levels, observer.shares(), injections)
 
 
-class Watcher:
+class AttentionObserver:
     """Observes attention calls through ComfyUI's attention override. It changes no result."""
 
     def __init__(
@@ -119,14 +119,14 @@ class Watcher:
         self._own: tuple[Tensor, Tensor] | None = None  # queries and result of the block's self-attention
         self._references = 0  # number of reference calls in this block so far
         self._is_cross_attention = False
-        self._looked_at = [torch.zeros(p.latent.shape[-2:]) for i in injections for p in i.image_prompt.pictures]
+        self._attention_maps = [torch.zeros(p.latent.shape[-2:]) for i in injections for p in i.image_prompt.pictures]
 
-    def watching(self, model: ModelPatcher) -> ModelPatcher:
+    def observed(self, model: ModelPatcher) -> ModelPatcher:
         """A clone of the model with this observer. An attention override of another pack stays in use."""
         clone = model.clone()
         clone.set_model_attn2_patch(self.before_cross_attention)
         options = clone.model_options["transformer_options"]
-        options[OVERRIDE] = Watched(self, options.get(OVERRIDE))
+        options[OVERRIDE] = ObservedAttention(self, options.get(OVERRIDE))
         return clone
 
     def before_cross_attention(
@@ -135,7 +135,7 @@ class Watcher:
         self._block, self._own, self._is_cross_attention = None, None, True
         return n, context, value
 
-    def see(self, q: Tensor, k: Tensor, out: Tensor, heads: int, options: TransformerOptions) -> None:
+    def observe(self, q: Tensor, k: Tensor, out: Tensor, heads: int, options: TransformerOptions) -> None:
         if self._is_cross_attention:
             self._is_cross_attention = False
             return
@@ -192,9 +192,9 @@ class Watcher:
         maps.added[block.stage] = maps.added.get(block.stage, torch.zeros(self._size)) + share
         maps.layers[block.stage] = maps.layers.get(block.stage, 0) + 1
         x, y = (min(int(share * side), side - 1) for share, side in zip(self._point, (width, height), strict=True))
-        self._look(injection, q[:, y * width + x], k, heads, self._size[0] / height)
+        self._add_attention(injection, q[:, y * width + x], k, heads, self._size[0] / height)
 
-    def _look(self, injection: Injection, q: Tensor, k: Tensor, heads: int, scale: float) -> None:
+    def _add_attention(self, injection: Injection, q: Tensor, k: Tensor, heads: int, scale: float) -> None:
         """Add the chosen point's attention to the pictures of an image prompt. q (b, c), k (b, m, c)"""
         queries, keys = (
             rearrange(q.float(), "b (h d) -> b h d", h=heads),
@@ -203,38 +203,38 @@ class Watcher:
         attention = torch.einsum("bhd,bhmd->bhm", queries, keys) / math.sqrt(queries.shape[-1])
         spread = attention.softmax(-1).mean((0, 1)).cpu()  # (m,)
         first = sum(len(i.image_prompt.pictures) for i in self._injections[: self._injections.index(injection)])
-        for place, (tokens, grid) in enumerate(self._kept(injection, scale)):
+        for index, (tokens, grid) in enumerate(self._kept(injection, scale)):
             whole = torch.zeros(len(tokens))
             whole[tokens] = spread[: int(tokens.sum())]
             spread = spread[int(tokens.sum()) :]
-            seen = self._looked_at[first + place]
+            seen = self._attention_maps[first + index]
             seen += self._resized(whole.view(grid), seen.shape) * len(whole) / seen.numel()
 
     def shares(self) -> list[Tensor]:
-        total = sum(float(seen.sum()) for seen in self._looked_at)
-        return [seen / total if total else seen for seen in self._looked_at]
+        total = sum(float(seen.sum()) for seen in self._attention_maps)
+        return [seen / total if total else seen for seen in self._attention_maps]
 
     @staticmethod
     def _resized(values: Tensor, size: Sequence[int]) -> Tensor:
         return F.interpolate(values[None, None].float().cpu(), tuple(size), mode="bilinear", align_corners=False)[0, 0]
 
 
-class Watched:
+class ObservedAttention:
     """An attention override that calls the earlier override or the host's function, and observes the result."""
 
-    def __init__(self, watcher: Watcher, earlier: Callable[..., Tensor] | None) -> None:
-        self._watcher = watcher
-        self._earlier = earlier
+    def __init__(self, observer: AttentionObserver, earlier: Callable[..., Tensor] | None) -> None:
+        self._observer = observer
+        self._wrapped = earlier
 
     def __call__(self, func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs):
-        compute = func if self._earlier is None else self._with_earlier(func)
+        compute = func if self._wrapped is None else self._around_wrapped(func)
         out = compute(q, k, v, heads, *args, **kwargs)
         options = kwargs.get("transformer_options")
         if options and "block" in options and "activations_shape" in options and options.get("sigmas") is not None:
-            self._watcher.see(q, k, out, heads, options)
+            self._observer.observe(q, k, out, heads, options)
         return out
 
-    def _with_earlier(self, func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        earlier = self._earlier
+    def _around_wrapped(self, func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        earlier = self._wrapped
         assert earlier is not None
         return lambda *args, **kwargs: earlier(func, *args, **kwargs)

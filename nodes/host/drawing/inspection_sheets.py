@@ -23,8 +23,8 @@ def added_sheet(found: Inspection, vae: VAE, noise_levels: int) -> Tensor:
     """How much the references add, by part of the UNet (rows) and noise level (columns). -> IMAGE (1, h, w, 3)"""
     picture = _picture(vae, found.latent)
     sigmas = list(found.levels)
-    places = np.linspace(0, len(sigmas) - 1, min(noise_levels, len(sigmas))).round().astype(int)
-    chosen = [sigmas[place] for place in places]
+    indices = np.linspace(0, len(sigmas) - 1, min(noise_levels, len(sigmas))).round().astype(int)
+    chosen = [sigmas[index] for index in indices]
     means = {(stage, sigma): found.levels[sigma].mean(stage) for stage in STAGES for sigma in chosen}
     rows = []
     for stage in STAGES:
@@ -41,12 +41,12 @@ def added_sheet(found: Inspection, vae: VAE, noise_levels: int) -> Tensor:
     return _image(sheet([row for row in rows if row], title, legend, "highest of the row"))
 
 
-def looked_at_sheet(found: Inspection, vae: VAE, point: tuple[float, float]) -> Tensor:
+def attention_sheet(found: Inspection, vae: VAE, point: tuple[float, float]) -> Tensor:
     """The picture with the chosen point, then each reference with that point's attention. -> IMAGE (1, h, w, 3)"""
     references = [reference for injection in found.injections for reference in injection.image_prompt.pictures]
-    highest = max(float(seen.max()) for seen in found.looked_at) or 1.0
+    highest = max(float(seen.max()) for seen in found.attention_maps) or 1.0
     row = [("the chosen place", marked(_picture(vae, found.latent), point))]
-    for number, (reference, seen) in enumerate(zip(references, found.looked_at, strict=True)):
+    for number, (reference, seen) in enumerate(zip(references, found.attention_maps, strict=True)):
         text = f"reference {number + 1}: {float(seen.sum()):.0%} of the attention"
         row.append((text, overlay(_picture(vae, reference.latent), seen, highest)))
     title = "Where in the references the chosen place looks, over all layers and steps"

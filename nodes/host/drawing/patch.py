@@ -126,28 +126,28 @@ class SelfAttentionInjection:
         foreign = self._foreign(run, unet, arguments[2]) if seen else None
         if foreign is None:
             return executor(*arguments, options, **kwargs)
-        joined = ExtendedBatch(executor, arguments, kwargs, options, foreign)
+        extended = ExtendedBatch(executor, arguments, kwargs, options, foreign)
         drawing = DrawingCall(unet, executor.original, x, arguments[3], kwargs, options, foreign)
         sources = []
         for injection, rows in seen:
             if foreign.attention:
                 run.record_skip(REPLACED, *(injection.blocks & foreign.attention))
             if not injection.blocks <= foreign.attention:
-                bank = self._bank(run, injection, unet, sigma, drawing, joined)
+                bank = self._bank(run, injection, unet, sigma, drawing, extended)
                 sources.append(Source(injection, rows, bank))
         if not sources:
             return executor(*arguments, options, **kwargs)
-        injected = InjectedCall(sources, run, list(joined.pictures.values()))
+        injected = InjectedCall(sources, run, list(extended.pictures.values()))
         replaced = replaced_blocks(options, injected.blocks)
         if replaced:
             # Guidance nodes return a deliberately degraded attention, to which nothing may be added.
             run.record_skip(REPLACED, *replaced)
         with attending(
-            unet, options, injected.at, injected.blocks - replaced, keeps_hidden=bool(joined.pictures)
+            unet, options, injected.at, injected.blocks - replaced, keeps_hidden=bool(extended.pictures)
         ) as options:
-            out = executor(*joined.arguments, options, **kwargs)
-        run.banks.update((key, pictures.bank) for key, pictures in joined.pictures.items())
-        return out[: len(x)] if joined.pictures else out
+            out = executor(*extended.arguments, options, **kwargs)
+        run.banks.update((key, pictures.bank) for key, pictures in extended.pictures.items())
+        return out[: len(x)] if extended.pictures else out
 
     def _rows(
         self, run: SamplingRun, executor: WrapperExecutor, arguments: Sequence[Any], options: TransformerOptions
@@ -189,7 +189,7 @@ class SelfAttentionInjection:
         unet: nn.Module,
         sigma: float | None,
         drawing: DrawingCall,
-        joined: ExtendedBatch,
+        extended: ExtendedBatch,
     ) -> KVBank:
         """The bank for this call: from the cache, encoded now, or filled while the references are rows of this call."""
         x = drawing.x
@@ -199,13 +199,13 @@ class SelfAttentionInjection:
         adapter, prompt = injection.adapter, injection.image_prompt
         level = sigma if injection.is_noised else None
         deltas = run.deltas_of(adapter, x)
-        if injection.is_noised and injection.needs_full_pass and joined.can_append(prompt, adapter, self.base):
-            places = range(len(prompt.pictures))
-            inputs = reference_inputs(self.base, adapter, prompt.pictures, places, level, run.seed, x)
+        if injection.is_noised and injection.needs_full_pass and extended.can_append(prompt, adapter, self.base):
+            indices = range(len(prompt.pictures))
+            inputs = reference_inputs(self.base, adapter, prompt.pictures, indices, level, run.seed, x)
             select = partial(join_images, pictures=prompt.pictures)
             recorder = KVRecorder(injection.blocks, deltas, select=select)
-            if joined.join(key, prompt, inputs, recorder):
-                return joined.pictures[key].bank
+            if extended.append(key, prompt, inputs, recorder):
+                return extended.pictures[key].bank
         run.banks[key] = uncompiled_encode_references(
             drawing,
             self.base,

@@ -54,8 +54,8 @@ class DrawingCall:
         inputs = self._with_rows(self._with_labels(inputs))
         rows = len(inputs.x)
         with (
-            explained(self.foreign),
-            self.foreign.out_of_the_way(),
+            explain_errors(self.foreign),
+            self.foreign.without_foreign_forwards(),
             attending(self.network, self._options(rows), at, blocks, keeps_hidden=True) as options,
         ):
             self.unet(*inputs, None, options, **self._further_arguments(rows))
@@ -111,7 +111,7 @@ def with_channels(x: Tensor, channels: int) -> Tensor:
 
 
 @contextmanager
-def explained(foreign: ForeignCode) -> Iterator[None]:
+def explain_errors(foreign: ForeignCode) -> Iterator[None]:
     """Turn exceptions inside a changed network into a ReferencePassError that says what to do."""
     try:
         yield

@@ -43,12 +43,14 @@ def encode_references(
     As many pictures are encoded at once as fit into memory. Clean references are encoded once, so speed matters little:
     their batches are no larger than the call itself.
     """
-    like, missing = call.x, call.foreign.attention
+    unet_input, missing = call.x, call.foreign.attention
     order = [layer.key for layer in adapter.info.layers if layer.key in blocks and layer.key not in missing]
     parts: dict[BlockKey, list[tuple[int, KV]]] = {key: [] for key in order}
-    cells = like.shape[0] * like.shape[-2] * like.shape[-1] if sigma is None else None
-    for group in _batches(prompt.pictures, adapter, base, like.device, cells if call.rows is None else 0):
-        pictures = [prompt.pictures[place] for place in group]
+    max_latent_pixels = unet_input.shape[0] * unet_input.shape[-2] * unet_input.shape[-1] if sigma is None else None
+    for group in _batches(
+        prompt.pictures, adapter, base, unet_input.device, max_latent_pixels if call.rows is None else 0
+    ):
+        pictures = [prompt.pictures[index] for index in group]
         select = partial(split_per_image, pictures=pictures)
         recorder = KVRecorder(
             order,
@@ -58,7 +60,7 @@ def encode_references(
             positions=adapter.info.positions,
             narrow_values=is_transformer(base.diffusion_model),
         )
-        inputs = reference_inputs(base, adapter, pictures, group, sigma, noise_seed, like)
+        inputs = reference_inputs(base, adapter, pictures, group, sigma, noise_seed, unet_input)
         blocks = [key for key in adapter.blocks() if key not in missing]
         bank = run_reference_pass(partial(call.read, inputs, recorder.at, blocks), recorder)
         for key in order:
@@ -70,63 +72,71 @@ def reference_inputs(
     base: BaseModel,
     adapter: Adapter,
     pictures: Sequence[ReferenceImage],
-    places: Sequence[int],
+    indices: Sequence[int],
     sigma: float | None,
     noise_seed: int,
-    like: Tensor,
+    unet_input: Tensor,
 ) -> NetworkInputs | TransformerInputs:
     """The network's inputs for pictures of one size. `indices`: of the pictures in the image prompt."""
-    latent = base.process_latent_in(torch.cat([p.latent for p in pictures])).to(like.device, torch.float32)
+    latent = base.process_latent_in(torch.cat([p.latent for p in pictures])).to(unet_input.device, torch.float32)
     sampling = base.model_sampling
     level = clean_reference_sigma(sampling) if sigma is None else sigma
-    sigmas = torch.full((len(pictures),), level, device=like.device)
+    sigmas = torch.full((len(pictures),), level, device=unet_input.device)
     if sigma is not None:
         noise = torch.cat(
-            [_noise(picture.latent, noise_seed, place) for picture, place in zip(pictures, places, strict=True)]
+            [_noise(picture.latent, noise_seed, index) for picture, index in zip(pictures, indices, strict=True)]
         )
         latent = sampling.noise_scaling(sigmas.view(-1, 1, 1, 1), noise.to(latent), latent)
     text = TextConditioning.stack([picture.text or adapter.class_conditioning for picture in pictures])
-    inputs = network_inputs(base, latent, sigmas, text, like.dtype)
-    return inputs._replace(x=with_channels(inputs.x, like.shape[1]))
+    inputs = network_inputs(base, latent, sigmas, text, unet_input.dtype)
+    return inputs._replace(x=with_channels(inputs.x, unet_input.shape[1]))
 
 
-def _noise(latent: Tensor, seed: int, place: int) -> Tensor:
+def _noise(latent: Tensor, seed: int, index: int) -> Tensor:
     """The noise of a picture, the same in all steps of a run."""
-    generator = torch.Generator().manual_seed((seed + place + 1) % 2**63)
+    generator = torch.Generator().manual_seed((seed + index + 1) % 2**63)
     return torch.randn(latent.shape, generator=generator)
 
 
 def _batches(
-    pictures: Sequence[ReferenceImage], adapter: Adapter, base: BaseModel, device: torch.device, cells: int | None
+    pictures: Sequence[ReferenceImage],
+    adapter: Adapter,
+    base: BaseModel,
+    device: torch.device,
+    max_latent_pixels: int | None,
 ) -> Iterator[list[int]]:
     """Indices of the pictures of each call: of one size, and as many as fit into memory.
 
     max_latent_pixels: of all rows of a call together, unless one picture has more; None: no limit.
     """
-    for places in _alike(pictures, adapter, is_transformer(base.diffusion_model)):
-        shape = pictures[places[0]].latent.shape
-        count = len(places) if cells is None else min(len(places), max(1, cells // (shape[-2] * shape[-1])))
+    for indices in _batchable_groups(pictures, adapter, is_transformer(base.diffusion_model)):
+        shape = pictures[indices[0]].latent.shape
+        count = (
+            len(indices)
+            if max_latent_pixels is None
+            else min(len(indices), max(1, max_latent_pixels // (shape[-2] * shape[-1])))
+        )
         while count > 1 and not fits_in_memory(base, [count, *shape[1:]], device):
             count -= 1
-        yield from (places[first : first + count] for first in range(0, len(places), count))
+        yield from (indices[first : first + count] for first in range(0, len(indices), count))
 
 
-def _alike(pictures: Sequence[ReferenceImage], adapter: Adapter, length_matters: bool) -> list[list[int]]:
+def _batchable_groups(pictures: Sequence[ReferenceImage], adapter: Adapter, length_matters: bool) -> list[list[int]]:
     """Groups of indices of pictures that can be rows of one call: of one size, and with compatible lengths of text.
 
     length_matters: only equal lengths are compatible, because the network's result depends on the length.
     """
     lengths = [(picture.text or adapter.class_conditioning).cross_attn.shape[1] for picture in pictures]
     groups: list[list[int]] = []
-    for place, picture in enumerate(pictures):
+    for index, picture in enumerate(pictures):
         for group in groups:
             is_of_size = pictures[group[0]].latent.shape == picture.latent.shape
-            together = [lengths[other] for other in (*group, place)]
+            together = [lengths[other] for other in (*group, index)]
             if is_of_size and (len(set(together)) == 1 if length_matters else fit_together(together)):
-                group.append(place)
+                group.append(index)
                 break
         else:
-            groups.append([place])
+            groups.append([index])
     return groups
 
 

@@ -66,7 +66,7 @@ def conditional_rows(
     known = uncompiled_by_text(guider, texts, context, y) if isinstance(context, Tensor) else [None] * len(x)
     if None not in known and len(known) == len(x):
         return [bool(row) for row in known]
-    if layout is not None and all(row in (None, place) for row, place in zip(known, layout, strict=False)):
+    if layout is not None and all(row in (None, by_chunk) for row, by_chunk in zip(known, layout, strict=False)):
         return layout
     return [row is True for row in known] if any(row is not None for row in known) else None
 

@@ -70,14 +70,14 @@ class Injection:
 class BankKey(NamedTuple):
     """Everything that the keys and values of an image prompt depend on within a run."""
 
-    place: tuple  # the injection, the network, device and precision
+    source: tuple  # the injection, the network, device and precision
     sigma: float | None  # of a noised reference
     hooks: tuple  # of the current conditioning: they change the weights
     strengths: tuple[float, ...]  # of these hooks, at this step of their schedule
 
     def replaces(self, other: BankKey) -> bool:
         """Whether the other is not needed any more, because sigma or the strength of a hook has changed."""
-        if self.place != other.place or self == other:
+        if self.source != other.source or self == other:
             return False
         return self.sigma != other.sigma or self.hooks == other.hooks
 
@@ -97,7 +97,7 @@ class SamplingRun:
     texts: GuiderTexts = field(default_factory=GuiderTexts)
     was_active: dict[int, bool] = field(default_factory=dict)  # by id of the injection, for injections with rows
     skipped: dict[str, set[BlockKey]] = field(default_factory=dict)  # by reason; no blocks: the whole call
-    is_told_of_compilation: bool = False
+    has_warned_of_compilation: bool = False
 
     def bank_key(
         self, injection: Injection, unet: nn.Module, base: BaseModel, sigma: float | None, x: Tensor
@@ -147,12 +147,12 @@ class SamplingRun:
 
     def _warn_nothing_injected(self, injection: Injection) -> None:
         steps = "no step" if self.steps is None else f"none of the {self.steps} steps"
-        said = (
+        message = (
             f"{steps} of this run lay between start_percent {injection.start_percent:g} and end_percent "
             f"{injection.end_percent:g}, so the image prompt was not used. Take more steps, or lower start_percent: "
             f"0 acts from the first step on."
         )
-        warn_on_node(said, injection.node_id)
+        warn_on_node(message, injection.node_id)
 
 
 def sigma_of(options: TransformerOptions) -> float | None:
@@ -177,9 +177,9 @@ def warn_of_another_shape(injection: Injection, height: int, width: int) -> None
     rows, columns = injection.attn_mask.shape
     if min(abs(rows * width / columns - height), abs(columns * height / rows - width)) < 1:
         return
-    said = (
+    message = (
         f"attn_mask is {columns}x{rows}, but this run draws a picture of {width * 8}x{height * 8}, which is of "
         f"another shape. The mask is stretched over it. If this run draws only a part of a larger picture, such as a "
         f"tile or a face, the mask does not fit: leave attn_mask open there."
     )
-    warn_on_node(said, injection.node_id)
+    warn_on_node(message, injection.node_id)

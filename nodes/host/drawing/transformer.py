@@ -23,7 +23,7 @@ from ..networks.unet import compute_dtype
 from .foreign import ForeignCode
 from .injected import InjectedCall, Source
 from .patch import SelfAttentionInjection
-from .reference_call import PRIVATE, explained
+from .reference_call import PRIVATE, explain_errors
 from .reference_pass import encode_references
 from .row_texts import COND
 from .sampling_run import RUN_KEY, Injection, SamplingRun, sigma_of
@@ -62,7 +62,7 @@ class TransformerInjection(SelfAttentionInjection):
         sigma = sigma_of(call.options) if any(injection.needs_sigma for injection in self.injections) else None
         seen = self._rows(run, executor, call.row_arguments(), call.options)
         seen = [(i, rows) for i, rows in seen if run.is_active(i, sigma, self.base.model_sampling)]
-        if not seen or not self._is_ours(run, network, call):
+        if not seen or not self._is_supported_call(run, network, call):
             return executor(*args, **kwargs)
         self._warn_if_compiled(run)
         sources = []
@@ -74,7 +74,7 @@ class TransformerInjection(SelfAttentionInjection):
             args, kwargs = call.with_options(options)
             return executor(*args, **kwargs)
 
-    def _is_ours(self, run: SamplingRun, network: nn.Module, call: NetworkCall) -> bool:
+    def _is_supported_call(self, run: SamplingRun, network: nn.Module, call: NetworkCall) -> bool:
         if is_transformer(network) and call.context.shape[-1] == text_width(self.base):
             return True
         run.record_skip("they go to another network than the one that the adapter was made for")
@@ -87,7 +87,7 @@ class TransformerInjection(SelfAttentionInjection):
         key = run.bank_key(injection, network, self.base, sigma, call.x)
         if key not in run.banks:
             run.banks[key] = encode_references(
-                TransformerRead(network, call.function, call.x, call.options),
+                TransformerReferencePass(network, call.function, call.x, call.options),
                 self.base,
                 injection.adapter,
                 injection.image_prompt,
@@ -99,8 +99,8 @@ class TransformerInjection(SelfAttentionInjection):
         return run.banks[key]
 
     def _warn_if_compiled(self, run: SamplingRun) -> None:
-        if not run.is_told_of_compilation and hasattr(self.base.diffusion_model, "_orig_mod"):
-            run.is_told_of_compilation = True
+        if not run.has_warned_of_compilation and hasattr(self.base.diffusion_model, "_orig_mod"):
+            run.has_warned_of_compilation = True
             log.warning(
                 "SA-Inject: torch.compile cannot compile this model together with an image prompt. It runs uncompiled "
                 "in the steps that use one."
@@ -149,12 +149,12 @@ class NetworkCall:
     def with_options(self, options: TransformerOptions) -> tuple[tuple[Any, ...], Arguments]:
         if OPTIONS not in self.names:
             return self.args, {**self.kwargs, OPTIONS: options}
-        place = self.names.index(OPTIONS)
-        return (*self.args[:place], options, *self.args[place + 1 :]), self.kwargs
+        index = self.names.index(OPTIONS)
+        return (*self.args[:index], options, *self.args[index + 1 :]), self.kwargs
 
 
 @dataclass(frozen=True, eq=False)
-class TransformerRead:
+class TransformerReferencePass:
     """The reference pass of a transformer, with the options of the sampler's call."""
 
     network: nn.Module
@@ -173,7 +173,7 @@ class TransformerRead:
         if isinstance(options.get("sigmas"), Tensor):
             options["sigmas"] = options["sigmas"].flatten()[:1].expand(len(inputs.x))
         with (
-            explained(self.foreign),
+            explain_errors(self.foreign),
             attending(self.network, options, at, blocks, size=(height, width), keeps_hidden=True) as options,
         ):
             self.function(inputs.x, inputs.timestep, **inputs.conditions, transformer_options=options)

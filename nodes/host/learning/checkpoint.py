@@ -160,8 +160,8 @@ def _remove_old(folder: Path, newest: Path) -> None:
             status = state.path.stat()
             files.append((status.st_mtime, status.st_size, state.path))
     total = 0
-    for place, (changed, size, path) in enumerate(sorted(files, reverse=True)):
+    for index, (changed, size, path) in enumerate(sorted(files, reverse=True)):
         total += size
-        if (place >= KEPT_STATES or total > KEPT_BYTES) and now - changed > IN_USE_SECONDS:
+        if (index >= KEPT_STATES or total > KEPT_BYTES) and now - changed > IN_USE_SECONDS:
             with contextlib.suppress(OSError):
                 path.unlink()

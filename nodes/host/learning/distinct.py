@@ -23,7 +23,7 @@ class DistinctPicture:
     `number` is equal for pictures that show the same.
     """
 
-    place: int
+    index: int
     captions: tuple[str, ...]
     number: int
 
@@ -43,7 +43,7 @@ class DistinctPictures:
 
     def add(self, picture: Tensor, mask: Tensor | None, captions: tuple[str, ...]) -> DistinctPicture | None:
         """Add a picture (1, 3, h, w) with its mask (h, w). -> None if it is identical to an earlier one"""
-        place, values = self._seen, _values(picture, mask)
+        index, values = self._seen, _values(picture, mask)
         self._seen += 1
         known = self._by_values.get(values)
         if known is not None:
@@ -53,12 +53,12 @@ class DistinctPictures:
         # The small versions of a picture and its compressed copy agree in every pixel.
         alike = ((self._small - small).abs().amax(dim=(1, 2, 3)) <= ALIKE_WITHIN).nonzero()
         number = self.found[int(alike[0])].number if len(alike) else len(self.found)
-        distinct = self._by_values[values] = DistinctPicture(place, captions, number)
+        distinct = self._by_values[values] = DistinctPicture(index, captions, number)
         self.found.append(distinct)
         self._small = torch.cat([self._small, small.cpu().float()])
         return distinct
 
-    def tell(self) -> None:
+    def log_summary(self) -> None:
         if len(self.found) < self._seen:
             repeats = self._seen - len(self.found)
             log.info("%d of %d pictures are there more than once and count once.", repeats, self._seen)

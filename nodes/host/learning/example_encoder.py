@@ -71,7 +71,7 @@ class ExampleEncoder:
         height, width = (CELL * max(side // CELL + 1, round(side / (1 - share) / CELL)) for side in fitted.shape[-2:])
         return height, width
 
-    def tell(self) -> None:
+    def log_summary(self) -> None:
         if self._store.on_disk:
             log.info("%d latents do not fit into %d MB and lie on disk.", self._store.on_disk, LATENT_BYTES // 2**20)
 

@@ -87,31 +87,31 @@ class Digest:
 
     def add_whole(self, tensor: Tensor) -> None:
         """Add a tensor with all its values."""
-        self._say("whole", tensor.dtype, tuple(tensor.shape))
+        self._update("whole", tensor.dtype, tuple(tensor.shape))
         self._hash.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
 
     def add(self, value: object, depth: int = DEPTH) -> None:
         """Add any value. An object is hashed by class and attributes, a function by its code."""
         if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.Size):
-            self._say(type(value).__name__, value)
+            self._update(type(value).__name__, value)
         elif isinstance(value, Enum):
-            self._say("enum", value)
+            self._update("enum", value)
         elif isinstance(value, Tensor):
-            self._say("tensor", tuple(value.shape))
+            self._update("tensor", tuple(value.shape))
             self.add_whole(samples(value, SAMPLES))
         elif depth == 0:
-            self._say("deep", type(value).__qualname__)
+            self._update("deep", type(value).__qualname__)
         elif isinstance(value, Mapping):
-            self._say("mapping", len(value))
+            self._update("mapping", len(value))
             for key in sorted(value, key=_name):
-                self._say(_name(key))
+                self._update(_name(key))
                 self.add(value[key], depth - 1)
         elif isinstance(value, list | tuple):
-            self._say("sequence", len(value))
+            self._update("sequence", len(value))
             for item in value:
                 self.add(item, depth - 1)
         elif isinstance(value, set | frozenset):
-            self._say("set", *sorted(map(_name, value)))
+            self._update("set", *sorted(map(_name, value)))
         elif isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
             self.add(torch.from_numpy(np.ascontiguousarray(value)), depth)
         else:
@@ -123,7 +123,7 @@ class Digest:
             whole = Digest(self._objects)
             whole._add_parts(value, depth)
             self._objects[id(value)] = (whole.hexdigest(), value)
-        self._say("object", self._objects[id(value)][0])
+        self._update("object", self._objects[id(value)][0])
 
     def _add_parts(self, value: object, depth: int) -> None:
         if isinstance(value, functools.partial):
@@ -134,19 +134,19 @@ class Digest:
             code = value.__code__
             closure = [_content(cell) for cell in value.__closure__ or ()]
             plain = [constant for constant in code.co_consts if not isinstance(constant, types.CodeType)]
-            self._say("function", value.__module__, value.__qualname__, code.co_code.hex())
+            self._update("function", value.__module__, value.__qualname__, code.co_code.hex())
             self.add([plain, value.__defaults__, value.__kwdefaults__, closure], depth)
         elif isinstance(value, type):
-            self._say("class", value.__module__, value.__qualname__)
+            self._update("class", value.__module__, value.__qualname__)
         else:
             classes = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(value).__mro__)
-            self._say("object", getattr(value, "__qualname__", ""), *classes)
+            self._update("object", getattr(value, "__qualname__", ""), *classes)
             if isinstance(value, nn.Module):
                 self.add(dict((*value.named_parameters(), *value.named_buffers())), depth)
             elif not _is_a_patcher(value):
                 self.add(getattr(value, "__dict__", None), depth)
 
-    def _say(self, *words: object) -> None:
+    def _update(self, *words: object) -> None:
         self._hash.update(repr([str(word) for word in words]).encode())
 
 
@@ -235,8 +235,8 @@ def _sampling_at_probes(sampling: ModelSampling) -> Iterator[Tensor]:
     yield sigmas
     yield torch.tensor(clean_reference_sigma(sampling))
     x = torch.linspace(-1.0, 1.0, 4, device=sigmas.device).view(1, 1, 1, 4)
-    for place in torch.linspace(0, len(sigmas) - 1, PROBES).long().tolist():
-        sigma = sigmas[place : place + 1].clone()
+    for index in torch.linspace(0, len(sigmas) - 1, PROBES).long().tolist():
+        sigma = sigmas[index : index + 1].clone()
         yield sampling.noise_scaling(sigma.view(1, 1, 1, 1), x.flip(-1), x.clone())
         yield sampling.calculate_input(sigma, x.clone())
         yield sampling.calculate_denoised(sigma, x.flip(-1), x.clone())

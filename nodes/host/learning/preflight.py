@@ -18,9 +18,9 @@ LITTLE = 0.02  # share of a picture; a smaller mask gets a warning
 def preflight(subject: Subject, captions: Sequence[tuple[str, ...]], has_word: Callable[[str], bool]) -> list[str]:
     """Warnings about similar or small pictures, small masks, and captions without the placeholder token."""
     return [
-        *_alike(subject.pictures),
-        *_small(subject.pictures, subject.resolution),
-        *_hidden(subject.masks),
+        *_similar(subject.pictures),
+        *_small_pictures(subject.pictures, subject.resolution),
+        *_small_masks(subject.masks),
         *_without_word(captions, has_word, subject.placeholder_token),
     ]
 
@@ -35,7 +35,7 @@ def counts(data: TrainingSet, captions: Sequence[tuple[str, ...]], has_word: Cal
     )
 
 
-def _alike(pictures: Sequence[Tensor]) -> list[str]:
+def _similar(pictures: Sequence[Tensor]) -> list[str]:
     small = [F.adaptive_avg_pool2d(picture.float(), ALIKE_SIDE) for picture in pictures]
     if len(small) < 2 or any((picture - small[0]).abs().amax().item() > ALIKE_WITHIN for picture in small[1:]):
         return []
@@ -45,7 +45,7 @@ def _alike(pictures: Sequence[Tensor]) -> list[str]:
     ]
 
 
-def _small(pictures: Sequence[Tensor], resolution: int) -> list[str]:
+def _small_pictures(pictures: Sequence[Tensor], resolution: int) -> list[str]:
     sides = [(picture.shape[-1] * picture.shape[-2]) ** 0.5 for picture in pictures]
     smaller = [number for number, side in enumerate(sides, start=1) if side < 0.75 * resolution]
     if not smaller:
@@ -57,7 +57,7 @@ def _small(pictures: Sequence[Tensor], resolution: int) -> list[str]:
     ]
 
 
-def _hidden(masks: Sequence[Tensor | None]) -> list[str]:
+def _small_masks(masks: Sequence[Tensor | None]) -> list[str]:
     shares = [(number, mask.float().mean().item()) for number, mask in enumerate(masks, start=1) if mask is not None]
     little = [number for number, share in shares if share < LITTLE]
     if not little:

@@ -47,7 +47,7 @@ class Steps:
         wanted = None
         try:
             if not training.losses:
-                self._look(0)
+                self._evaluate(0)
             watch.enter("training")
             while len(training.losses) < steps:
                 step = self._next()
@@ -57,7 +57,7 @@ class Steps:
                     wanted = steps if step.number < steps else None
                     break
                 if step.number < steps:
-                    self._look(step.number)
+                    self._evaluate(step.number)
         except DivergedError:
             checkpoint.discard_stopped()
             raise
@@ -66,10 +66,10 @@ class Steps:
             raise
         watch.enter("saving")
         checkpoint.save(training, is_finished=True, wanted=wanted)
-        self._look(len(training.losses), is_last=True)
+        self._evaluate(len(training.losses), is_last=True)
         training.apply_average()
 
-    def _look(self, step: int, is_last: bool = False) -> None:
+    def _evaluate(self, step: int, is_last: bool = False) -> None:
         """Validate and draw samples, if they are due at this step."""
         draws = self._watch.wants_sample(step, is_last)
         every = self._watch.settings.validation_every
@@ -91,9 +91,9 @@ class Steps:
             except OUT_OF_MEMORY as error:
                 kind, text = type(error), str(error)
             # After the except clause, because the traceback keeps tensors alive.
-            self._answer(kind, text)
+            self._save_memory_or_raise(kind, text)
 
-    def _answer(self, kind: type[BaseException], text: str) -> None:
+    def _save_memory_or_raise(self, kind: type[BaseException], text: str) -> None:
         self._training.rewind()
         gc.collect()
         model_management.soft_empty_cache()

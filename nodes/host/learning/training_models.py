@@ -58,7 +58,7 @@ class TrainingModels:
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
         try:
-            self._enter()
+            self._load()
             yield
         finally:
             self._undo.close()
@@ -69,9 +69,9 @@ class TrainingModels:
         self._undo.close()
         with torch.inference_mode():
             yield
-        self._enter()
+        self._load()
 
-    def let_gradients_through(self, undo: contextlib.ExitStack) -> torch.dtype:
+    def make_models_differentiable(self, undo: contextlib.ExitStack) -> torch.dtype:
         """Make both loaded models differentiable. -> the precision of the network's computation"""
         base, encoder = self.patcher.model, self.clip.cond_stage_model
         network = base.diffusion_model
@@ -90,18 +90,18 @@ class TrainingModels:
         undo.enter_context(out_of_place_text_encoder(self.clip, self.checkpointing, text_dtype))
         return dtype
 
-    def _enter(self) -> None:
+    def _load(self) -> None:
         self._undo = contextlib.ExitStack()
-        self._undo.callback(self._give_back)
+        self._undo.callback(self._unload)
         try:
             self._undo.enter_context(training_mode())
             load_fully([self.patcher, *([self.clip.patcher] if self.needs_clip else [])])
-            self.dtype = self.let_gradients_through(self._undo)
+            self.dtype = self.make_models_differentiable(self._undo)
         except BaseException:
             self._undo.close()
             raise
 
-    def _give_back(self) -> None:
+    def _unload(self) -> None:
         if self._forced_dtype is not None:
             # After a full load, unpatching does not remove the forced casts. The next partial load would take these
             # layers for offloaded ones, and skip the user's LoRA on them.

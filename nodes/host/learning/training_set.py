@@ -62,25 +62,25 @@ def training_set(
     """
     encoder = ExampleEncoder(model, vae, subject.resolution, options or TrainOptions(), seed)
     distinct, encoded = DistinctPictures(), []
-    for place, (picture, mask, said) in enumerate(zip(subject.pictures, subject.masks, captions, strict=True)):
-        fitted, kept = _fitted(picture, mask, subject.resolution, place + 1)
-        if distinct.add(fitted, kept, said) is not None:
+    for index, (picture, mask, texts) in enumerate(zip(subject.pictures, subject.masks, captions, strict=True)):
+        fitted, kept = _fitted(picture, mask, subject.resolution, index + 1)
+        if distinct.add(fitted, kept, texts) is not None:
             encoded.append(encoder.example(fitted, kept, *_enlarged(encoder, picture, mask, fitted)))
-    distinct.tell()
+    distinct.log_summary()
     examples = [
         dataclasses.replace(example, captions=known.captions, picture=known.number)
         for example, known in zip(encoded, distinct.found, strict=True)
     ]
     class_pictures = [encoder.class_example(picture, subject.class_word) for picture in subject.class_pictures]
     if len({example.picture for example in examples}) > 1:
-        encoder.tell()
+        encoder.log_summary()
         return TrainingSet(examples, class_pictures=class_pictures)
     log.info("There is one picture only: augmented views of it serve as image prompts.")
     generator = torch.Generator().manual_seed(seed)
     views = []
     for example, known in zip(examples, distinct.found, strict=True):
         picture, mask = _fitted(
-            subject.pictures[known.place], subject.masks[known.place], subject.resolution, known.place + 1
+            subject.pictures[known.index], subject.masks[known.index], subject.resolution, known.index + 1
         )
         for view in _usable_views(picture, mask, generator):
             views.append(dataclasses.replace(encoder.example(*view), captions=example.captions))
@@ -117,14 +117,14 @@ def without_inference_tensors(data: TrainingSet) -> TrainingSet:
     def picture(latent: Tensor, mask: Tensor | None) -> Version:
         return Version(_for_autograd(latent), None if mask is None else _for_autograd(mask))
 
-    def normal(example: Example) -> Example:
+    def copied(example: Example) -> Example:
         latent, mask = picture(example.latent, example.mask)
         as_target = tuple(picture(*version) for version in example.as_target)
         as_reference = tuple(picture(*version) for version in example.as_reference)
         return Example(latent, example.captions, mask, example.picture, as_target, as_reference)
 
     groups = (data.examples, data.views, data.class_pictures)
-    return TrainingSet(*([normal(example) for example in examples] for examples in groups))
+    return TrainingSet(*([copied(example) for example in examples] for examples in groups))
 
 
 def _for_autograd(tensor: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def attending(
     dit = dict(replaced.get("dit", {}))
     for key, block in _blocks(network):
         name = (REPLACED_AS[key.stage], key.index)
-        dit[name] = MetBlock(call, key, block, dit.get(name))
+        dit[name] = PatchedBlock(call, key, block, dit.get(name))
     yield {**options, "patches_replace": {**replaced, "dit": dit}}
 
 
@@ -78,7 +78,7 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
-class MetBlock:
+class PatchedBlock:
     """A replacement of a block that changes only its attention."""
 
     call: Call

@@ -29,7 +29,7 @@ SITES_KEY = "sa_inject_sites"
 NEXT_INDEX = 1.0  # along the first axis, as ComfyUI numbers its references
 
 
-class Wanted(NamedTuple):
+class SiteRequest(NamedTuple):
     """How to compute the attention in one call. It is an entry of the call's options."""
 
     at: AtSite
@@ -61,9 +61,9 @@ def attending(
 
     size: of the latent (h, w). The given options are not changed. keeps_hidden: each site has its hidden states.
     """
-    wanted = Wanted(at, frozenset(blocks), Grid.of_latent(size, network.patch_size), keeps_hidden)
+    request = SiteRequest(at, frozenset(blocks), Grid.of_latent(size, network.patch_size), keeps_hidden)
     with hooked(network):
-        yield {**options, SITES_KEY: wanted}
+        yield {**options, SITES_KEY: request}
 
 
 @contextmanager
@@ -81,20 +81,22 @@ def _hook(network: NextDiT, key: BlockKey) -> Forward:
         module: nn.Module, args: tuple[Tensor, ...], kwargs: Arguments
     ) -> tuple[tuple[Tensor, ...], Arguments] | None:
         options = kwargs.get("transformer_options") or {}
-        wanted = options.get(SITES_KEY)
-        if wanted is None:
+        request = options.get(SITES_KEY)
+        if request is None:
             return None
         # Without the entry, so that a second hook on the same layer does nothing.
         options = {name: value for name, value in options.items() if name != SITES_KEY}
-        if key in wanted.blocks:
+        if key in request.blocks:
             hidden, _, freqs = args
-            options = _met(network, key, wanted, hidden, freqs).options(options)
+            options = _joint_attention(network, key, request, hidden, freqs).options(options)
         return args, {**kwargs, "transformer_options": options}
 
     return hook
 
 
-def _met(network: NextDiT, key: BlockKey, wanted: Wanted, hidden: Tensor, freqs: Tensor) -> JointAttention:
+def _joint_attention(
+    network: NextDiT, key: BlockKey, request: SiteRequest, hidden: Tensor, freqs: Tensor
+) -> JointAttention:
     def rotation(tokens: slice) -> Rotation:
         matrices = freqs[:, tokens, 0]  # (1 or b, m, d/2, 2, 2)
         index_pairs = network.axes_dims[0] // 2
@@ -103,17 +105,17 @@ def _met(network: NextDiT, key: BlockKey, wanted: Wanted, hidden: Tensor, freqs:
 
     def first(n: int) -> int:
         """The picture is at the end of the sequence, padded to a multiple of tokens."""
-        filled = -(-wanted.grid.tokens // multiple) * multiple
+        filled = -(-request.grid.tokens // multiple) * multiple
         return n - filled
 
     multiple = network.pad_tokens_multiple or 1
     return JointAttention(
-        at=wanted.at,
+        at=request.at,
         key=key,
-        grid=wanted.grid,
+        grid=request.grid,
         first=first,
         rotation=rotation,
-        hidden=(lambda tokens: hidden[:, tokens]) if wanted.keeps_hidden else None,
+        hidden=(lambda tokens: hidden[:, tokens]) if request.keeps_hidden else None,
     )
 
 

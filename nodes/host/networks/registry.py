@@ -116,7 +116,7 @@ def positions(architecture: str) -> PositionRule:
 
 def is_distilled(base: BaseModel) -> bool:
     """Whether the guidance scale is an input of the network. Then it is sampled without a negative prompt."""
-    return is_transformer(base.diffusion_model) and transformers.is_told_guidance(base)
+    return is_transformer(base.diffusion_model) and transformers.has_guidance_input(base)
 
 
 def warn_if_experimental(architecture: str) -> None:

@@ -32,7 +32,7 @@ def model_conditions(base: BaseModel, latent: Tensor, text: TextConditioning) ->
 
     latent (b, c, h, w), scaled; text with b rows of one length
     """
-    guidance = {"guidance": GUIDANCE} if is_told_guidance(base) else {}
+    guidance = {"guidance": GUIDANCE} if has_guidance_input(base) else {}
     return dict(unet.model_conditions(base, latent, text, **guidance))
 
 
@@ -63,7 +63,7 @@ def pooled_width(base: BaseModel) -> int | None:
     return base.model_config.unet_config.get("vec_in_dim")
 
 
-def is_told_guidance(base: BaseModel) -> bool:
+def has_guidance_input(base: BaseModel) -> bool:
     return bool(base.model_config.unet_config.get("guidance_embed"))
 
 
