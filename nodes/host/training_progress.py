@@ -109,7 +109,7 @@ class TrainingProgress:
         self._send()
 
     def tell(self, texts: Sequence[str]) -> None:
-        """What is known before the first step: in the log, under the node until that is done, and in the summary."""
+        """Show facts before the first step: in the log, on the node, and in the summary."""
         self.run.facts = list(texts)
         self.show_text(" ".join(texts))
         for text in texts:

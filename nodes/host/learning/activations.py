@@ -1,7 +1,7 @@
-"""How much a network stores for the backward pass, computed from the sizes of its layers alone.
+"""How much a network stores for the backward pass, computed from the sizes of its layers.
 
-Counted are the values that autograd keeps of one row, as the layers of this folder let it: frozen linear layers and
-convolutions keep none, a norm keeps its input, a gate and an activation keep what goes into them.
+The numbers are values that autograd stores for one row, with the layers of this folder. Frozen linear layers and
+convolutions store none. Norms, gates and activations store their input.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def preflight(subject: Subject, captions: Sequence[tuple[str, ...]], has_word: C
 
 
 def counts(data: TrainingSet, captions: Sequence[tuple[str, ...]], has_word: Callable[[str], bool], steps: int) -> str:
-    """What is trained with, in words."""
+    """The numbers of pictures, pairs, steps and captions, as a text for the log."""
     with_word = sum(any(map(has_word, texts)) for texts in captions)
     targets, others = len(data.examples), len(data.views) or len(data.examples) - 1
     return (

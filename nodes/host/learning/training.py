@@ -164,7 +164,7 @@ class AdapterTraining:
         return training.losses
 
     def _tell_before(self, watch: Watch) -> None:
-        """What it is trained with and what a step takes, and what looks wrong."""
+        """Show the inputs, the memory of a step, and warnings, before the first step."""
         has_word = finder(self.models.clip, self.subject.placeholder_token)
         memory, free = self.step_memory(self.models.checkpointing), free_memory(self.device)
         watch.tell(
