@@ -25,8 +25,8 @@ COLUMNS = (
     "steps",
     "loss, first tenth",
     "loss, last tenth",
-    "validation, start",
-    "validation, end",
+    "validation, first",
+    "validation, last",
     "minutes",
 )
 PROMPT = "a large [trigger] toy on the left, red background"
@@ -87,7 +87,7 @@ def trained(host: Any, parts: dict[str, Any], preset: str, folder: Path) -> Row:
         "loss, first tenth": statistics.mean(losses[:tenth]),
         "loss, last tenth": statistics.mean(losses[-tenth:]),
         "validation, first": measured[0],
-        "last": measured[-1],
+        "validation, last": measured[-1],
         "minutes": seconds / 60,
     }
 
