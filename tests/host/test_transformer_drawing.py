@@ -196,6 +196,22 @@ def test_a_compiled_model_runs_uncompiled_and_the_log_says_so(comfy_host, model,
     assert caplog.text.count("It runs uncompiled") == 1
 
 
+def test_blocks_that_are_compiled_one_by_one_run_uncompiled_and_the_log_says_so(comfy_host, model, caplog):
+    """As nodes of other packs compile them: here the last block of each kind."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    network = model.model.diffusion_model
+    stages = [stage for stage in ("layers", "double_blocks", "single_blocks") if hasattr(network, stage)]
+    keys = [f"diffusion_model.{stage}.{len(getattr(network, stage)) - 1}" for stage in stages]
+    adapter, prompt, text, x = make_adapter(model), make_prompt(model), text_for(model, 9, seed=7), x_of(model)
+    expected = call(apply(comfy_host, model, adapter, prompt), x, SIGMA, text, [0])
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager", keys=keys)
+    found = call(apply(comfy_host, compiled, adapter, prompt), x, SIGMA, text, [0])
+    assert relative_error(found, expected) < 1e-5
+    assert caplog.text.count("It runs uncompiled") == 1
+
+
 def counted_patches(calls: list[str]) -> dict[str, Any]:
     """What another pack may put around or into the blocks, each of which changes the picture."""
 

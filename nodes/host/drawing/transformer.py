@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,14 +66,15 @@ class TransformerInjection(SelfAttentionInjection):
         if not seen or not self._is_supported_call(run, network, call):
             return executor(*args, **kwargs)
         self._warn_if_compiled(run)
-        sources = []
-        for injection, rows in seen:
-            bank = self._transformer_bank(run, injection, network, sigma, call)
-            sources.append(Source(injection, rows, bank, run.deltas_of(injection.adapter, x)))
-        injected = InjectedCall(sources, run, [])
-        with attending(network, call.options, injected.at, injected.blocks, size=call.size) as options:
-            args, kwargs = call.with_options(options)
-            return executor(*args, **kwargs)
+        with uncompiled():
+            sources = []
+            for injection, rows in seen:
+                bank = self._transformer_bank(run, injection, network, sigma, call)
+                sources.append(Source(injection, rows, bank, run.deltas_of(injection.adapter, x)))
+            injected = InjectedCall(sources, run, [])
+            with attending(network, call.options, injected.at, injected.blocks, size=call.size) as options:
+                args, kwargs = call.with_options(options)
+                return executor(*args, **kwargs)
 
     def _is_supported_call(self, run: SamplingRun, network: nn.Module, call: NetworkCall) -> bool:
         if is_transformer(network) and call.context.shape[-1] == text_width(self.base):
@@ -99,12 +101,23 @@ class TransformerInjection(SelfAttentionInjection):
         return run.banks[key]
 
     def _warn_if_compiled(self, run: SamplingRun) -> None:
-        if not run.has_warned_of_compilation and hasattr(self.base.diffusion_model, "_orig_mod"):
-            run.has_warned_of_compilation = True
+        if run.has_warned_of_compilation:
+            return
+        run.has_warned_of_compilation = True
+        if any("_orig_mod" in module._modules for module in self.base.diffusion_model.modules()):
             log.warning(
                 "SA-Inject: torch.compile cannot compile this model together with an image prompt. It runs uncompiled "
                 "in the steps that use one."
             )
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Compiled parts of the network run as they are: the compiler cannot follow what a site asks of a block.
+
+    Torch has this since 2.6. Without it, blocks that a node has compiled one by one may raise.
+    """
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 @dataclass(frozen=True, eq=False)
