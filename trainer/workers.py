@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Generator, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,14 @@ def share_number(number: int | None, workers: Workers) -> int:
     data = workers.share(None if number is None else str(number).encode())
     assert data is not None
     return int(data)
+
+
+def follow(training: Training, workers: Workers) -> NoReturn:
+    """Take all steps in a further process. Only the first process saves and shows anything."""
+    share_state(training, workers)
+    for _ in itertools.islice(training, share_number(None, workers) - len(training.losses)):
+        pass
+    raise FollowerDoneError
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], loss: float, workers: Workers) -> float:

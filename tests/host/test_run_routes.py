@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sa_inject.trainer.time_left import MEASURED_STEPS
 from tests.host.client import HostClient
 
 
@@ -50,7 +51,7 @@ def test_a_training_is_told_sampled_and_finished_by_its_browser(server, graph):
     client, other = server.client, HostClient(server.client.address)
     with other.listen() as others, client.listen() as events:
         prompt_id = client.queue(graph)
-        while not any(data["step"] >= 1 for data in steps_of(events)):
+        while not any(data["step"] > 1 + MEASURED_STEPS for data in steps_of(events)):
             assert server.why_dead() is None
             time.sleep(0.05)
         running = client.get(address("toys/told"))

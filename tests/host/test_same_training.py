@@ -432,7 +432,7 @@ def test_training_stopped_at_another_clip_skip_begins_anew(sd15, comfy_host, pac
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_option_counts_where_it_is_chosen_and_nowhere_else():
+def test_every_option_counts_where_it_is_chosen_and_nowhere_else(pack_nodes):
     from sa_inject.nodes.host.learning.fingerprint import _settings
     from sa_inject.trainer.config import TrainConfig
     from sa_inject.trainer.options import TrainOptions
@@ -440,6 +440,7 @@ def test_every_option_counts_where_it_is_chosen_and_nowhere_else():
     usual = _settings(TrainConfig())
     assert not {field.name for field in dataclasses.fields(TrainOptions)} & set(usual)
     others = {"optimizer": "prodigy", "schedule": "linear", "warmup_steps": 3, "horizontal_flips": True}
+    others["flow_weighting"] = "cosmap"
     for field in dataclasses.fields(TrainOptions):
         value = others.get(field.name, True if isinstance(field.default, bool) else 0.5)
         found = _settings(TrainConfig(options=TrainOptions(**{field.name: value})))
@@ -448,7 +449,7 @@ def test_every_option_counts_where_it_is_chosen_and_nowhere_else():
         assert found == usual, field.name
 
 
-def test_number_of_steps_counts_where_it_changes_them():
+def test_number_of_steps_counts_where_it_changes_them(pack_nodes):
     from sa_inject.nodes.host.learning.fingerprint import _settings
     from sa_inject.trainer.config import TrainConfig
     from sa_inject.trainer.options import TrainOptions

@@ -74,6 +74,15 @@ def training_fingerprint(
     return digest.hexdigest()
 
 
+def digest_of(module: nn.Module) -> str:
+    """A hash of all values of the module's state dict."""
+    digest = Digest()
+    for key, value in sorted(module.state_dict().items()):
+        digest.add(key)
+        digest.add_whole(value)
+    return digest.hexdigest()
+
+
 class Digest:
     """A hash of values: numbers, texts, containers, tensors, functions, objects of other packs."""
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy.model_management import get_free_memory as free_memory
@@ -27,7 +26,7 @@ from ....trainer.optimizers import check_optimizer
 from ....trainer.validation import Validation, held_out_of
 from ....trainer.watch import Watch
 from ....trainer.weighting import check_flow_weighting
-from ....trainer.workers import FollowerDoneError, current_workers, share_number, share_state
+from ....trainer.workers import current_workers, follow, share_number, share_state
 from ..adapter_index import warn_of_adapters_with
 from ..embeddings import embedding_from_file
 from ..networks.registry import describe, is_transformer, positions, warn_if_experimental
@@ -36,7 +35,7 @@ from ..text import check_placeholder_token, clip_with_token, encode_text, finder
 from .autograd import clone_for_autograd, training_mode
 from .checkpoint import TrainingCheckpoint
 from .denoiser import ComfyDenoiser
-from .fingerprint import Digest, training_fingerprint
+from .fingerprint import digest_of, training_fingerprint
 from .preflight import counts, preflight
 from .step_memory import StepMemory, in_words, shortage, step_memory
 from .steps import Steps
@@ -137,7 +136,7 @@ class AdapterTraining:
         """
         training = self.loop()
         if current_workers().rank > 0:
-            _follow(training)
+            follow(training, current_workers())
         self.reference_text = training.reference_text
         self.fingerprint = self._fingerprint()
         warn_of_adapters_with(self.subject.placeholder_token, self.fingerprint)
@@ -224,9 +223,7 @@ class AdapterTraining:
         if rows == 1:
             return None
         training.max_rows = rows // 2
-        return (
-            f"with {training.max_rows} of {self.config.batch_size} pictures at a time, the same step but for rounding"
-        )
+        return f"with {training.max_rows} of {self.config.batch_size} pictures at a time (the same but for rounding)"
 
     def _create_trainables(self) -> None:
         """Create the LoRA, the token embeddings, a CLIP with the placeholder token, and the denoiser."""
@@ -271,11 +268,7 @@ class AdapterTraining:
         word = self.subject.class_word
         names = {"placeholder": self.subject.placeholder_token, "class_word": word}
         if self._begin_with is not None:
-            digest = Digest()
-            for key, value in sorted(self._begin_with.lora.state_dict().items()):
-                digest.add(key)
-                digest.add_whole(value)
-            names["begins with"] = digest.hexdigest()
+            names["begins with"] = digest_of(self._begin_with.lora)
         return training_fingerprint(
             self.models.patcher, self._patched_clip, self.data, word, self.config, self.models.dtype, names
         )
@@ -299,14 +292,6 @@ class AdapterTraining:
             },
             positions=positions(self.description.architecture),
         )
-
-
-def _follow(training: Training) -> NoReturn:
-    """Take all steps in a further process. Only the first process saves and shows anything."""
-    share_state(training, current_workers())
-    for _ in itertools.islice(training, share_number(None, current_workers()) - len(training.losses)):
-        pass
-    raise FollowerDoneError
 
 
 def _rounded(tensor: Tensor) -> Tensor:
