@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 TRIGGER = re.compile(re.escape("[trigger]"), re.IGNORECASE)
 SAME_ASPECT = 0.02
 NAMES_TOLD = 10
-PICTURE_BYTES = 2**30  # of all pictures and masks that stay in memory; one of 12 megapixels takes 192 MB
+PICTURE_BYTES = 2**28  # of all pictures and masks that stay in memory; one of 1 megapixel takes 16 MB
 
 
 @dataclass(frozen=True)

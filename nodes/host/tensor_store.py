@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import logging
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
@@ -12,6 +16,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+TRIM_BYTES = 2**26  # written to disk between two calls of malloc_trim, each of which takes milliseconds
 
 
 class TensorStore:
@@ -23,6 +29,7 @@ class TensorStore:
     def __init__(self, memory_bytes: int) -> None:
         self.on_disk = 0  # tensors
         self._left = memory_bytes
+        self._freed = 0  # bytes written to disk since the last call of malloc_trim
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The tensor, on disk if `memory_bytes` are used up. If the disk is full, it stays in memory."""
@@ -38,7 +45,21 @@ class TensorStore:
             )
             return tensor
         self.on_disk += 1
+        self._freed += size
+        if self._freed >= TRIM_BYTES:
+            self._freed = 0
+            _malloc_trim()(0)
         return mapped
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], object]:
+    """glibc's function that gives freed memory back to the system; elsewhere one that does nothing.
+
+    glibc keeps the memory of most pictures that were decoded and freed. So a set on disk would take memory after all.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    return trim or (lambda _: None)
 
 
 def _mapped(tensor: Tensor) -> Tensor:

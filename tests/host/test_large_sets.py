@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.host.test_train import pictures as small_pictures
 
@@ -167,3 +168,23 @@ def test_large_folder_of_pictures_lies_on_disk(comfy_host, monkeypatch):
     assert all(map(torch.equal, found.images, expected.images)) and all(map(torch.equal, found.masks, expected.masks))
     if Path("/proc/self/maps").exists():
         assert [is_mapped(image) for image in found.images] == [False] + [True] * 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to see the memory of a process")
+def test_large_folder_leaves_nothing_in_memory_but_what_it_may(comfy_host, tmp_path, monkeypatch):
+    from sa_inject.nodes.host import dataset
+
+    monkeypatch.setattr(dataset, "PICTURE_BYTES", 2**24)
+    for number in range(80):
+        color = Image.new("RGB", (512, 512), (number, 90, 200))
+        color.save(tmp_path / f"{number:02}.png")
+    before = memory_of_this_process()
+    found = dataset.read_folder(tmp_path, "many", "")
+    assert sum(image.nbytes for image in found.images) >= 240 * 2**20
+    assert memory_of_this_process() - before < 100 * 2**20
+
+
+def memory_of_this_process() -> int:
+    """Bytes that the operating system cannot free by itself, as it can mapped files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
