@@ -26,7 +26,9 @@ from sa_inject.nodes.host.networks.unet import model_conditions
 from sa_inject.nodes.host.networks.unet_sites import attending
 
 from .learn import TrainingSetup, training_setup, with_word
-from .methods import PLACEHOLDER, TrainedModel, TrainingTask, trained_model
+from .methods import trained_model
+from .subjects import PLACEHOLDER
+from .task import TrainedModel, TrainingTask
 
 Replacements = tuple[tuple[tuple[str, ...], Any], ...]
 HOST = "sa_inject.nodes.host"

@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
-from ..host import CACHE, RESULTS, demo_checkpoint, start_host, use_demo
+from ..host import CACHE, start_host, use_demo
 from ..report import device_slug, print_json
-from .results import Result, ResultStore
+from .arguments import SWEPT_WITH, arguments, results_folder
+from .results import Result, ResultStore, best_rates
 
 log = logging.getLogger("quality")
 
@@ -38,13 +39,11 @@ ABLATION_SUBJECTS = {"cpu": 6, "cuda": 20}
 PICTURES = 4  # of every prompt; rates and ablations draw one
 BYSTANDERS = 25
 SWEEP_PROMPTS = 25
-SWEPT_WITH: dict[str, Any] = {"sampler_steps": 10, "cfg": 3.0, "sampler": "dpmpp_2m", "scheduler": "karras"}
-NEXTDIT_SAMPLING: dict[str, Any] = {"sampler_steps": 20, "cfg": 4.0, "sampler": "euler", "scheduler": "simple"}
 SHOWN = 6  # prompts whose first picture is kept to look at
 
 
 def main() -> None:
-    options = arguments()
+    options = arguments(__doc__)
     host = start_host("pytorch")
     use_demo()
     log.setLevel(logging.INFO)
@@ -61,77 +60,6 @@ def main() -> None:
     print_json(report(everyones, folder, bench.base, bench.settings, options.quick, bench.second.said_of))
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("rates", "choices", "main", "ablations")
-    parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--methods", nargs="+", help="only these of the table")
-    parser.add_argument("--ablations", nargs="+", help="only these of the ablations and choices")
-    parser.add_argument("--rates", nargs="+", type=pair, metavar="RATE,WORD", help="instead of those of the sweep")
-    parser.add_argument(
-        "--subjects", type=int, help="of the main table: 12, on CUDA 40; ablations: 6 and 20; choices: 3 and 12"
-    )
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of every method")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--network", type=Path, help="a training run's folder: its NextDiT is the base model")
-    parser.add_argument("--sampler-steps", type=int, help="10; of a NextDiT 20")
-    parser.add_argument("--sampler", help="dpmpp_2m; of a NextDiT euler")
-    parser.add_argument("--scheduler", help="karras; of a NextDiT simple")
-    parser.add_argument("--cfg", type=float, help="3; of a NextDiT 4")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16; on a CPU float32")
-    parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N", help="every Nth result, from the Ith on")
-    parser.add_argument("--report", action="store_true", help="measure nothing")
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    for name, value in (SWEPT_WITH if options.network is None else NEXTDIT_SAMPLING).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    if options.quick:
-        options.steps, options.sampler_steps, options.subjects = 3, 3, 1
-    # Only some processors multiply in bfloat16. The others are a hundred times slower with it.
-    options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    return options
-
-
-def results_folder(options: argparse.Namespace) -> Path:
-    name = "quality" if options.network is None else "quality-nextdit"
-    return (CACHE if options.quick else RESULTS) / name
-
-
-def share(text: str) -> tuple[int, int]:
-    """The part of the work for this process: "2/8" is the third of eight."""
-    own, count = map(int, text.split("/"))
-    if not 0 <= own < count:
-        raise ValueError
-    return own, count
-
-
-def pair(text: str) -> tuple[float, float]:
-    """A LoRA rate and a token rate: "1e-3,2e-3"."""
-    rate, word = map(float, text.split(","))
-    return rate, word
-
-
-def unet_models() -> tuple[Any, Any, Any, str]:
-    """MODEL, CLIP and VAE of the demo's checkpoint, and the first digits of its checksum."""
-    import comfy.sd
-    import folder_paths
-
-    from demo.base.weights import WEIGHTS, sha256
-
-    checkpoint = demo_checkpoint()
-    with torch.inference_mode():
-        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-            str(checkpoint),
-            embedding_directory=folder_paths.get_folder_paths("embeddings"),
-            # On CUDA the host would choose float16, in which a full fine-tune cannot be trained.
-            model_options={"dtype": torch.float32},
-            te_model_options={"dtype": torch.float32},
-        )
-    # Without the text encoder, which is created on each machine and may differ in a bit.
-    return model, clip, vae, sha256(WEIGHTS if WEIGHTS.exists() else checkpoint)[:16]
-
-
 class Bench:
     """Fills the results. Each part asks for those it needs."""
 
@@ -143,6 +71,8 @@ class Bench:
         from .subjects import Settings
 
         if options.network is None:
+            from .unet import unet_models
+
             model, clip, vae, self.base = unet_models()
         else:
             from .transformers import nextdit_models
@@ -251,26 +181,17 @@ class Bench:
         return transformers.CHOICES, partial(transformers.as_changed, network=network)
 
     def best_rates(self, name: str) -> tuple[float, float]:
-        """The pair with the highest harmonic mean over the sweep's subjects. The middle one if there are no results.
+        """The best pair of the sweep. The middle one if there are no results.
 
-        A pair counts only if no other pair was tried on more subjects. For a sampler without a sweep, the result of
-        another sampler with the same training is used.
+        For a sampler without a sweep, the result of another sampler with the same training is used.
         """
         from .report import results_of
 
         swept = results_of(self.results, "rates", self.base, self.settings) or results_of(
             self.results, "rates", self.base, self.settings._replace(**SWEPT_WITH)
         )
-        found: dict[tuple, list[float]] = {}
-        for result in swept:
-            if result["key"]["method"] == name:
-                found.setdefault(tuple(result["key"]["rates"]), []).append(result["scores"]["harmonic"])
-        if not found:
-            rates = self.known_methods()[name].rates
-            return rates[len(rates) // 2]
-        most = max(map(len, found.values()))
-        complete = {pair: sum(values) / most for pair, values in found.items() if len(values) == most}
-        return max(complete, key=complete.__getitem__)  # type: ignore[return-value]
+        rates = self.known_methods()[name].rates
+        return best_rates(swept, name) or rates[len(rates) // 2]
 
     def result(
         self,
@@ -284,9 +205,11 @@ class Bench:
         strength: float | None = None,
     ) -> Result | None:
         """Train, draw and score, unless the result is known or another process's."""
-        from .methods import Method, TrainingTask, draw, timed
+        from .drawing import draw
+        from .methods import timed
         from .scores import base_fidelity, score
         from .subjects import base_object_scenes, texts_of
+        from .task import Method, TrainingTask
         from .validation_loss import unseen_loss
 
         key = self.key(part, name, subject, rates=list(rates), pictures=pictures, prompts=len(subject.prompts))
@@ -387,7 +310,7 @@ class Bench:
         }
 
     def keep_pictures(self, part: str, name: str, subject: Any, images: list) -> None:
-        from .report import picture_file, strip
+        from .report_pictures import picture_file, strip
 
         path: Path = picture_file(part, name, subject.artwork.word)
         path.parent.mkdir(parents=True, exist_ok=True)

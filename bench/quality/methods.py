@@ -9,32 +9,26 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import comfy.sample
 import numpy as np
 import peft
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from demo.base.scenes import IMAGE_SIZE, caption, random_scene
 from sa_inject.core.adapter import Adapter
 from sa_inject.core.adapter_file import save_adapter
-from sa_inject.core.image_prompt import ImagePrompt, TextConditioning
 from sa_inject.nodes.host.files import adapter_folder
-from sa_inject.nodes.host.images import split_images
-from sa_inject.nodes.host.learning import checkpoint, training_set
-from sa_inject.nodes.host.networks.registry import describe, is_transformer
-from sa_inject.trainer.config import TrainConfig
+from sa_inject.nodes.host.learning import checkpoint
+from sa_inject.nodes.host.networks.registry import describe
 
 from ..measure import peak_memory
 from ..reference_only import with_reference_every_step
+from .drawing import sample
 from .learn import (
-    Models,
     Trainables,
     attention_written_out,
     class_examples,
@@ -42,11 +36,10 @@ from .learn import (
     with_differences,
     with_word,
 )
-from .subjects import PLACEHOLDER, Settings, Subject
+from .subjects import PLACEHOLDER
+from .task import RANK, Method, TrainedModel, TrainingTask
 
-RANK = 16
 CLASS_PICTURES = 16  # for prior preservation
-PROMPTS_OF_CALL = 13  # in one call on CUDA, where single ones would wait for kernel launches
 # Of both attentions of every block of a UNet, and of every block of a NextDiT.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "attention.qkv", "attention.out")
 # no references; the result is the last step
@@ -56,76 +49,6 @@ PLAIN_SETTINGS: dict[str, Any] = {
 }
 TRAINED_STRENGTH = 1.0  # the strength that ours is trained with
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
-@dataclass
-class TrainingTask:
-    """One subject, to be learned with one learning rate."""
-
-    host: Any
-    models: Models
-    subject: Subject
-    settings: Settings
-    rate: float
-    word_rate: float = 0.0
-    negative: Any = None  # see `unprompted`
-    reference_texts: Sequence[TextConditioning] = ()  # for each picture, in place of the class word
-    strength: float | None = None  # for applying ours; None: the node's default
-
-    def pictures(self) -> Tensor:
-        """(b, h, w, c) in 0..1, as in ComfyUI."""
-        stacked = np.stack([np.asarray(picture) for picture in self.subject.pictures()])
-        return torch.from_numpy(stacked).float() / 255
-
-    def training_subject(self) -> training_set.Subject:
-        pictures = split_images([self.pictures()], "bench")
-        return training_set.Subject(
-            pictures=pictures,
-            masks=[None] * len(pictures),
-            captions=self.subject.captions(self.subject.phrase),
-            placeholder_token=PLACEHOLDER,
-            class_word=self.subject.artwork.class_word,
-            resolution=IMAGE_SIZE,
-        )
-
-    def config(self, **changes: Any) -> TrainConfig:
-        chosen: dict[str, Any] = {
-            "steps": self.settings.steps,
-            "batch_size": self.settings.batch,
-            "lora_learning_rate": self.rate,
-            "token_learning_rate": self.word_rate,
-            "rank": RANK,
-            "alpha": float(RANK),
-            "seed": self.settings.seed,
-        }
-        return TrainConfig(**{**chosen, **changes})
-
-    def image_prompt(self) -> Any:
-        (prompt,) = self.host.execute(
-            "EncodeImagePrompt", images=self.pictures(), vae=self.models.vae, resolution=IMAGE_SIZE
-        )
-        if not self.reference_texts:
-            return prompt
-        pairs = zip(prompt.pictures, self.reference_texts, strict=True)
-        return ImagePrompt(tuple(replace(picture, text=text) for picture, text in pairs))
-
-
-class TrainedModel(NamedTuple):
-    """The result of a training: a model, a CLIP, the subject's name in prompts, and the number and size of trained
-    values.
-    """
-
-    model: Any
-    clip: Any
-    words: str
-    parameters: int = 0
-    file_bytes: int = 0
-
-
-class Method(NamedTuple):
-    train: Callable[[TrainingTask], TrainedModel]
-    rates: tuple[tuple[float, float], ...] = ((0.0, 0.0),)  # (LoRA rate, token rate); a sweep chooses one
-    swept_as: str | None = None  # the method whose sweep is used for this one
 
 
 def base_model(task: TrainingTask) -> TrainedModel:
@@ -311,72 +234,6 @@ def size_of(tensors: dict[str, Tensor]) -> tuple[int, int]:
         path = Path(folder) / "learned.safetensors"
         save_file({name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}, path)
         return sum(tensor.numel() for tensor in tensors.values()), path.stat().st_size
-
-
-def sample(
-    task: TrainingTask,
-    trained: TrainedModel,
-    texts: Sequence[str],
-    pictures: int,
-    seeds: Sequence[int],
-    of_call: int | None = None,
-) -> Tensor:
-    """Latents of several pictures of every prompt, by the host's sampler. The noise of each prompt has its own seed.
-
-    of_call: prompts that are drawn in one call. -> (prompts*pictures, c, h, w)
-    """
-    if is_transformer(task.models.model.model.diffusion_model):
-        of_call = 1  # its texts differ in length
-    of_call = of_call or (PROMPTS_OF_CALL if torch.cuda.is_available() else 1)
-    return torch.cat(
-        [
-            _sample_at_once(task, trained, texts[first : first + of_call], pictures, seeds[first : first + of_call])
-            for first in range(0, len(texts), of_call)
-        ]
-    )
-
-
-def _sample_at_once(
-    task: TrainingTask, trained: TrainedModel, texts: Sequence[str], pictures: int, seeds: Sequence[int]
-) -> Tensor:
-    """As KSampler does it, but KSampler's noise has one seed for all."""
-    host, settings = task.host, task.settings
-    found = [host.execute("CLIPTextEncode", clip=trained.clip, text=text)[0][0] for text in texts]
-    cross_attn = torch.cat([text[0] for text in found]).repeat_interleave(pictures, dim=0)
-    empty = host.execute("EmptyLatentImage", width=IMAGE_SIZE, height=IMAGE_SIZE, batch_size=pictures)[0]["samples"]
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            trained.model,
-            torch.cat([comfy.sample.prepare_noise(empty, seed) for seed in seeds]),
-            settings.sampler_steps,
-            settings.cfg,
-            settings.sampler,
-            settings.scheduler,
-            [[cross_attn, {}]],
-            unprompted(task),
-            empty.repeat(len(texts), 1, 1, 1),
-            denoise=1.0,
-            seed=seeds[0],
-            disable_pbar=True,
-        )
-
-
-def unprompted(task: TrainingTask) -> Any:
-    """Conditioning of the empty prompt, which contains no trained token. Encoded once per task."""
-    if task.negative is None:
-        task.negative = task.host.execute("CLIPTextEncode", clip=task.models.clip, text="")[0]
-    return task.negative
-
-
-def draw(task: TrainingTask, trained: TrainedModel, texts: Sequence[str], pictures: int) -> list[Image.Image]:
-    """Several pictures of every prompt, in the order of the prompts. Seeds depend on the prompt's index only."""
-    seeds = [1000 * index for index in range(len(texts))]
-    return decoded(task, sample(task, trained, texts, pictures, seeds))
-
-
-def decoded(task: TrainingTask, latents: Tensor) -> list[Image.Image]:
-    pixels = task.host.execute("VAEDecode", samples={"samples": latents}, vae=task.models.vae)[0]
-    return [Image.fromarray(picture) for picture in (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()]
 
 
 def timed(task: TrainingTask, method: Method) -> tuple[TrainedModel, float, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,28 @@ class ResultStore:
 
 def _address(key: Result) -> str:
     return json.dumps(key, sort_keys=True)
+
+
+def best_rates(results: Sequence[Result], method: str) -> tuple[float, float] | None:
+    """The pair of a sweep's results with the highest harmonic mean over the subjects; None if there are none.
+
+    A pair counts only if no other pair was tried on more subjects.
+    """
+    found: dict[tuple[float, float], list[float]] = {}
+    for result in results:
+        if result["key"]["method"] == method:
+            lora_rate, token_rate = result["key"]["rates"]
+            found.setdefault((lora_rate, token_rate), []).append(result["scores"]["harmonic"])
+    if not found:
+        return None
+    most = max(map(len, found.values()))
+    complete = {pair: sum(values) / most for pair, values in found.items() if len(values) == most}
+    return max(complete, key=complete.__getitem__)
+
+
+def by_method(results: Sequence[Result]) -> dict[str, dict[str, Result]]:
+    """{method: {subject: result}}, in the order of measuring."""
+    found: dict[str, dict[str, Result]] = {}
+    for result in results:
+        found.setdefault(result["key"]["method"], {})[result["key"]["subject"]] = result
+    return found

@@ -25,7 +25,8 @@ from sa_inject.core.site import Site
 
 from .ablations import CLEAN_SIGMA, HOST, sigma_at
 from .adapted import RECORDER, Replacements, replaced
-from .methods import Method, TrainedModel, TrainingTask, base_model, ours, ours_noised, peft_lora
+from .methods import base_model, ours, ours_noised, peft_lora
+from .task import Method, TrainedModel, TrainingTask
 
 POSITIONS = (f"{HOST}.learning.training.positions",)
 READ_AT = (0.1, 0.5, 0.75)  # shares of the schedule; as it is, a quarter

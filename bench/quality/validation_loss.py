@@ -18,7 +18,8 @@ from torch import Tensor
 
 from demo.base.scenes import render
 
-from .methods import TrainedModel, TrainingTask, unprompted
+from .drawing import unprompted
+from .task import TrainedModel, TrainingTask
 
 LEVELS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # indices in the model's schedule of 1000
 SEED = 5

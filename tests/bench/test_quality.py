@@ -142,7 +142,7 @@ def test_a_line_that_was_cut_off_loses_that_cell_only(tmp_path, subjects):
 
 
 def test_shares_are_told_apart_and_those_that_do_not_exist_refused(subjects):
-    from bench.quality.main import share
+    from bench.quality.arguments import share
 
     assert share("2/8") == (2, 8)
     for wrong in ("8/8", "-1/4", "1", "a/b"):
@@ -255,3 +255,16 @@ def test_a_subject_that_few_methods_have_learned_is_compared_but_in_nobodys_mean
     assert behind["subjects"] == 2 and behind["difference"].startswith("-0.100")
     assert of_whole_subjects(results[1:]) == results[1:], "two of three have learned it"
     assert of_whole_subjects([]) == []
+
+
+def test_best_rates_are_those_of_the_most_subjects():
+    from bench.quality.results import best_rates
+
+    def result(method: str, rates: tuple[float, float], harmonic: float) -> dict:
+        return {"key": {"method": method, "rates": list(rates)}, "scores": {"harmonic": harmonic}}
+
+    low, high, once = (1e-4, 2e-3), (1e-3, 2e-3), (1e-2, 2e-3)
+    found = [result("ours", low, 0.5), result("ours", low, 0.6), result("ours", high, 0.7), result("ours", high, 0.5)]
+    others = [result("ours", once, 0.9), result("LoRA", low, 0.9), result("LoRA", low, 0.9)]
+    assert best_rates([*found, *others], "ours") == high
+    assert best_rates(found, "LoRA") is None

@@ -171,8 +171,9 @@ def test_unseen_loss_is_the_error_of_the_predicted_noise(bench, artwork, comfy_h
     import numpy as np
 
     from bench.quality.learn import Models
-    from bench.quality.methods import TrainingTask, base_model
+    from bench.quality.methods import base_model
     from bench.quality.subjects import Settings, make_subject, table_artworks
+    from bench.quality.task import TrainingTask
     from bench.quality.validation_loss import LEVELS, SEED, unseen_loss
     from demo.base.scenes import render
 
@@ -201,8 +202,8 @@ def test_unseen_loss_is_the_error_of_the_predicted_noise(bench, artwork, comfy_h
 def whole_lesson(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
     """`whole_lesson()` is one of the bench's, in few steps, on a tiny SD1.5 of its own."""
     from bench.quality.learn import Models
-    from bench.quality.methods import TrainingTask
     from bench.quality.subjects import Settings, choice_artworks, make_subject
+    from bench.quality.task import TrainingTask
 
     settings = Settings(steps=4, batch=2, sampler_steps=4, cfg=3.0)
     subject = make_subject(choice_artworks(1)[0])
@@ -215,7 +216,8 @@ def whole_lesson(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
 
 
 def test_prompts_are_drawn_at_once_as_one_by_one(whole_lesson):
-    from bench.quality.methods import ours, sample
+    from bench.quality.drawing import sample
+    from bench.quality.methods import ours
 
     task = whole_lesson()
     patched_clip = ours(task)
@@ -230,7 +232,7 @@ def test_prompts_are_drawn_at_once_as_one_by_one(whole_lesson):
 def drawn(whole_lesson):
     """`drawn(name)` lets an ablation learn and draw a picture; latents (1, c, h, w)."""
     from bench.quality.ablations import ABLATIONS, as_changed
-    from bench.quality.methods import sample
+    from bench.quality.drawing import sample
 
     def draw(name: str) -> torch.Tensor:
         task = whole_lesson()

@@ -39,8 +39,8 @@ def models(bench, comfy_host, tmp_path_factory):
 @pytest.fixture(scope="module")
 def task_of(models, artwork, comfy_host):  # noqa: F811
     """`task_of(...)` is one subject with few steps."""
-    from bench.quality.methods import TrainingTask
     from bench.quality.subjects import Settings, make_subject, table_artworks
+    from bench.quality.task import TrainingTask
 
     subject = make_subject(table_artworks(1)[0], prompts=2)
     settings = Settings(STEPS, 2, 2, 2.0, "euler", "simple")
@@ -50,7 +50,8 @@ def task_of(models, artwork, comfy_host):  # noqa: F811
 @pytest.fixture(scope="module")
 def learned(task_of, models):
     """Each choice's adapter and latents."""
-    from bench.quality.methods import learned_adapter, sample, trained_model
+    from bench.quality.drawing import sample
+    from bench.quality.methods import learned_adapter, trained_model
     from bench.quality.transformers import CHOICES, as_changed
 
     def learn(name: str) -> SimpleNamespace:
@@ -110,7 +111,7 @@ def test_keys_before_the_norm_are_the_frozen_ones_while_the_lora_is_fresh(bench,
 
 @pytest.mark.parametrize("name", ["base", "PEFT LoRA"])
 def test_methods_draw_and_have_a_loss_and_leave_the_network_as_it_is(name, task_of, models):
-    from bench.quality.methods import sample
+    from bench.quality.drawing import sample
     from bench.quality.transformers import METHODS
     from bench.quality.validation_loss import LEVELS, unseen_loss
 
