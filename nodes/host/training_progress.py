@@ -236,6 +236,7 @@ class TrainingProgress:
             "memory": run.memory,
             "sample": sample,
             "warnings": len(run.warnings),
+            "facts": len(run.facts),
         }
         if server is not None and self._client is not None:
             server.send_sync(EVENT, event, self._client)

@@ -151,7 +151,7 @@ def test_an_adapter_of_another_architecture_than_the_connected_model_is_told(ope
     set_widget(page, load, "adapter_name", "toys/large.safetensors")
     page.get_by_text("This adapter is for SDXL, but the connected model is SD1.x.").wait_for()
     set_widget(page, load, "adapter_name", "robot.safetensors")
-    page.wait_for_function("() => !document.querySelector('.sa-inject-card .trouble')")
+    page.locator(f"{CARD} .trouble:visible").wait_for(state="detached")
 
 
 def test_picker_shows_faces_and_finds_by_word(opened, load_node):

@@ -104,6 +104,15 @@ def test_a_warning_is_shown_when_it_is_given(opened, node):
     wait_for(opened.page, "The memory did not last for step 61.")
 
 
+def test_what_is_known_before_the_first_step_is_shown(opened, node):
+    put(opened, step=0, phase="encoding")
+    tell(opened, node, 0, phase="encoding", loss=None, smoothed=None)
+    wait_for(opened.page, "Encoding")
+    put(opened, step=0, facts=["3 pictures, 6 pairs.", "A step takes about 2.1 GB; 5.0 GB are free."])
+    tell(opened, node, 0, loss=None, smoothed=None, facts=2)
+    wait_for(opened.page, "3 pictures, 6 pairs. A step takes about 2.1 GB; 5.0 GB are free.")
+
+
 def test_finish_now_keeps_the_focus_from_a_cancel_to_the_run_that_goes_on(opened, node):
     page = opened.page
     put(opened)

@@ -218,7 +218,7 @@ def test_the_browser_is_told_at_most_four_times_a_second(run):
     assert set(found.events[0]) == {
         *("node", "run", "prompt_id", "phase", "text", "step", "steps", "resumed_at", "loss", "smoothed", "validation"),
         *("learning_rate", "token_learning_rate", "gradient_norm", "seconds", "left", "memory", "sample"),
-        *("updated_at", "warnings"),
+        *("updated_at", "warnings", "facts"),
     }
 
 

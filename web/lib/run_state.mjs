@@ -22,6 +22,7 @@ const ACTIVE = new Set(["reading", "encoding", "training", "sampling", "validati
  * @property {number | null} memory
  * @property {number | null} sample
  * @property {number} warnings how many there are
+ * @property {number} [facts] how many there are
  */
 
 export class RunState {
@@ -73,7 +74,7 @@ export class RunState {
     const known = this.data?.run === event.run ? this.data : null;
     if (known && event.updated_at < known.updated_at) return false; // what is known already counts it
     const run = known ?? { ...EMPTY, run: event.run };
-    if (!known || event.phase === "reading") Object.assign(run, { points: [], samples: [], resumed_at: [], warnings: [] });
+    if (!known || event.phase === "reading") Object.assign(run, { points: [], samples: [], resumed_at: [], warnings: [], facts: [] });
     if (event.step < run.step) run.points = run.points.filter(([step]) => step <= event.step);
     Object.assign(run, {
       updated_at: event.updated_at, phase: event.phase, text: event.text, step: event.step, steps: event.steps,
@@ -82,7 +83,8 @@ export class RunState {
     if (event.resumed_at !== null && !run.resumed_at.includes(event.resumed_at)) run.resumed_at.push(event.resumed_at);
     addPoint(run, event);
     this.data = run;
-    return !known || event.sample !== null || event.resumed_at !== null || event.warnings !== (run.warnings ?? []).length;
+    const hasAllTexts = event.warnings === (run.warnings ?? []).length && (event.facts ?? 0) === (run.facts ?? []).length;
+    return !known || event.sample !== null || event.resumed_at !== null || !hasAllTexts;
   }
 }
 

@@ -22,6 +22,7 @@ import { api } from "../../../scripts/api.js";
  * @property {Sample[]} samples
  * @property {number[]} [kept]
  * @property {string[]} [warnings]
+ * @property {string[]} [facts] known before the first step
  */
 
 /** @param {string} run */

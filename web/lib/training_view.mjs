@@ -23,12 +23,13 @@ export function mountTrainingView(container, actions) {
   const bar = element("progress", { max: 1, value: 0, "aria-label": say("panel.progress") });
   const facts = element("div", { class: "facts faint" });
   const said = element("p", { class: "said" });
+  const given = element("p", { class: "given faint" });
   const warnings = element("ul", { class: "warnings" });
   const pictures = element("div", { class: "samples" });
   const plot = element("div", { class: "plot" });
   container.replaceChildren(
     element("div", { class: "head" }, phase, step, element("span", { class: "buttons" }, sample, finish)),
-    bar, facts, said, warnings, pictures, plot,
+    bar, facts, said, given, warnings, pictures, plot,
   );
   const sampleView = mountSampleView(pictures);
   const lossPlot = mountLossPlot(plot);
@@ -48,6 +49,8 @@ export function mountTrainingView(container, actions) {
     said.classList.toggle("trouble", run?.phase === "error");
     said.hidden = !said.textContent;
     facts.replaceChildren(...(run ? factsOf(run, isActive) : []).map((fact) => element("span", {}, fact)));
+    setText(given, (run?.facts ?? []).join(" "));
+    given.hidden = !given.textContent;
     warnings.replaceChildren(...(run?.warnings ?? []).map((warning) => element("li", {}, warning)));
     warnings.hidden = !run?.warnings?.length;
     sampleView.show(run);
