@@ -108,7 +108,8 @@ def test_a_training_that_goes_on_says_from_where_and_ends_by_the_keyboard(page):
     wait_for(page, "Stopped|Failed")
     queue(page)
     wait_for(page, r"[Gg]oes on from step \d+")
-    page.keyboard.press("Enter")  # the button has kept the focus
+    page.wait_for_selector(f'{PANEL} button[aria-disabled="false"]:focus')  # it has kept the focus
+    page.keyboard.press("Enter")
     wait_for(page, "Finished")
     found = known(page, run)
     assert found["resumed_at"] and found["step"] < 200
