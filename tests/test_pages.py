@@ -33,6 +33,10 @@ def test_readme_is_short():
     assert len(text.splitlines()) <= 150
 
 
+def test_readme_names_the_two_commands():
+    assert all(f"`python dev.py {name}`" in text_of("README.md") for name in ("demo", "test"))
+
+
 def test_readme_links_every_node_to_its_help():
     text = text_of("README.md")
     for page in (ROOT / "web" / "docs").glob("*.md"):
