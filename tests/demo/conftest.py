@@ -94,6 +94,15 @@ def loaded(random_checkpoint) -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture(scope="session")
+def pool():
+    """Four random latents of a picture's size for training, with captions."""
+    from sa_inject.demo.base.pool import Pool
+
+    captions = [f"a large guitar on the left, {colour} background" for colour in ("red", "blue", "green", "pink")]
+    return Pool(torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half(), captions)
+
+
+@pytest.fixture(scope="session")
 def autoencoder_file(tmp_path_factory) -> Path:
     """An untrained autoencoder, in the file that training would write."""
     from sa_inject.demo.base.autoencoder import new_autoencoder

@@ -28,14 +28,6 @@ def module():
 
 
 @pytest.fixture(scope="module")
-def pool():
-    from sa_inject.demo.base.pool import Pool
-
-    captions = [f"a large guitar on the left, {colour} background" for colour in ("red", "blue", "green", "pink")]
-    return Pool(torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half(), captions)
-
-
-@pytest.fixture(scope="module")
 def uncompiled() -> Iterator[None]:
     import torch._dynamo
 

@@ -20,13 +20,10 @@ def module():
 
 
 @pytest.fixture(scope="module")
-def runs(module, tmp_path_factory):
+def runs(module, pool, tmp_path_factory):
     """Four steps without a pause, and the same four with one half way."""
     from sa_inject.demo.base.language_model import CaptionEncoder
-    from sa_inject.demo.base.pool import Pool
 
-    captions = [f"a large guitar on the left, {colour} background" for colour in ("red", "blue", "green", "pink")]
-    pool = Pool(torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half(), captions)
     folder, encoder = tmp_path_factory.mktemp("nextdit"), CaptionEncoder()
 
     def new():
