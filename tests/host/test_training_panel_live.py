@@ -114,3 +114,26 @@ def test_a_training_that_goes_on_says_from_where_and_ends_by_the_keyboard(page):
     found = known(page, run)
     assert found["resumed_at"] and found["step"] < 200
     assert page.complaints == []
+
+
+def test_panel_goes_on_after_a_change_of_tab(page):
+    run = f"live-{uuid.uuid4().hex[:8]}"
+    new_workflow = "async () => await app.extensionManager.command.execute('Comfy.NewBlankWorkflow')"
+    page.evaluate(new_workflow)
+    page.wait_for_timeout(1000)
+    tab = page.locator(".workflow-tabs .workflow-label").last.inner_text()
+    queue_training(page, run, steps=1000, sample_every=1000)
+    wait_for(page, r"Step ([3-9]|\d\d+) of 1000")
+    page.evaluate(new_workflow)
+    page.wait_for_selector(PANEL, state="detached")
+    left_at = known(page, run)["step"]
+    page.get_by_text(tab, exact=True).first.click()
+    page.wait_for_function(
+        "([panel, step]) => Number(document.querySelector(panel)?.innerText.match(/Step (\\d+) of/)?.[1]) > step",
+        arg=[PANEL, left_at],
+        timeout=120_000,
+    )
+    page.wait_for_function(PICTURE_IS_THERE, arg=PANEL)
+    press(page, "Finish now")
+    wait_for(page, "Finished")
+    assert page.complaints == []
