@@ -100,13 +100,17 @@ def export(folder: Path, world: str = SMALL) -> None:
 
 
 def start_from_shipped_weights(folder: Path) -> None:
-    """Make the shipped weights the state of a run at step 0, with new optimizers."""
+    """Make the shipped weights the state of a run at step 0, with new optimizers.
+
+    An autoencoder that is there already stays: latents of one that was trained further are still similar.
+    """
     from .weights import read_parts
 
     if (folder / "unet.pt").exists():
         raise SystemExit(f"{folder} holds a run already. Give another folder with --state.")
     unet, autoencoder = read_parts()
-    torch.save(autoencoder, folder / "autoencoder.pt")
+    if not (folder / "autoencoder.pt").exists():
+        torch.save(autoencoder, folder / "autoencoder.pt")
     torch.save({"step": 0, "unet": unet, "average": unet}, folder / "unet.pt")
     log.info("a run that begins with the shipped weights is in %s", folder)
 

@@ -154,6 +154,10 @@ def test_a_run_that_adopts_the_shipped_weights_begins_with_them(module, new_trai
         assert all(torch.equal(value, start[name].half().float()) for name, value in part.state_dict().items())
     assert torch.load(tmp_path / "autoencoder.pt", weights_only=True) == {"vae_scale": torch.tensor(0.25)}
     (tmp_path / "unet.pt").unlink()
+    torch.save({"vae_scale": torch.tensor(0.5)}, tmp_path / "autoencoder.pt")  # trained for this run
+    module.start_from_shipped_weights(tmp_path)
+    assert torch.load(tmp_path / "autoencoder.pt", weights_only=True) == {"vae_scale": torch.tensor(0.5)}
+    (tmp_path / "unet.pt").unlink()
     shipped.unlink()
 
 
