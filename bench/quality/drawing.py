@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import comfy.sample
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -79,9 +80,15 @@ def unprompted(task: TrainingTask) -> Any:
 def draw(task: TrainingTask, trained: TrainedModel, texts: Sequence[str], pictures: int) -> list[Image.Image]:
     """Several pictures of every prompt, in the order of the prompts. Seeds depend on the prompt's index only."""
     seeds = [1000 * index for index in range(len(texts))]
-    return decoded(task, sample(task, trained, texts, pictures, seeds))
+    return decoded(task.host, task.models.vae, {"samples": sample(task, trained, texts, pictures, seeds)})
 
 
-def decoded(task: TrainingTask, latents: Tensor) -> list[Image.Image]:
-    pixels = task.host.execute("VAEDecode", samples={"samples": latents}, vae=task.models.vae)[0]
+def autoencoded(host: Any, vae: Any, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """The pictures after the host's VAE has encoded and decoded them."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255
+    return decoded(host, vae, host.execute("VAEEncode", pixels=pixels, vae=vae)[0])
+
+
+def decoded(host: Any, vae: Any, latent: dict[str, Any]) -> list[Image.Image]:
+    pixels = host.execute("VAEDecode", samples=latent, vae=vae)[0]
     return [Image.fromarray(picture) for picture in (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()]

@@ -20,7 +20,6 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ ABLATION_SUBJECTS = {"cpu": 6, "cuda": 20}
 PICTURES = 4  # of every prompt; rates and ablations draw one
 BYSTANDERS = 25
 SWEEP_PROMPTS = 25
-SHOWN = 6  # prompts whose first picture is kept to look at
+LOGGED = ("similarity", "fidelity", "harmonic", "top_1")
 
 
 def main() -> None:
@@ -207,6 +206,7 @@ class Bench:
         """Train, draw and score, unless the result is known or another process's."""
         from .drawing import draw
         from .methods import timed
+        from .report_pictures import keep_pictures
         from .scores import base_fidelity, score
         from .subjects import base_object_scenes, texts_of
         from .task import Method, TrainingTask
@@ -236,22 +236,12 @@ class Bench:
         if base_objects:
             scenes = base_object_scenes(base_objects)
             value["base_fidelity"] = base_fidelity(self.judge, draw(task, trained, texts_of(scenes, None), 1), scenes)
-        self.keep_pictures(part, name, subject, images[::pictures])
+        keep_pictures(part, name, subject.artwork.word, images[::pictures])
         if part == "main":
             self.second.add(key, images, asked)
-        scores = value["scores"]
-        log.info(
-            "%s, %s %s, %s: similarity %.3f, fidelity %.3f, harmonic %.3f, top-1 %.2f; %.0f s",
-            part,
-            name,
-            rates,
-            subject.artwork.word,
-            scores["similarity"],
-            scores["fidelity"],
-            scores["harmonic"],
-            scores["top_1"],
-            time.perf_counter() - start,
-        )
+        said = ", ".join(f"{kind} {value['scores'][kind]:.3f}" for kind in LOGGED)
+        took = time.perf_counter() - start
+        log.info("%s, %s %s, %s: %s; %.0f s", part, name, rates, subject.artwork.word, said, took)
         return self.results.add(key, value)
 
     def is_ours(self) -> bool:
@@ -264,15 +254,18 @@ class Bench:
         from demo.base.scenes import render
 
         from .both_judges import CEILING
+        from .drawing import autoencoded
+        from .report_pictures import keep_pictures
         from .scores import score
         from .subjects import moved
 
         real = [render(scene) for scene in subject.prompts]
         others = [render(scene) for scene in moved(subject.prompts)]
-        for name, images in (("real scenes", real), ("real, autoencoded", self.autoencoded(real)), (CEILING, others)):
+        coded = autoencoded(self.host, self.models.vae, real)
+        for name, images in (("real scenes", real), ("real, autoencoded", coded), (CEILING, others)):
             key = self.key("main", name, subject, prompts=len(subject.prompts))
             if self.is_ours() and self.results.find(key) is None:
-                self.keep_pictures("main", name, subject, images)
+                keep_pictures("main", name, subject.artwork.word, images)
                 self.second.add(key, images, subject.prompts)
                 self.results.add(key, {"scores": score(self.judge, subject, images, subject.prompts)._asdict()})
 
@@ -289,15 +282,6 @@ class Bench:
                 pictures = result["key"].get("pictures", 1)
                 self.second.judge_kept(result, [scene for scene in prompts for _ in range(pictures)])
 
-    def autoencoded(self, images: list) -> list:
-        import numpy as np
-        from PIL import Image
-
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255
-        latents = self.host.execute("VAEEncode", pixels=pixels, vae=self.models.vae)[0]
-        pixels = self.host.execute("VAEDecode", samples=latents, vae=self.models.vae)[0]
-        return [Image.fromarray(p) for p in (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()]
-
     def key(self, part: str, method: str, subject: Any, **more: Any) -> Result:
         return {
             "part": part,
@@ -308,10 +292,3 @@ class Bench:
             "base": self.base,
             **more,
         }
-
-    def keep_pictures(self, part: str, name: str, subject: Any, images: list) -> None:
-        from .report_pictures import picture_file, strip
-
-        path: Path = picture_file(part, name, subject.artwork.word)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        strip(images[:SHOWN]).save(path)

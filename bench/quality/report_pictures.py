@@ -12,6 +12,7 @@ from ..host import CACHE
 from .results import Result, by_method
 
 GRID_SUBJECTS = 2
+SHOWN = 6  # prompts whose first picture is kept to look at
 CELL, LABEL, GAP = 96, 200, 4
 
 
@@ -19,6 +20,13 @@ def picture_file(part: str, method: str, subject: str) -> Path:
     """The folder for the first pictures of a result. Git ignores it."""
     name = re.sub(r"[^a-z0-9]+", "-", f"{part} {method} {subject}".lower()).strip("-")
     return CACHE / "quality" / "pictures" / f"{name}.png"
+
+
+def keep_pictures(part: str, method: str, subject: str, images: Sequence[Image.Image]) -> None:
+    """Write the first of these pictures to `picture_file`."""
+    path = picture_file(part, method, subject)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    strip(images[:SHOWN]).save(path)
 
 
 def strip(images: Sequence[Image.Image]) -> Image.Image:
