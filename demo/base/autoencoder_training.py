@@ -17,18 +17,18 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from .artwork import LARGE, OBJECTS, SMALL, Artwork, cache_folder, catalogue, objects
-from .autoencoder import TAESD, decode, encode, load_autoencoder, new_autoencoder, to_tensor, weights_of
+from .artwork import LARGE, OBJECTS, SMALL, cache_folder
+from .autoencoder import TAESD, load_autoencoder, new_autoencoder, weights_of
+from .autoencoder_losses import Discriminator, gradient_difference
+from .autoencoder_score import score, sheet
+from .crops import Crops
 from .muon import Muon
 from .precision import fast
-from .scenes import Scene, box, random_large_scene, random_scene, render
 from .threads import FreeCores
 
 log = logging.getLogger("autoencoder")
@@ -64,64 +64,6 @@ class Plan(NamedTuple):
     adversarial: bool = False
     workers: int = 0  # processes that compose crops
     minutes: float | None = None  # stop after this, to be resumed
-
-
-class Crops(Dataset):
-    """The pictures of each step. They depend on seed and step only, so that a run can be resumed."""
-
-    def __init__(self, world: str, seed: int, batch: int, crop: int):
-        self._world, self._seed, self._batch, self._crop = world, seed, batch, crop
-
-    def __getitem__(self, step: int) -> Tensor:
-        """-> (b, 3, crop, crop) in uint8"""
-        rng = np.random.RandomState((self._seed * 1_000_003 + step) % 2**32)
-        crops = [np.asarray(crop(random_crop_scene(rng, self._world), rng, self._crop)) for _ in range(self._batch)]
-        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
-
-
-def random_crop_scene(rng: np.random.RandomState, world: str) -> Scene:
-    return random_large_scene(rng, catalogue(LARGE)) if world == LARGE else random_scene(rng, catalogue(world))
-
-
-def crop(scene: Scene, rng: np.random.RandomState, side: int) -> Image.Image:
-    """A crop that usually shows a part of the object, at scales and before backgrounds that scenes may not have."""
-    image_size = (64, 96, 128, 128, 128, 128, 160, 192)[rng.randint(8)]
-    picture = render(scene, image_size)
-    left, top, right, bottom = box(scene, image_size)
-    x = int(np.clip(rng.randint(left - side // 2, right - side // 2 + 1), 0, image_size - side))
-    y = int(np.clip(rng.randint(top - side // 2, bottom - side // 2 + 1), 0, image_size - side))
-    picture = picture.crop((x, y, x + side, y + side))
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.rand() < 0.5 else picture
-
-
-def gradient_difference(decoded: Tensor, pixels: Tensor, scales: int = 3) -> Tensor:
-    """Difference of the image gradients from the target's, at several scales."""
-    error = decoded - pixels
-    found = []
-    for _ in range(scales):
-        found += [
-            (error[..., 1:] - error[..., :-1]).abs().mean(),
-            (error[..., 1:, :] - error[..., :-1, :]).abs().mean(),
-        ]
-        error = F.avg_pool2d(error, 2)
-    return torch.stack(found).mean()
-
-
-class Discriminator(nn.Module):
-    """A discriminator of patches: real or decoded (PatchGAN, Isola et al., 2017)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        norm = nn.utils.parametrizations.spectral_norm
-        widths = (3, 48, 96, 192)
-        layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
-            layers += [norm(nn.Conv2d(before, after, 4, 2, 1)), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, norm(nn.Conv2d(widths[-1], 1, 3, 1, 1)))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(b, 3, h, w) in 0..1 -> (b, 1, h/8, w/8), higher for patches that look real"""
-        return self.layers(pixels * 2 - 1)
 
 
 class Training:
@@ -264,7 +206,8 @@ def train(model: TAESD, path: Path, partial: Path, plan: Plan) -> None:
             log.info("stopped at step %d of %d; the same command goes on", training.step, plan.steps)
             return
         if training.step % SHEET_STEPS == 0:
-            sheet(training.averaged(), partial.with_name(f"autoencoder-{training.step:06d}.png"), plan)
+            path_of_sheet = partial.with_name(f"autoencoder-{training.step:06d}.png")
+            sheet(training.averaged(), path_of_sheet, plan.world, plan.device)
     torch.save(training.averaged(), partial)
     partial.replace(path)
 
@@ -279,53 +222,6 @@ def train_decoder(path: Path, *, steps: int, seed: int, device: str) -> None:
     model = load_autoencoder(path, device)
     model.taesd_decoder.requires_grad_(True)
     train(model, path, path.with_suffix(".decoder-part"), Plan(steps, seed, device))
-
-
-def subject_scenes(artworks: tuple[Artwork, ...], count: int, seed: int = 5) -> list[Scene]:
-    """`count` scenes of each, from a seed of their own."""
-    rng = np.random.RandomState(seed)
-    return [random_scene(rng, (artwork,)) for artwork in artworks for _ in range(count)]
-
-
-def _model(weights: dict[str, Tensor], device: str) -> TAESD:
-    model = new_autoencoder(0)
-    model.load_state_dict(weights)
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def autoencoded(model: TAESD, images: list[Image.Image], device: str) -> list[Image.Image]:
-    found: list[Image.Image] = []
-    for start in range(0, len(images), 16):
-        found += decode(model, encode(model, images[start : start + 16], device), device)
-    return found
-
-
-def sheet(weights: dict[str, Tensor], path: Path, plan: Plan) -> None:
-    """A sheet of held-out subjects, and below each its decoded picture."""
-    shown = objects("held_out", plan.world)
-    scenes = subject_scenes(tuple(shown[i * len(shown) // 20] for i in range(20)), 1)
-    real = [render(scene) for scene in scenes]
-    decoded = autoencoded(_model(weights, plan.device), real, plan.device)
-    picture = Image.new("RGB", (10 * 128, 4 * 128))
-    for i, pair in enumerate(zip(real, decoded, strict=True)):
-        for below, image in enumerate(pair):
-            picture.paste(image, (i % 10 * 128, (i // 10 * 2 + below) * 128))
-    picture.save(path)
-
-
-def score(weights: dict[str, Tensor], world: str, device: str, count: int = 4) -> dict[str, float]:
-    """Means over the small set's held-out subjects: cosine by the ImageNet judge and by ours, and PSNR."""
-    from .imagenet import Embedder
-    from .judge import Judge
-
-    scenes = subject_scenes(objects("held_out", SMALL), count)
-    real = [render(scene) for scene in scenes]
-    decoded = autoencoded(_model(weights, device), real, device)
-    found = {}
-    for name, judge in (("imagenet", Embedder()), ("ours", Judge())):
-        found[name] = float((judge.embed(real) * judge.embed(decoded)).sum(dim=1).mean())
-    error = (to_tensor(real) - to_tensor(decoded)).square().mean(dim=(1, 2, 3))
-    return {**found, "psnr": float(-10 * error.log10().mean())}
 
 
 def read_weights_of(state: Path) -> dict[str, Tensor]:
@@ -363,7 +259,7 @@ def main() -> None:
     device = "cuda" if on_cuda else "cpu"
     weights = read_weights_of(options.state)
     if options.command == "score":
-        log.info("%s", score(weights, options.world, device))
+        log.info("%s", score(weights, device))
         return
     path = options.state / "autoencoder.pt"
     if options.command == "freeze":
