@@ -122,8 +122,8 @@ def is_distilled(base: BaseModel) -> bool:
 def warn_if_experimental(architecture: str) -> None:
     if architecture in ARCHITECTURES and ARCHITECTURES[architecture].is_experimental:
         log.warning(
-            "SA-Inject: support for %s is experimental. It was tested on small random models, and how well it draws "
-            "has not been measured.",
+            "SA-Inject: support for %s is experimental. It was tested on small models. How well full-size ones draw "
+            "with it has not been measured.",
             architecture,
         )
 
