@@ -23,9 +23,9 @@ from sa_inject.core.positions import POSITION_RULES
 from sa_inject.core.reference import KVRecorder
 from sa_inject.core.site import Site
 
-from .ablations import CLEAN_SIGMA, HOST, sigma_at
+from .ablations import CLEAN_SIGMA, HOST, drawn_with, sigma_at
 from .adapted import RECORDER, Replacements, replaced
-from .methods import base_model, ours, ours_noised, peft_lora
+from .methods import base_model, ours, ours_noised, peft_lora, textual_inversion
 from .task import Method, TrainedModel, TrainingTask
 
 POSITIONS = (f"{HOST}.learning.training.positions",)
@@ -73,6 +73,7 @@ def with_rates(*rates: float) -> tuple[tuple[float, float], ...]:
 
 METHODS: dict[str, Method] = {
     "base": Method(base_model),
+    "textual inversion": Method(textual_inversion, ((0.0, 1e-3), (0.0, 3e-3), (0.0, 1e-2))),
     "PEFT LoRA": Method(peft_lora, with_rates(3e-4, 1e-3, 3e-3)),
     "ours, clean": Method(ours, with_rates(1e-4, 3e-4, 1e-3, 3e-3)),
     "ours, noised": Method(ours_noised, swept_as="ours, clean"),
@@ -84,6 +85,8 @@ CHOICES: dict[str, Callable[[TrainingTask], TrainedModel]] = {
     **{f"references read at {share}": ours for share in READ_AT},
     "keys before the norm": ours,
     "noised": ours_noised,
+    "trained with references, drawn without": drawn_with(strength=0.0),
+    "word alone": textual_inversion,
 }
 
 

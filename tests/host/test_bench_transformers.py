@@ -109,7 +109,7 @@ def test_keys_before_the_norm_are_the_frozen_ones_while_the_lora_is_fresh(bench,
         assert relative_error(found[1][key].kv.k, recorded.kv.k) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["base", "PEFT LoRA"])
+@pytest.mark.parametrize("name", ["base", "textual inversion", "PEFT LoRA"])
 def test_methods_draw_and_have_a_loss_and_leave_the_network_as_it_is(name, task_of, models):
     from bench.quality.drawing import sample
     from bench.quality.transformers import METHODS
