@@ -5,7 +5,7 @@
     python -m demo.base.score --state FOLDER                   share of captions that are drawn correctly
 
 The latents are those of the shipped autoencoder. The network is not shipped, so name a folder for it. Without one, it
-is in the user's cache folder. `--minutes 9` stops after nine minutes, to be resumed. One core needs a few hours.
+is in the user's cache folder. `--minutes 9` stops after nine minutes, to be resumed. One core needs two hours.
 """
 
 import argparse
@@ -32,7 +32,7 @@ log = logging.getLogger("train")
 
 # Encoding a scene takes as long as a training step per picture, so the first steps use few scenes.
 STAGES: dict[str, tuple[Stage, ...]] = {
-    "cpu": (Stage(128, 2048, 48, 500), Stage(128, 6144, 48, 2500)),
+    "cpu": (Stage(128, 2048, 48, 500), Stage(128, 6144, 48, 1100)),
     "cuda": (Stage(128, 65536, 256, 8000),),
 }
 RATES: Rates = Rates(
