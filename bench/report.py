@@ -29,10 +29,15 @@ def not_measured(why: str) -> str:
     return f"not measured: {why}"
 
 
+def name_of(argument: str) -> str:
+    """The argument. Of a path on this machine, only the last name."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def environment(**more: Any) -> dict[str, Any]:
     """Everything that is needed to repeat a run."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *(name_of(argument) for argument in sys.argv)]),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(),
