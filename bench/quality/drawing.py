@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import comfy.sample
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from demo.base.scenes import IMAGE_SIZE
 from sa_inject.nodes.host.networks.registry import is_transformer
 
-from .task import TrainedModel, TrainingTask
+from .task import TrainedModel, TrainingTask, as_pixels
 
 PROMPTS_OF_CALL = 13  # in one call on CUDA, where single ones would wait for kernel launches
 
@@ -85,8 +84,7 @@ def draw(task: TrainingTask, trained: TrainedModel, texts: Sequence[str], pictur
 
 def autoencoded(host: Any, vae: Any, images: Sequence[Image.Image]) -> list[Image.Image]:
     """The pictures after the host's VAE has encoded and decoded them."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255
-    return decoded(host, vae, host.execute("VAEEncode", pixels=pixels, vae=vae)[0])
+    return decoded(host, vae, host.execute("VAEEncode", pixels=as_pixels(images), vae=vae)[0])
 
 
 def decoded(host: Any, vae: Any, latent: dict[str, Any]) -> list[Image.Image]:

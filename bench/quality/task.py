@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from demo.base.scenes import IMAGE_SIZE
@@ -23,6 +24,11 @@ from .learn import Models
 from .subjects import PLACEHOLDER, Settings, Subject
 
 RANK = 16
+
+
+def as_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """-> (b, h, w, c) in 0..1, as in ComfyUI"""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255
 
 
 @dataclass
@@ -41,8 +47,7 @@ class TrainingTask:
 
     def pictures(self) -> Tensor:
         """(b, h, w, c) in 0..1, as in ComfyUI."""
-        stacked = np.stack([np.asarray(picture) for picture in self.subject.pictures()])
-        return torch.from_numpy(stacked).float() / 255
+        return as_pixels(self.subject.pictures())
 
     def training_subject(self) -> training_set.Subject:
         pictures = split_images([self.pictures()], "bench")

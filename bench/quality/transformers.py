@@ -25,6 +25,7 @@ from sa_inject.core.site import Site
 
 from .ablations import CLEAN_SIGMA, HOST, drawn_with, sigma_at
 from .adapted import RECORDER, Replacements, replaced
+from .methods import METHODS as UNET_METHODS
 from .methods import base_model, ours, ours_noised, peft_lora, textual_inversion
 from .task import Method, TrainedModel, TrainingTask
 
@@ -73,7 +74,7 @@ def with_rates(*rates: float) -> tuple[tuple[float, float], ...]:
 
 METHODS: dict[str, Method] = {
     "base": Method(base_model),
-    "textual inversion": Method(textual_inversion, ((0.0, 1e-3), (0.0, 3e-3), (0.0, 1e-2))),
+    "textual inversion": UNET_METHODS["textual inversion"],
     "PEFT LoRA": Method(peft_lora, with_rates(3e-4, 1e-3, 3e-3)),
     "ours, clean": Method(ours, with_rates(1e-4, 3e-4, 1e-3, 3e-3)),
     "ours, noised": Method(ours_noised, swept_as="ours, clean"),

@@ -12,14 +12,13 @@ from typing import Any
 
 import comfy.sample
 import comfy.samplers
-import numpy as np
 import torch
 from torch import Tensor
 
 from demo.base.scenes import render
 
 from .drawing import unprompted
-from .task import TrainedModel, TrainingTask
+from .task import TrainedModel, TrainingTask, as_pixels
 
 LEVELS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # indices in the model's schedule of 1000
 SEED = 5
@@ -28,7 +27,7 @@ SEED = 5
 def unseen_loss(task: TrainingTask, trained: TrainedModel) -> list[float]:
     """Mean squared error of the predicted noise at each of LEVELS, over the scenes of the subject's prompts."""
     host, models, subject = task.host, task.models, task.subject
-    scenes = torch.from_numpy(np.stack([np.asarray(render(scene)) for scene in subject.prompts])).float() / 255
+    scenes = as_pixels([render(scene) for scene in subject.prompts])
     latents = host.execute("VAEEncode", pixels=scenes, vae=models.vae)[0]["samples"]
     texts = subject.prompt_texts(trained.words)
     positive = [host.execute("CLIPTextEncode", clip=trained.clip, text=text)[0][0][0] for text in texts]
