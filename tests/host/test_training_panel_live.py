@@ -45,7 +45,8 @@ def queue(page) -> None:
 def queue_training(page, run: str, **settings) -> None:
     loader, picture, train = add_nodes(page, "CheckpointLoaderSimple", "EmptyImage", "TrainSAInjectAdapter")
     set_widget(page, loader, "ckpt_name", "sd15.ckpt")
-    for name, value in {"width": 64, "height": 64, "color": 0x884422}.items():
+    # A picture of its own, or the training goes on from that of an earlier test.
+    for name, value in {"width": 64, "height": 64, "color": int(run[-6:], 16)}.items():
         set_widget(page, picture, name, value)
     for name, value in {"file_name": run, "resolution": 64, "rank": 2, "previews": 0, **settings}.items():
         set_widget(page, train, name, value)
