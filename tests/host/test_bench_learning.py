@@ -205,7 +205,7 @@ def whole_lesson(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
     from bench.quality.subjects import Settings, choice_artworks, make_subject
     from bench.quality.task import TrainingTask
 
-    settings = Settings(steps=4, batch=2, sampler_steps=4, cfg=3.0)
+    settings = Settings(steps=2, batch=2, sampler_steps=2, cfg=3.0)
     subject = make_subject(choice_artworks(1)[0])
 
     def task():
