@@ -16,13 +16,13 @@ NEXTDIT_SAMPLING: dict[str, Any] = {"sampler_steps": 20, "cfg": 4.0, "sampler": 
 
 def arguments(description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("rates", "choices", "main", "ablations")
+    parts = ("rates", "choices", "main", "ablations", "time")
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--methods", nargs="+", help="only these of the table")
     parser.add_argument("--ablations", nargs="+", help="only these of the ablations and choices")
     parser.add_argument("--rates", nargs="+", type=pair, metavar="RATE,WORD", help="instead of those of the sweep")
     parser.add_argument(
-        "--subjects", type=int, help="of the main table: 12, on CUDA 40; ablations: 6 and 20; choices: 3 and 12"
+        "--subjects", type=int, help="main: 12, on CUDA 40; ablations: 6 and 20; choices: 3 and 12; time: 2 and 12"
     )
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of every method")
     parser.add_argument("--batch", type=int, default=2)

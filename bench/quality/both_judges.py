@@ -9,6 +9,7 @@ from .results import Result
 from .scores import bootstrap
 
 FLOOR, CEILING = "base", "real scenes, moved"
+REAL = ("real scenes", "real, autoencoded", CEILING)  # pictures that no method has drawn
 JUDGES = ("similarity", "imagenet", "colour")
 COLUMNS = ("method", "subjects", *(name for judge in JUDGES for name in (judge, f"{judge}, relative")))
 

@@ -1,7 +1,7 @@
 """Compare our method with other ways to personalise a model: same subjects, same pictures, scored by a judge.
 
     python dev.py bench quality                 everything, for hours; resumes where it was stopped
-    python dev.py bench quality --part main     one part: rates, choices, main or ablations
+    python dev.py bench quality --part main     one part: rates, choices, main, ablations or time
     python dev.py bench quality --quick         minutes: one subject, few steps and pictures
     python dev.py bench quality --part rates --methods "ours, clean" --rates 1e-4,5e-4    chosen rates
     python dev.py bench quality --share 0/4     a quarter; three more processes with 1/4 to 3/4 do the rest
@@ -35,7 +35,7 @@ SWEEP_SUBJECTS = {"cpu": 2, "cuda": 3}
 TABLE_SUBJECTS = {"cpu": 12, "cuda": 40}  # no more than subjects.py keeps for it
 CHOICE_SUBJECTS = {"cpu": 3, "cuda": 12}
 ABLATION_SUBJECTS = {"cpu": 6, "cuda": 20}
-PICTURES = 4  # of every prompt; rates and ablations draw one
+PICTURES = 4  # of every prompt; rates, ablations and time draw one
 BYSTANDERS = 25
 SWEEP_PROMPTS = 25
 LOGGED = ("similarity", "fidelity", "harmonic", "top_1")
@@ -138,6 +138,12 @@ class Bench:
         count = self.options.subjects or ABLATION_SUBJECTS[self.kind]
         self.changed("ablations", table_artworks(count), pictures=1)
 
+    def time(self) -> None:
+        """Every method after more and more steps: when does it look like the subject?"""
+        from .over_time import measure
+
+        measure(self)
+
     def changed(self, part: str, artworks: list[Any], pictures: int) -> None:
         """Every ablation on these subjects, at the strength of the training, as results of the part."""
         ablations, as_changed = self.ablations_of_network()
@@ -237,7 +243,7 @@ class Bench:
             scenes = base_object_scenes(base_objects)
             value["base_fidelity"] = base_fidelity(self.judge, draw(task, trained, texts_of(scenes, None), 1), scenes)
         keep_pictures(part, name, subject.artwork.word, images[::pictures])
-        if part == "main":
+        if part in ("main", "time"):
             self.second.add(key, images, asked)
         said = ", ".join(f"{kind} {value['scores'][kind]:.3f}" for kind in LOGGED)
         took = time.perf_counter() - start

@@ -7,22 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from ..report import Row, environment, table
-from .both_judges import CEILING, both_rows
 from .both_judges import COLUMNS as BOTH_COLUMNS
+from .both_judges import REAL, both_rows
+from .over_time import TIME_COLUMNS, time_rows
 from .report_pictures import grid
-from .results import Result, ResultStore, by_method
+from .report_plots import plot, plot_time
+from .results import Result, ResultStore, by_method, harmonics, mean
 from .scores import bootstrap, paired
-
-matplotlib.use("agg")
-from matplotlib import pyplot  # noqa: E402
 
 OURS = ("ours, clean", "ours, noised", "ours, clean, strength 1", "ours, noised, strength 1")
 FULL = "full fine-tune"
 BEATEN = ("TrainLoraNode", "PEFT LoRA", "textual inversion")
-REAL = ("real scenes", "real, autoencoded", CEILING)
 MARGIN = -0.02  # ours is "not worse" if the lower bound of the difference is above this
 ENOUGH = 12  # subjects that a claim needs
 COLUMNS = (
@@ -66,6 +62,7 @@ def report(
     changes, choices = (ablation_rows(found[part]) for part in ("ablations", "choices"))
     verdict = judged(found["main"])
     both = both_rows(whole, said_of)
+    timed = time_rows(results, base, settings, said_of)
     others = with_other_settings(results, base, settings)
     result = {
         "bench": "quality",
@@ -78,6 +75,7 @@ def report(
         "rates": rate_rows(found["rates"]),
         "verdict": verdict,
         "both judges": both,
+        "time": timed,
         "other settings": others,
     }
     sections = [
@@ -96,6 +94,7 @@ def report(
             "Learning rates: harmonic mean on subjects of their own",
             table(result["rates"], ("method", "rates", "subjects", "harmonic")),
         ),
+        ("Likeness after more and more steps: one picture of each prompt", table(timed, TIME_COLUMNS) if timed else ""),
         *((f"With {other['what']}", shown_otherwise(other)) for other in others),
     ]
     text = "\n\n".join(f"## {title}\n\n{shown}" for title, shown in sections if shown)
@@ -113,6 +112,8 @@ def report(
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.md").write_text(f"# Quality\n\n{text}\n\n## How it was measured\n\n{facts}\n", encoding="utf-8")
+    if timed:
+        plot_time(timed, folder / "time.png")
     if rows:
         plot(whole, folder / "pareto.png")
         grid(found["main"], folder / "pictures.png")
@@ -251,47 +252,9 @@ def rate_rows(results: Sequence[Result]) -> list[Row]:
     ]
 
 
-def harmonics(subjects: dict[str, Result]) -> dict[str, float]:
-    return {subject: result["scores"]["harmonic"] for subject, result in subjects.items()}
-
-
-def mean(subjects: dict[str, Result], field: str) -> float:
-    return sum(result["scores"][field] for result in subjects.values()) / len(subjects)
-
-
 def median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
 def with_interval(values: tuple[float, float, float]) -> str:
     return "{:.3f} ({:.3f} to {:.3f})".format(*values)
-
-
-def plot(results: Sequence[Result], path: Path) -> None:
-    """Left: identity against prompt fidelity. Right: harmonic mean against file size."""
-    methods = by_method(results)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
-    sizes: list[float] = []
-    for index, (name, subjects) in enumerate(methods.items()):
-        colour = f"C{index % 10}"
-        marker = "*" if name.startswith("ours") else "x" if name in REAL else "o"
-        point = mean(subjects, "fidelity"), mean(subjects, "similarity")
-        left.scatter(*point, 90, color=colour, marker=marker, label=name)
-        size = next(iter(subjects.values())).get("file_bytes", 0) / 1e6
-        if size:
-            value, low, high = bootstrap(list(harmonics(subjects).values()))
-            beside = size * 1.25 ** sizes.count(size)  # those of one size side by side
-            sizes.append(size)
-            right.errorbar(beside, value, [[value - low], [high - value]], color=colour, marker=marker, capsize=3)
-    left.set(
-        xlabel="prompt fidelity",
-        ylabel="identity similarity",
-        title="Does it look like the subject, and where it was asked?",
-    )
-    right.set(xscale="log", xlabel="file, MB (fp16)", ylabel="harmonic mean, 95 %", title="Quality for size")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.margins(x=0.1)
-    figure.legend(loc="outside right center")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -69,3 +69,11 @@ def by_method(results: Sequence[Result]) -> dict[str, dict[str, Result]]:
     for result in results:
         found.setdefault(result["key"]["method"], {})[result["key"]["subject"]] = result
     return found
+
+
+def harmonics(subjects: dict[str, Result]) -> dict[str, float]:
+    return {subject: result["scores"]["harmonic"] for subject, result in subjects.items()}
+
+
+def mean(subjects: dict[str, Result], field: str) -> float:
+    return sum(result["scores"][field] for result in subjects.values()) / len(subjects)

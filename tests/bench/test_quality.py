@@ -221,6 +221,35 @@ def test_other_settings_have_tables_of_their_own(tmp_path, subjects):
     assert with_other_settings(results, "another base", usual) == []
 
 
+def test_likeness_over_time_is_of_all_steps_and_of_no_other_settings(tmp_path, subjects):
+    from bench.quality.over_time import time_rows
+    from bench.quality.report_plots import plot_time
+    from bench.quality.results import ResultStore
+    from bench.quality.subjects import Settings
+
+    usual = Settings(steps=150, batch=1, sampler_steps=1, cfg=1.0)
+    results = ResultStore(tmp_path / "results.jsonl")
+    for subject, likeness in (("a", 0.2), ("b", 0.4)):
+        for settings, part in (
+            (usual._replace(steps=10), "time"),
+            (usual._replace(steps=100), "time"),
+            (usual._replace(steps=100, cfg=2.0), "time"),
+            (usual, "main"),
+        ):
+            key = {"part": part, "method": "m", "subject": subject, "settings": settings._asdict(), "base": "x"}
+            more = likeness if settings.steps == 10 else likeness + 0.3
+            results.add(key, {"scores": {"similarity": more}, "training_seconds": 2.0 * settings.steps})
+    ten, hundred = rows = time_rows(results, "x", usual, lambda result: {"imagenet": 0.7})
+    assert (ten["steps"], hundred["steps"]) == (10, 100) and ten["subjects"] == hundred["subjects"] == 2
+    assert (ten["seconds"], hundred["seconds"]) == (20.0, 200.0)
+    assert ten["similarity"] == pytest.approx(0.3) and hundred["similarity"] == pytest.approx(0.6)
+    assert ten["imagenet"] == pytest.approx(0.7)
+    assert "not measured" in time_rows(results, "x", usual, lambda result: None)[0]["imagenet"]
+    assert time_rows(results, "y", usual, lambda result: None) == []
+    plot_time(rows, tmp_path / "time.png")
+    assert (tmp_path / "time.png").stat().st_size > 10_000
+
+
 def test_seconds_and_memory_are_those_of_the_device_of_most_cells(subjects):
     from bench.quality.report import main_rows
 
