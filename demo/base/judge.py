@@ -262,10 +262,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "check"))
     parser.add_argument("--world", choices=tuple(OBJECTS), default=SHIPPED)
+    parser.add_argument("--steps", type=int, help=", ".join(f"{n} for {w}" for w, n in STEPS.items()))
     options = parser.parse_args()
     world = options.world
     if options.command == "train":
-        train_identity(weights_file(world), STEPS[world], world)
+        train_identity(weights_file(world), options.steps or STEPS[world], world)
     log.info("%s", check(Judge(world=world), world=world))
 
 

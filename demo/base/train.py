@@ -39,7 +39,7 @@ DECODER_STEPS: int = 2200
 STAGES: dict[tuple[str, str], tuple[Stage, ...]] = {
     (SMALL, "cpu"): (Stage(64, 12288, 32, 1000), Stage(128, 6144, 24, 2000)),
     (SMALL, "cuda"): (Stage(64, 12288, 32, 1000), Stage(128, 6144, 24, 2000)),
-    (LARGE, "cpu"): (Stage(64, 24576, 32, 8000), Stage(128, 24576, 24, 8000)),
+    (LARGE, "cpu"): (Stage(64, 24576, 32, 6000), Stage(128, 12288, 24, 4000)),
     (LARGE, "cuda"): (Stage(64, 131072, 256, 4000), Stage(128, 196608, 256, 12000)),
 }
 RATES: Rates = Rates(adam=4e-4, muon=1.5e-3, adam_only=r"input_blocks\.0\.|out\.|time_embed\.")
