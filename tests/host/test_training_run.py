@@ -43,6 +43,7 @@ def run(comfy_host, folder, sd15, monkeypatch) -> Callable[..., Run]:
     import server
 
     monkeypatch.setattr("sa_inject.nodes.host.drawing.preview.STEPS", 2)
+    monkeypatch.setattr("sa_inject.trainer.validation.LEVELS", (0.4, 0.85))  # with a reference, and without
     events: list[dict[str, Any]] = []
     monkeypatch.setattr(server.PromptServer.instance, "client_id", "browser", raising=False)
     monkeypatch.setattr(
