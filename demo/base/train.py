@@ -80,11 +80,13 @@ class Training(NetworkTraining):
         return decode(load_autoencoder(self.folder / "autoencoder.pt", self.device), latent, self.device)
 
 
-def run(folder: Path, device: str, autoencoder_steps: int, stages: tuple[Stage, ...]) -> None:
+def run(
+    folder: Path, device: str, autoencoder_steps: int, stages: tuple[Stage, ...], minutes: float | None = None
+) -> None:
     torch.manual_seed(SEED)
     if not (folder / "autoencoder.pt").exists():
         train_autoencoder(folder / "autoencoder.pt", steps=autoencoder_steps, seed=SEED, device=device)
-    train(Training(folder, device), stages)
+    train(Training(folder, device), stages, minutes=minutes)
 
 
 def export(folder: Path, world: str = SMALL) -> None:
@@ -121,6 +123,7 @@ def main() -> None:
     parser.add_argument("--world", choices=tuple(OBJECTS), default=SMALL)
     parser.add_argument("--state", type=Path, help="folder for logs and checkpoints")
     parser.add_argument("--steps", type=int, nargs=2, help="UNet steps at 64 and 128 px")
+    parser.add_argument("--scenes", type=int, nargs=2, help="scenes to learn from at 64 and 128 px")
     parser.add_argument("--minutes", type=float, help="stop after so many, to be resumed by the same command")
     parser.add_argument("--autoencoder-steps", type=int, default=AUTOENCODER_STEPS)
     parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
@@ -143,8 +146,10 @@ def main() -> None:
         stages = STAGES[world, device]
         if arguments.steps:
             stages = tuple(s._replace(steps=steps) for s, steps in zip(stages, arguments.steps, strict=True))
+        if arguments.scenes:
+            stages = tuple(s._replace(scenes=count) for s, count in zip(stages, arguments.scenes, strict=True))
         if world == SMALL:
-            run(arguments.state, device, arguments.autoencoder_steps, stages)
+            run(arguments.state, device, arguments.autoencoder_steps, stages, arguments.minutes)
         else:
             if not (arguments.state / "autoencoder.pt").exists():
                 raise SystemExit("Train the autoencoder first: python -m demo.base.autoencoder_training run")
