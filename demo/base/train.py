@@ -5,7 +5,7 @@
     python -m demo.base.train status     how far it is
     python -m demo.base.train export     write the current weights to demo/base/weights.safetensors
 
-The state is in the user's cache folder. Two CPU cores need about three hours, a large GPU minutes. `--world large`
+The state is in the user's cache folder. Two CPU cores need three to five hours, a large GPU minutes. `--world large`
 selects the large set of objects. Its autoencoder must have been trained by `autoencoder_training.py`. State and weights
 are then in the cache folder of `artwork.py`. `--minutes 9` stops after nine minutes, to be resumed.
 """
