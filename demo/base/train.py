@@ -81,12 +81,19 @@ class Training(NetworkTraining):
 
 
 def run(
-    folder: Path, device: str, autoencoder_steps: int, stages: tuple[Stage, ...], minutes: float | None = None
+    folder: Path,
+    device: str,
+    autoencoder_steps: int,
+    stages: tuple[Stage, ...],
+    world: str = SMALL,
+    minutes: float | None = None,
 ) -> None:
     torch.manual_seed(SEED)
     if not (folder / "autoencoder.pt").exists():
+        if world == LARGE:
+            raise SystemExit("Train the autoencoder first: python -m demo.base.autoencoder_training run")
         train_autoencoder(folder / "autoencoder.pt", steps=autoencoder_steps, seed=SEED, device=device)
-    train(Training(folder, device), stages, minutes=minutes)
+    train(Training(folder, device), stages, world, minutes)
 
 
 def export(folder: Path, world: str = SMALL) -> None:
@@ -144,16 +151,10 @@ def main() -> None:
         start_from_shipped_weights(arguments.state)
     else:
         stages = STAGES[world, device]
-        if arguments.steps:
-            stages = tuple(s._replace(steps=steps) for s, steps in zip(stages, arguments.steps, strict=True))
-        if arguments.scenes:
-            stages = tuple(s._replace(scenes=count) for s, count in zip(stages, arguments.scenes, strict=True))
-        if world == SMALL:
-            run(arguments.state, device, arguments.autoencoder_steps, stages, arguments.minutes)
-        else:
-            if not (arguments.state / "autoencoder.pt").exists():
-                raise SystemExit("Train the autoencoder first: python -m demo.base.autoencoder_training run")
-            train(Training(arguments.state, device), stages, world, arguments.minutes)
+        for field, values in (("steps", arguments.steps), ("scenes", arguments.scenes)):
+            if values:
+                stages = tuple(s._replace(**{field: value}) for s, value in zip(stages, values, strict=True))
+        run(arguments.state, device, arguments.autoencoder_steps, stages, world, arguments.minutes)
 
 
 if __name__ == "__main__":
