@@ -1,7 +1,4 @@
-"""Likeness against seconds of training: after how long does a method look like the subject?
-
-Import only after the host has started.
-"""
+"""Likeness against seconds of training: after how long does a method look like the subject?"""
 
 from __future__ import annotations
 
@@ -31,14 +28,15 @@ def measure(bench: Bench) -> None:
     options = bench.options
     prompts, steps = (2, (1, 3)) if options.quick else (25, STEPS[bench.kind])
     methods = {name: method for name, method in bench.methods().items() if name in METHODS}
-    at = copy.copy(bench)
+    at, warm = copy.copy(bench), set[str]()
     for artwork in table_artworks(options.subjects or SUBJECTS[bench.kind]):
         subject = make_subject(artwork, prompts=prompts)
         for name, method in methods.items():
             rates = bench.best_rates(method.swept_as or name)
-            # Not counted: a method's first training in a process also loads and compiles.
-            one_step = bench.settings._replace(steps=1)
-            timed(TrainingTask(bench.host, bench.models, subject, one_step, *rates), method)
+            if name not in warm:  # not counted: a method's first training in a process also loads and compiles
+                one_step = bench.settings._replace(steps=1)
+                timed(TrainingTask(bench.host, bench.models, subject, one_step, *rates), method)
+                warm.add(name)
             for count in steps:
                 at.settings = bench.settings._replace(steps=count)
                 at.result("time", name, rates, method.train, subject, pictures=1, base_objects=0)

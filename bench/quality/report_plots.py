@@ -15,7 +15,7 @@ from .scores import bootstrap
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402
 
-JUDGES = {"similarity": "likeness, our judge", "imagenet": "likeness, ImageNet judge"}
+LIKENESS_LABELS = {"similarity": "likeness, our judge", "imagenet": "likeness, ImageNet judge"}
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
@@ -52,7 +52,7 @@ def plot_time(rows: list[Row], path: Path) -> None:
     """One curve for each method and judge. Its points are numbers of steps."""
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    for axis, (judge, title) in zip(axes, JUDGES.items(), strict=True):
+    for axis, (judge, title) in zip(axes, LIKENESS_LABELS.items(), strict=True):
         for index, method in enumerate(methods):
             points = [(row["seconds"], row[judge]) for row in rows if row["method"] == method]
             if all(isinstance(value, float) for _, value in points):
