@@ -200,7 +200,7 @@ def test_unseen_loss_is_the_error_of_the_predicted_noise(bench, artwork, comfy_h
 
 @pytest.fixture(scope="module")
 def whole_lesson(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
-    """`whole_lesson()` is one of the bench's, in few steps, on a tiny SD1.5 of its own."""
+    """`whole_lesson()` is one of the bench's, with few steps and small pictures, on a tiny SD1.5 of its own."""
     from bench.quality.learn import Models
     from bench.quality.subjects import Settings, choice_artworks, make_subject
     from bench.quality.task import TrainingTask
@@ -212,7 +212,10 @@ def whole_lesson(bench, artwork, comfy_host, load_checkpoint):  # noqa: F811
         models = Models(*load_checkpoint("sd15"), torch.float32)
         return TrainingTask(comfy_host, models, subject, settings, RATE, RATE)
 
-    return task
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("task", "drawing"):
+            patch.setattr(f"bench.quality.{module}.IMAGE_SIZE", 64)
+        yield task
 
 
 def test_prompts_are_drawn_at_once_as_one_by_one(whole_lesson):
