@@ -93,4 +93,17 @@ def why_no_cuda(items: list[pytest.Item]) -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def host_base(tmp_path_factory) -> Path | None:
+    """The folder of the host's files. It is set before any test imports a module that reads it. None without a host."""
+    if why_no_host():
+        return None
+    base = tmp_path_factory.mktemp("in-process")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(os.environ["COMFYUI_PATH"])
+        from comfy.cli_args import args
+    args.base_directory = str(base)
+    return base
+
+
 import_folder("tests", TESTS)  # at once: the conftest files of the folders below are loaded before pytest_configure

@@ -30,10 +30,10 @@ def checkpoint_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="session")
-def comfy_host(comfyui, checkpoint_cache, tmp_path_factory):
+def comfy_host(comfyui, checkpoint_cache, host_base):
     from tests.host.in_process import ComfyHost
 
-    return ComfyHost(comfyui, tmp_path_factory.mktemp("in-process"), checkpoint_cache)
+    return ComfyHost(comfyui, host_base, checkpoint_cache)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,11 @@ class ComfyHost:
         args.database_url = "sqlite:///:memory:"
 
         importlib.import_module("utils.extra_config")  # before nodes.py puts comfy/, with its utils.py, on the path
+        import folder_paths
         import nodes
         import server
 
+        assert folder_paths.base_path == os.path.abspath(base), "the host was imported without this folder"
         assert nodes.__file__ and Path(nodes.__file__).parent == comfyui, f"{nodes.__file__} hides the host's nodes.py"
         server.PromptServer(asyncio.new_event_loop())  # nodes ask for its instance; it never listens
         self._nodes: dict[str, type] = nodes.NODE_CLASS_MAPPINGS
