@@ -41,7 +41,8 @@ LINK_NAME = "sa-inject"
 TORCH = ["torch", "torchvision", "torchaudio"]
 # The host imports requests and does not list it.
 DEV_TOOLS = ["requests", "pytest", "pytest-xdist", "ruff", "pyright", "playwright", "matplotlib", "prodigyopt"]
-MOST_TEST_WORKERS = 4  # a worker takes up to 4 GB
+MOST_TEST_WORKERS = 4
+WORKER_MEMORY = 3 * 2**30  # at times a worker takes 4 GB, but not all at once
 
 # This wheel contains a whole, unmodified ComfyUI. Nothing else in it is used.
 HOST = ROOT / ".comfyui"
@@ -378,11 +379,21 @@ def test(arguments: list[str]) -> int:
 
 
 def test_workers() -> dict[str, str]:
-    """Settings of the processes that share out the test files: one for each core, each with its share of threads."""
+    """Settings of the processes that share out the test files: one more than cores, because tests also wait for
+    servers and browsers. Each has its share of threads.
+    """
     cores = os.cpu_count() or 1
-    workers = min(cores, MOST_TEST_WORKERS)
-    settings = {"PYTEST_XDIST_AUTO_NUM_WORKERS": str(workers), "OMP_NUM_THREADS": str(cores // workers)}
+    workers = max(1, min(cores + 1, MOST_TEST_WORKERS, total_memory() // WORKER_MEMORY))
+    settings = {"PYTEST_XDIST_AUTO_NUM_WORKERS": str(workers), "OMP_NUM_THREADS": str(max(1, cores // workers))}
     return {name: os.environ.get(name, value) for name, value in settings.items()}
+
+
+def total_memory() -> int:
+    """Bytes of this machine. Enough for everything if the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**63
 
 
 def serve(arguments: list[str]) -> int:

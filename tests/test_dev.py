@@ -255,15 +255,25 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("cores, workers, threads", [(None, 1, 1), (2, 2, 1), (4, 4, 1), (16, 4, 4)])
-def test_tests_share_the_cores_and_the_memory(monkeypatch, cores, workers, threads):
+@pytest.mark.parametrize(
+    "cores, gigabytes, workers, threads",
+    [(None, 24, 2, 1), (2, 24, 3, 1), (4, 24, 4, 1), (16, 24, 4, 4), (2, 8, 2, 1), (16, 8, 2, 8), (2, 2, 1, 2)],
+)
+def test_tests_share_the_cores_and_the_memory(monkeypatch, cores, gigabytes, workers, threads):
     for name in ("PYTEST_XDIST_AUTO_NUM_WORKERS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(dev, "total_memory", lambda: gigabytes * 2**30)
     expected = {"PYTEST_XDIST_AUTO_NUM_WORKERS": str(workers), "OMP_NUM_THREADS": str(threads)}
     assert dev.test_workers() == expected
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert dev.test_workers()["OMP_NUM_THREADS"] == "3"
+
+
+def test_memory_is_asked_of_the_system(monkeypatch):
+    assert dev.total_memory() > 2**30
+    monkeypatch.delattr(os, "sysconf", raising=False)  # as on Windows
+    assert dev.total_memory() > 2**40
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
