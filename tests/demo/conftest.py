@@ -27,6 +27,17 @@ def one_core(monkeypatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def in_float32(monkeypatch) -> Iterator[None]:
+    """As on a processor that does not multiply in bfloat16, for what is exact in float32 only."""
+    from sa_inject.demo.base import precision
+
+    monkeypatch.setattr(precision, "CPU_INFO", Path("no such file"))
+    precision.fast_type.cache_clear()
+    yield
+    precision.fast_type.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def artwork() -> None:
     """The drawings in the user's cache, downloaded if necessary."""

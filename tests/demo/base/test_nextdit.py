@@ -48,7 +48,7 @@ def test_a_fresh_network_predicts_nothing_and_the_seed_decides_it(module, networ
 
 
 @torch.no_grad()
-def test_a_batch_of_all_lengths_is_what_each_text_is_alone_for_the_host(module, network):
+def test_a_batch_of_all_lengths_is_what_each_text_is_alone_for_the_host(module, network, in_float32):
     """The host calls with texts as long as they are, its own attention and its own noise levels."""
     texts, noisy, sigma = texts_of(5, 32, 17), noisy_of(3), torch.tensor([0.2, 0.6, 0.95])
     together = module.predict_velocity(network, noisy, sigma, texts)

@@ -78,7 +78,7 @@ class Clairvoyant(torch.nn.Module):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_sampling_ends_where_a_perfect_unet_and_guidance_point(module, guidance):
+def test_sampling_ends_where_a_perfect_unet_and_guidance_point(module, guidance, in_float32):
     context, empty = torch.randn(3, 77, 768, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 77, 768)
     empty[:, 0, 0] = 1.0
     latent = module.sample(Clairvoyant(module.sigmas()), context, empty, 8, seed=0, steps=5, guidance=guidance)
