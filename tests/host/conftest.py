@@ -33,7 +33,9 @@ def checkpoint_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
 def comfy_host(comfyui, checkpoint_cache, host_base):
     from tests.host.in_process import ComfyHost
 
-    return ComfyHost(comfyui, host_base, checkpoint_cache)
+    host = ComfyHost(comfyui, host_base, checkpoint_cache)
+    gc.freeze()  # what is imported stays: so the collection after each test has far less to look at
+    return host
 
 
 @pytest.fixture(scope="session")
