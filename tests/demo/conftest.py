@@ -7,7 +7,7 @@ file may be loaded before the one that makes it importable.
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,14 +28,24 @@ def one_core(monkeypatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def in_float32(monkeypatch) -> Iterator[None]:
-    """As on a processor that does not multiply in bfloat16, for what is exact in float32 only."""
+def processor(tmp_path, monkeypatch) -> Iterator[Callable[[str | None], None]]:
+    """`processor("avx2 amx_bf16")` for one with these instructions, `processor(None)` for one that does not say."""
     from sa_inject.demo.base import precision
 
-    monkeypatch.setattr(precision, "CPU_INFO", Path("no such file"))
+    def use(flags: str | None) -> None:
+        if flags is not None:
+            (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+        monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "cpuinfo")
+        precision.fast_type.cache_clear()
+
+    yield use
     precision.fast_type.cache_clear()
-    yield
-    precision.fast_type.cache_clear()
+
+
+@pytest.fixture
+def in_float32(processor) -> None:
+    """For what is exact in float32 only."""
+    processor("avx2")
 
 
 @pytest.fixture(scope="session")
