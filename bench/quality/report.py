@@ -39,6 +39,7 @@ COLUMNS = (
 )
 CHANGE_COLUMNS = ("changed", "subjects", "similarity", "top-1", "fidelity", "harmonic", "difference", "copying")
 VERDICT_COLUMNS = ("of", "against", "subjects", "difference", "asked for", "reached")
+RATE_COLUMNS = ("method", "rates", "subjects", "harmonic")
 
 
 def results_of(results: ResultStore, part: str, base: str, settings: Any) -> list[Result]:
@@ -78,26 +79,22 @@ def report(
         "time": timed,
         "other settings": others,
     }
-    sections = [
-        ("Methods: means over subjects, 95 % intervals", table(rows, COLUMNS)),
+    tables = (
+        ("Methods: means over subjects, 95 % intervals", rows, COLUMNS),
         (
             "Identity by both judges: 0 is the base's picture of the class word, 1 another real scene",
-            table(both, BOTH_COLUMNS),
+            both,
+            BOTH_COLUMNS,
         ),
-        (
-            "Ours against the others: paired difference of the harmonic mean",
-            table(verdict, VERDICT_COLUMNS),
-        ),
-        ("Ours with one thing changed, at the strength that was trained", table(changes, CHANGE_COLUMNS)),
-        ("The same on the subjects that defaults are chosen on", table(choices, CHANGE_COLUMNS)),
-        (
-            "Learning rates: harmonic mean on subjects of their own",
-            table(result["rates"], ("method", "rates", "subjects", "harmonic")),
-        ),
-        ("Likeness after more and more steps: one picture of each prompt", table(timed, TIME_COLUMNS) if timed else ""),
-        *((f"With {other['what']}", shown_otherwise(other)) for other in others),
-    ]
-    text = "\n\n".join(f"## {title}\n\n{shown}" for title, shown in sections if shown)
+        ("Ours against the others: paired difference of the harmonic mean", verdict, VERDICT_COLUMNS),
+        ("Ours with one thing changed, at the strength that was trained", changes, CHANGE_COLUMNS),
+        ("The same on the subjects that defaults are chosen on", choices, CHANGE_COLUMNS),
+        ("Learning rates: harmonic mean on subjects of their own", result["rates"], RATE_COLUMNS),
+        ("Likeness after more and more steps: one picture of each prompt", timed, TIME_COLUMNS),
+    )
+    sections = [(title, table(measured, columns)) for title, measured, columns in tables if measured]
+    sections += [(f"With {other['what']}", shown_otherwise(other)) for other in others]
+    text = "\n\n".join(f"## {title}\n\n{shown}" for title, shown in sections)
     print(text, flush=True)
     facts = "\n".join(
         f"- {name}: {value}"
