@@ -28,7 +28,6 @@ log = logging.getLogger("demo")
 
 RESULT = ROOT / "docs" / "images" / "result.webp"
 HELP_PICTURES = ROOT / "web" / "docs" / "images"
-STEPS = 200  # the demo takes 100, to be quick
 PROMPT = "a large {} on the right, purple background"
 SETTINGS = {
     "strength": (0.0, 0.4, 0.7, 1.0, 3.0),
@@ -51,7 +50,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     shutil.copytree(SUBJECT, BASE / "input" / INPUT_FOLDER, dirs_exist_ok=True)
     with ServerProcess(Path(os.environ["COMFYUI_PATH"]).resolve(), BASE, {"sa-inject": ROOT}) as server:
-        graph = with_input(demo_graph(server.client), "TrainSAInjectAdapter", "steps", STEPS)
+        graph = demo_graph(server.client)
         wanted = sys.argv[1:] or ["result", *SETTINGS]
         if "result" in wanted:
             save(result_sheet(server.client, graph), RESULT)
