@@ -140,7 +140,7 @@ def training_inputs() -> list[io.Input]:
             default="clean",
             tooltip="How the reference is encoded in training and in sampling. clean: without noise, "
             "once for a sampling run; sampling is fast. noised: with the noise of the step, at "
-            "every step; sampling is slower, and the likeness is better.",
+            "every step; sampling is slower, and the likeness is slightly better.",
         ),
         io.Combo.Input(
             "precision",
